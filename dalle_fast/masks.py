@@ -1,0 +1,341 @@
+"""Attention masks over a [text | image grid] sequence.
+
+A mask is one small frozen value. Its rule is written once, in `AttentionMask.allows`; the dense matrix, the pair
+count, the cache reach, the picture and the kernels' tables are derived from it. The ports of the rule that kernels
+need (`csrc/mask.h`, `ops/attention/triton/primitives.py`) are compared with it exhaustively by `tests/test_masks.py`.
+
+S sequence length, T text length, H x W image grid, N = H * W image tokens; q, k positions in the sequence; i = q - T,
+j = k - T image positions in raster order; (r, c) = divmod(i, W); K kernel size, d dilation, h = K // 2.
+
+The rules are those of Ramesh et al. 2021 (arXiv 2102.12092, appendix B) and of its public implementations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+
+__all__ = ["AttentionMask", "row_mask", "column_mask", "conv_mask", "causal_mask"]
+
+# The order is part of the ABI: csrc/mask.h and triton/primitives.py use the same numbers.
+RULES = ("causal", "row", "axial_row", "column", "conv_flat", "conv_clip", "conv_torus", "conv_corner")
+CONV_EDGES = ("flat", "clip", "torus", "corner")
+_COUNT_CHUNK = 1 << 22  # pairs looked at together when counting; bounds the memory of num_pairs
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AttentionMask:
+    """Which keys each query may see. Make one with `row_mask`, `column_mask`, `conv_mask` or `causal_mask`.
+
+    Every rule is causal in raster order and lets image queries see all text keys:
+
+    =============  =====================================================================================
+    rule           an image query i sees the image keys j <= i with
+    =============  =====================================================================================
+    causal         all of them
+    row            i - j <= W (wraps across row ends: W + 1 keys, itself included)
+    axial_row      r_i == r_j
+    column         (i - j) % W == 0
+    conv_flat      i - j = d * (dr * W + dc) for some 0 <= dr <= h, abs(dc) <= h (wraps at row ends)
+    conv_clip      abs(r_i - r_j) and abs(c_i - c_j) in {0, d, ..., h d} (no wrap)
+    conv_torus     the same with both differences taken modulo the grid
+    conv_corner    r_i - r_j and c_i - c_j in {0, d, ..., (K - 1) d}
+    =============  =====================================================================================
+
+    Values are immutable, comparable, hashable and picklable; what is derived from them is cached.
+
+    Args:
+        rule: one of the names above.
+        text_len: number of text positions T, at least 0.
+        grid: (H, W) of the image tokens, or one integer for a square.
+        kernel_size: odd K of the convolutional rules, 1 otherwise.
+        dilation: d of the convolutional rules, 1 otherwise.
+
+    Raises:
+        TypeError: an argument is not an integer (or, for grid, not one or two of them).
+        ValueError: an argument is out of its range.
+    """
+
+    rule: str
+    text_len: int
+    grid: tuple[int, int]
+    kernel_size: int = 1
+    dilation: int = 1
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        set_ = functools.partial(object.__setattr__, self)
+        set_("text_len", _integer("text_len", self.text_len, minimum=0))
+        set_("grid", _grid(self.grid))
+        set_("kernel_size", _integer("kernel_size", self.kernel_size, minimum=1))
+        set_("dilation", _integer("dilation", self.dilation, minimum=1))
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        if not self.rule.startswith("conv_") and (self.kernel_size, self.dilation) != (1, 1):
+            raise ValueError(
+                f"kernel_size and dilation belong to the convolutional rules; rule {self.rule!r} takes 1 and 1, "
+                f"got {self.kernel_size} and {self.dilation}"
+            )
+        if self.seq_len >= 1 << 31:
+            raise ValueError(f"text_len + rows * columns must be below 2**31, got {self.seq_len}")
+
+    # -- the rule ------------------------------------------------------------------------------------------------
+
+    def allows(self, q_idx, k_idx):
+        """THE rule: may query position `q_idx` see key position `k_idx`?
+
+        Args:
+            q_idx, k_idx: integer tensors (or arrays, or Python integers) of positions in [0, seq_len) that broadcast.
+
+        Returns:
+            Booleans of the broadcast shape, True = attends.
+        """
+        T = self.text_len
+        return (k_idx <= q_idx) & ((k_idx < T) | self._image_allows(q_idx - T, k_idx - T))
+
+    def _image_allows(self, i, j):
+        """The image part of the rule; the caller has j <= i, and discards what negative positions give."""
+        H, W = self.grid
+        K, d = self.kernel_size, self.dilation
+        h = K // 2
+        delta = i - j
+        if self.rule == "causal":
+            return delta >= 0
+        if self.rule == "row":
+            return delta <= W
+        if self.rule == "column":
+            return delta % W == 0
+        if self.rule == "conv_flat":
+            # The smallest dr whose row of the kernel ends at or after delta / d must also begin at or before it.
+            steps = delta // d
+            past = steps - h
+            dr = ((past * (past > 0)) + W - 1) // W
+            return (delta % d == 0) & (dr <= h) & (dr * W <= steps + h)
+        dr = i // W - j // W
+        dc = i % W - j % W
+        if self.rule == "axial_row":
+            return dr == 0
+        if self.rule == "conv_clip":
+            return _within(dr, h, d) & _within(dc, h, d)
+        if self.rule == "conv_torus":
+            rows = _in_steps(dr % H, h, d) | _in_steps(-dr % H, h, d)
+            return rows & (_in_steps(dc % W, h, d) | _in_steps(-dc % W, h, d))
+        return _in_steps(dr, K - 1, d) & _in_steps(dc, K - 1, d)  # conv_corner
+
+    # -- what follows from the fields ----------------------------------------------------------------------------
+
+    @property
+    def image_len(self) -> int:
+        """Number of image positions N = H * W."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def seq_len(self) -> int:
+        """Number of positions S = T + H * W."""
+        return self.text_len + self.image_len
+
+    @property
+    def kv_reach(self) -> int:
+        """How many image keys back a decoding step can look, the query's own included: max(i - j) + 1.
+
+        A cache that keeps the text and a ring of the last `kv_reach` image tokens is enough: W + 1 for row,
+        (K // 2) * (W + 1) + 1 for an undilated conv_flat, (H - 1) * W + 1 (so every row) for column. Where dilation
+        does not divide the grid the true reach may be a little smaller, never larger.
+        """
+        H, W = self.grid
+        h, corner = self.kernel_size // 2 * self.dilation, (self.kernel_size - 1) * self.dilation
+        reach = {
+            "causal": self.image_len - 1,
+            "row": W,
+            "axial_row": W - 1,
+            "column": (H - 1) * W,
+            "conv_flat": h * (W + 1),
+            "conv_clip": min(h, H - 1) * W + min(h, W - 1),
+            "conv_torus": self.image_len - 1,
+            "conv_corner": min(corner, H - 1) * W + min(corner, W - 1),
+        }[self.rule]
+        return min(reach + 1, self.image_len)
+
+    @property
+    def num_pairs(self) -> int:
+        """Exact number of (query, key) pairs that attend, over the whole sequence."""
+        return _num_pairs(self)
+
+    @property
+    def token_order(self):
+        """(S,) int64 tensor: the order in which kernels walk the tokens.
+
+        The sequence's own order, but for `column` text first and then the image column by column, so that the keys
+        of a query lie side by side. Kernels follow it by address; nothing is copied.
+        """
+        return _token_order(self).clone()
+
+    @property
+    def mask_mod(self):
+        """The rule in FlexAttention's form: a function of (batch, head, q_idx, kv_idx)."""
+        return functools.partial(_mask_mod, self)
+
+    def to_dense(self, device=None, *, seq_len: int | None = None):
+        """The mask as a matrix, by evaluating `allows` everywhere.
+
+        Args:
+            device: where to make it; torch's default device if None.
+            seq_len: make it for the first `seq_len` positions only.
+
+        Returns:
+            Boolean tensor (S, S), rows are queries, True = attends (the convention of
+            `torch.nn.functional.scaled_dot_product_attention`).
+        """
+        import torch
+
+        size = self.check_seq_len("seq_len", self.seq_len if seq_len is None else seq_len)
+        positions = torch.arange(size, device=device)
+        return self.allows(positions[:, None], positions[None, :])
+
+    def check_seq_len(self, name: str, seq_len: int) -> int:
+        """Return `seq_len` if it is a prefix of this mask, else raise ValueError naming `name`."""
+        seq_len = _integer(name, seq_len, minimum=0)
+        if seq_len > self.seq_len:
+            raise ValueError(f"{name} must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
+        return seq_len
+
+    def plot(self, path=None, *, max_size: int = 1024):
+        """Draw the mask: the (S, S) matrix beside what one image query sees on the grid.
+
+        Args:
+            path: where to save the picture (PNG, SVG, ... by its ending); None returns the figure unsaved.
+            max_size: matrices longer than this are shown by every n-th position.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install matplotlib`).
+        """
+        from dalle_fast.mask_plot import plot_mask
+
+        return plot_mask(self, path, max_size=max_size)
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def encode(self) -> tuple[int, int, int, int, int, int]:
+        """The mask as six integers (rule, T, H, W, K, d): what torch operations and native kernels receive."""
+        return (RULES.index(self.rule), self.text_len, *self.grid, self.kernel_size, self.dilation)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def _decode(numbers: tuple[int, ...]) -> AttentionMask:
+        rule, text_len, rows, columns, kernel_size, dilation = numbers
+        return AttentionMask(RULES[rule], text_len, (rows, columns), kernel_size, dilation)
+
+    @staticmethod
+    def decode(numbers) -> AttentionMask:
+        """The mask that `encode` turned into six integers."""
+        return AttentionMask._decode(tuple(int(n) for n in numbers))
+
+    def __repr__(self) -> str:
+        size = f"text_len={self.text_len}, grid={self.grid}"
+        if self.rule == "causal":
+            return f"causal_mask({size})"
+        if self.rule == "column":
+            return f"column_mask({size})"
+        if self.rule in ("row", "axial_row"):
+            return f"row_mask({size}{'' if self.rule == 'row' else ', wrap=False'})"
+        edges = self.rule.removeprefix("conv_")
+        return f"conv_mask({size}, kernel_size={self.kernel_size}, dilation={self.dilation}, edges={edges!r})"
+
+
+def row_mask(text_len: int, grid, *, wrap: bool = True) -> AttentionMask:
+    """Row attention: the W + 1 latest image keys (`wrap=True`, the paper's), or only those of the query's own row."""
+    return AttentionMask("row" if wrap else "axial_row", text_len, grid)
+
+
+def column_mask(text_len: int, grid) -> AttentionMask:
+    """Column attention: the image keys above the query in its column, itself included."""
+    return AttentionMask("column", text_len, grid)
+
+
+def conv_mask(text_len: int, grid, kernel_size: int = 11, dilation: int = 1, edges: str = "flat") -> AttentionMask:
+    """Convolutional attention: a causal K x K window around the query.
+
+    Args:
+        text_len, grid: as of `AttentionMask`.
+        kernel_size: odd K.
+        dilation: distance between neighbouring rows and columns of the window.
+        edges: what the window does at the ends of rows. "flat": it is a set of raster distances, so it wraps into the
+            neighbouring row (the paper's, on its natural reading). "clip": it stops (ru-dalle v3). "torus": it wraps
+            around the grid (ru-dalle v2). "corner": the query is its lower right corner (dalle-pytorch, which uses
+            kernel_size=5).
+    """
+    if edges not in CONV_EDGES:
+        raise ValueError(f"edges must be one of {', '.join(CONV_EDGES)}, got {edges!r}")
+    return AttentionMask(f"conv_{edges}", text_len, grid, kernel_size, dilation)
+
+
+def causal_mask(text_len: int, grid) -> AttentionMask:
+    """Ordinary causal attention over the whole stream."""
+    return AttentionMask("causal", text_len, grid)
+
+
+def _in_steps(x, steps: int, d: int):
+    """x in {0, d, ..., steps * d}"""
+    return (x >= 0) & (x <= steps * d) & (x % d == 0)
+
+
+def _within(x, steps: int, d: int):
+    """abs(x) in {0, d, ..., steps * d}"""
+    return (x <= steps * d) & (x >= -steps * d) & (x % d == 0)
+
+
+def _mask_mod(mask: AttentionMask, batch, head, q_idx, kv_idx):
+    return mask.allows(q_idx, kv_idx)
+
+
+@functools.lru_cache(maxsize=256)
+def _num_pairs(mask: AttentionMask) -> int:
+    import torch
+
+    N, reach = mask.image_len, mask.kv_reach
+    text = mask.text_len * (mask.text_len + 1) // 2 + N * mask.text_len
+    rows = max(1, _COUNT_CHUNK // reach)
+    back = torch.arange(reach)
+    image = 0
+    for start in range(0, N, rows):
+        i = torch.arange(start, min(start + rows, N))[:, None]
+        j = i - back
+        image += int((mask._image_allows(i, j) & (j >= 0)).sum())
+    return text + image
+
+
+@functools.lru_cache(maxsize=64)
+def _token_order(mask: AttentionMask):
+    import torch
+
+    order = torch.arange(mask.seq_len)
+    if mask.rule == "column":
+        order[mask.text_len :] = order[mask.text_len :].view(mask.grid).t().reshape(-1)
+    return order
+
+
+def _integer(name: str, value, *, minimum: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def _grid(value) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"grid must be (rows, columns) or one integer, got {value!r}")
+        rows, columns = value
+    else:
+        rows = columns = value
+    return _integer("grid rows", rows, minimum=1), _integer("grid columns", columns, minimum=1)
