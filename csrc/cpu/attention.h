@@ -1,0 +1,76 @@
+// Sparse attention on the CPU: what the layout, the per-instruction-set kernels and the driver share.
+//
+// B batch, H heads, S sequence, D head size, T text. Plain structures only: this header is compiled once per instruction
+// set, and an inline function here would be linked from whichever of them the linker meets first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dalle_fast {
+
+constexpr int kBlock = 8;   // queries that one tile holds
+constexpr int kPanel = 16;  // keys that one tile holds
+
+enum class DType : int32_t { float32, float16, bfloat16 };
+
+// A run of neighbouring panels (of a block) or blocks (of a panel). `bits` is -1 where every pair of the run attends,
+// else an index into AttentionLayout::bits, and then the run has length 1.
+struct Visit {
+    int32_t first, count, bits;
+};
+
+// Which tiles of 8 queries x 16 keys a mask touches, for one prefix of the sequence. Text and image begin blocks and
+// panels of their own; a slot without a token holds -1. Borrowed pointers: see AttentionLayoutStorage.
+struct AttentionLayout {
+    int32_t seq_len, num_text_blocks, num_blocks, num_text_panels, num_panels;
+    const int32_t* query_token;   // (num_blocks * kBlock) token of a query slot
+    const int32_t* key_token;     // (num_panels * kPanel) token of a key slot
+    const int32_t* block_visits;  // (num_blocks + 1) where a block's visits begin
+    const Visit* panels_of_block;
+    const int32_t* panel_visits;  // (num_panels + 1) where a panel's visits begin
+    const Visit* blocks_of_panel;
+    const uint16_t (*bits)[kBlock];  // bit k of bits[x][r]: row r attends to key k
+};
+
+// A (B, H, S, D) or (B, H, S) tensor: strides count elements.
+struct Strided {
+    char* data;
+    int64_t stride_b, stride_h, stride_s, stride_d;
+};
+
+struct AttentionArgs {
+    AttentionLayout layout;
+    int64_t B, H, D;
+    float scale;
+    DType dtype;
+    const int32_t* text_lengths;  // (B,) or null
+    Strided query, key, value, out, lse;
+    // The rest is for the backward pass. grad_lse.data may be null.
+    Strided grad_out, grad_lse, grad_query, grad_key, grad_value;
+};
+
+// Part of one head's work. Forward: the blocks. Backward: the tiles where the blocks and the panels meet.
+struct AttentionTask {
+    int64_t batch, head;
+    int32_t block_begin, block_end, panel_begin, panel_end;
+    bool for_query, for_key;  // backward: which gradients to make
+};
+
+struct AttentionKernels {
+    size_t (*forward_scratch)(const AttentionArgs&);   // bytes that one thread needs
+    void (*forward)(const AttentionArgs&, const AttentionTask&, char* scratch);
+    size_t (*backward_scratch)(const AttentionArgs&);
+    void (*backward)(const AttentionArgs&, const AttentionTask&, char* scratch);
+};
+
+namespace portable { extern const AttentionKernels attention_kernels; }
+namespace avx2 { extern const AttentionKernels attention_kernels; }
+namespace avx512 { extern const AttentionKernels attention_kernels; }
+namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }
+
+// Runs over heads and, where there are fewer heads than threads, over parts of them. Results do not depend on `threads`.
+void attention_forward(const AttentionKernels&, const AttentionArgs&, int threads);
+void attention_backward(const AttentionKernels&, const AttentionArgs&, int threads);
+
+}  // namespace dalle_fast

@@ -1,0 +1,89 @@
+// The attention kernels as Python sees them: addresses and strides in, nothing out.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "../bindings.h"
+#include "attention.h"
+#include "attention_layout.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace dalle_fast {
+namespace {
+
+using MaskNumbers = std::array<int32_t, 6>;   // AttentionMask.encode()
+using TensorNumbers = std::array<int64_t, 5>;  // address, strides of B, H, S, D in elements; address 0 for none
+
+Mask to_mask(const MaskNumbers& n) { return {static_cast<Rule>(n[0]), n[1], n[2], n[3], n[4], n[5]}; }
+
+Strided to_strided(const TensorNumbers& n) {
+    return {reinterpret_cast<char*>(n[0]), n[1], n[2], n[3], n[4]};
+}
+
+AttentionArgs make_args(const AttentionLayoutStorage& layout, const std::array<int64_t, 3>& sizes, int dtype,
+                        float scale, int64_t text_lengths, const std::vector<TensorNumbers>& tensors) {
+    AttentionArgs a{};
+    a.layout = layout.view();
+    a.B = sizes[0];
+    a.H = sizes[1];
+    a.D = sizes[2];
+    a.dtype = static_cast<DType>(dtype);
+    a.scale = scale;
+    a.text_lengths = reinterpret_cast<const int32_t*>(text_lengths);
+    Strided* const fields[] = {&a.query,    &a.key,      &a.value,      &a.out,      &a.lse,
+                               &a.grad_out, &a.grad_lse, &a.grad_query, &a.grad_key, &a.grad_value};
+    for (size_t x = 0; x < tensors.size(); ++x) *fields[x] = to_strided(tensors[x]);
+    return a;
+}
+
+py::array_t<bool> dense_mask(const MaskNumbers& numbers, int32_t seq_len) {
+    const Mask mask = to_mask(numbers);
+    py::array_t<bool> out({seq_len, seq_len});
+    auto view = out.mutable_unchecked<2>();
+    for (int32_t q = 0; q < seq_len; ++q)
+        for (int32_t k = 0; k < seq_len; ++k) view(q, k) = allows(mask, q, k);
+    return out;
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+    py::class_<AttentionLayoutStorage>(m, "AttentionLayout")
+        .def(py::init([](const MaskNumbers& mask, int32_t seq_len) {
+                 return AttentionLayoutStorage(to_mask(mask), seq_len);
+             }),
+             py::arg("mask"), py::arg("seq_len"), py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("num_tiles", &AttentionLayoutStorage::num_tiles)
+        .def_property_readonly("num_bytes", &AttentionLayoutStorage::num_bytes);
+    m.attr("ATTENTION_TILE") = py::make_tuple(kBlock, kPanel);
+    m.def("dense_mask", &dense_mask, py::arg("mask"), py::arg("seq_len"));
+    // tensors: query, key, value, out, lse and for the backward grad_out, grad_lse, grad_query, grad_key, grad_value
+    m.def("attention_forward",
+          [](const AttentionLayoutStorage& layout, const std::array<int64_t, 3>& sizes, int dtype, float scale,
+             int64_t text_lengths, const std::array<TensorNumbers, 5>& tensors, int threads) {
+              attention_forward(attention_kernels(), make_args(layout, sizes, dtype, scale, text_lengths,
+                                                               {tensors.begin(), tensors.end()}), threads);
+          },
+          py::call_guard<py::gil_scoped_release>());
+    m.def("attention_backward",
+          [](const AttentionLayoutStorage& layout, const std::array<int64_t, 3>& sizes, int dtype, float scale,
+             int64_t text_lengths, const std::array<TensorNumbers, 10>& tensors, int threads) {
+              attention_backward(attention_kernels(), make_args(layout, sizes, dtype, scale, text_lengths,
+                                                                {tensors.begin(), tensors.end()}), threads);
+          },
+          py::call_guard<py::gil_scoped_release>());
+    m.def("attention_scratch_bytes",
+          [](const AttentionLayoutStorage& layout, int64_t head_dim, int dtype, bool backward) {
+              const AttentionArgs a = make_args(layout, {1, 1, head_dim}, dtype, 1, 0, {});
+              const AttentionKernels& kernels = attention_kernels();
+              return backward ? kernels.backward_scratch(a) : kernels.forward_scratch(a);
+          },
+          py::arg("layout"), py::arg("head_dim"), py::arg("dtype"), py::arg("backward"),
+          "Bytes of scratch memory that each thread takes.");
+}
+
+}  // namespace dalle_fast

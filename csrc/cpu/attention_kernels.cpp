@@ -1,0 +1,736 @@
+// Sparse attention, forward and backward, of part of one head. Compiled once per instruction set.
+//
+// A tile is 8 queries x 16 keys. Keys are packed by panels of 16, so that one product of a tile is 8 accumulators, one
+// vector load and 8 broadcast multiply-adds per element of the head. Softmax is exact and in two passes: all scores of
+// 8 queries stay in cache, so no running rescale is needed. D head size, Dp = D rounded up to whole panels of 16.
+#include "attention.h"
+#include "simd.h"
+
+#if defined(__AVX512BF16__)
+#define DF_BF16_DOT 1
+#endif
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+namespace {
+
+constexpr int NV = kPanel / VW;              // vectors in a panel
+constexpr int SCORE_ROWS = 8 / NV;           // rows whose scores fit the register file at once
+constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
+constexpr int COLS = 2;                      // ... and its vectors
+constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
+constexpr float LN2 = 0.6931471805599453f;
+
+DF_INLINE float minus_infinity() { return -__builtin_inff(); }
+
+// -- memory -------------------------------------------------------------------------------------------------------------
+
+// Cuts one thread's scratch memory into aligned arrays; with a null base it only counts.
+struct Arena {
+    char* base;
+    size_t used;
+    template <class T>
+    T* take(size_t count) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
+DF_INLINE int64_t padded(int64_t D) { return (D + kPanel - 1) / kPanel * kPanel; }
+
+template <class T>
+DF_INLINE T* row_of(const Strided& x, int64_t b, int64_t h, int64_t s) {
+    return reinterpret_cast<T*>(x.data) + b * x.stride_b + h * x.stride_h + s * x.stride_s;
+}
+
+// One row of D elements as Dp floats, zeros at the end.
+template <class T>
+DF_INLINE void load_row(const T* p, int64_t stride, int64_t D, int64_t Dp, float* out) {
+    int64_t d = 0;
+    if (stride == 1)
+        for (; d + VW <= D; d += VW) store(out + d, load_as_float(p + d));
+    for (; d < D; ++d) out[d] = to_float(p[d * stride]);
+    for (; d < Dp; ++d) out[d] = 0;
+}
+
+template <class T>
+DF_INLINE void store_row(const float* x, float scale, T* p, int64_t stride, int64_t D) {
+    int64_t d = 0;
+    if (stride == 1)
+        for (; d + VW <= D; d += VW) store_from_float(p + d, load(x + d) * scale);
+    for (; d < D; ++d) from_float(x[d] * scale, p + d * stride);
+}
+
+typedef int32_t Word __attribute__((may_alias));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
+
+// One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
+template <int w>
+DF_INLINE void transpose_step(Words* rows) {
+    Words first, second;
+    for (int x = 0; x < 16; ++x) {
+        first[x] = x & w ? 16 + x - w : x;
+        second[x] = x & w ? 16 + x : x + w;
+    }
+#pragma GCC unroll 16
+    for (int x = 0; x < 16; ++x)
+        if (!(x & w)) {
+            const Words a = rows[x], b = rows[x + w];
+            rows[x] = __builtin_shuffle(a, b, first);
+            rows[x + w] = __builtin_shuffle(a, b, second);
+        }
+}
+
+// in (16, n) words of 32 bits, rows `stride` words apart -> out (n, 16); n is a multiple of 16... or 8, then in must
+// be readable up to the next multiple of 16 and only n rows are written.
+DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* out) {
+    for (int64_t d = 0; d < n; d += 16) {
+        Words rows[16];
+#pragma GCC unroll 16
+        for (int x = 0; x < 16; ++x) rows[x] = *reinterpret_cast<const UnalignedWords*>(in + x * stride + d);
+        transpose_step<8>(rows);
+        transpose_step<4>(rows);
+        transpose_step<2>(rows);
+        transpose_step<1>(rows);
+        const int64_t left = n - d < 16 ? n - d : 16;
+        for (int64_t x = 0; x < left; ++x) *reinterpret_cast<UnalignedWords*>(out + (d + x) * 16) = rows[x];
+    }
+}
+
+// -- products of small matrices -------------------------------------------------------------------------------------------
+
+// out (8, 16) = rows (8, Dp) @ panel (Dp, 16)
+DF_INLINE void tile_product(const float* const* rows, const float* panel, int64_t Dp, float* out) {
+    for (int r0 = 0; r0 < kBlock; r0 += SCORE_ROWS) {
+        Vec acc[SCORE_ROWS][NV] = {};
+        const float* row[SCORE_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < SCORE_ROWS; ++r) row[r] = rows[r0 + r];
+        for (int64_t d = 0; d < Dp; ++d) {
+            Vec key[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) key[v] = load(panel + d * kPanel + v * VW);
+#pragma GCC unroll 8
+            for (int r = 0; r < SCORE_ROWS; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) acc[r][v] += key[v] * row[r][d];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < SCORE_ROWS; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) store(out + (r0 + r) * kPanel + v * VW, acc[r][v]);
+    }
+}
+
+// A block of an accumulated product: acc (ROWS, C vectors) += weights (ROWS, 1) @ row (1, C vectors).
+template <int C>
+struct Accumulator {
+    Vec acc[ROWS][C];
+
+    DF_INLINE_MEMBER void clear() {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) acc[r][c] = Vec{};
+    }
+    DF_INLINE_MEMBER void read(float* const* rows, int64_t d) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) acc[r][c] = load(rows[r] + d + c * VW);
+    }
+    DF_INLINE_MEMBER void write(float* const* rows, int64_t d) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) store(rows[r] + d + c * VW, acc[r][c]);
+    }
+    template <class T>
+    DF_INLINE_MEMBER void add(const float* weights, int64_t weight_stride, const T* row) {
+        Vec x[C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) x[c] = load_as_float(row + c * VW);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) acc[r][c] += x[c] * weights[r * weight_stride];
+    }
+};
+
+// The tiles of one block of queries, in the order of their keys, as the softmax needs them.
+struct ActiveTile {
+    int32_t panel;
+    uint32_t columns;  // bit k: some row attends to key k
+    bool full;
+    uint16_t rows[kBlock];
+};
+
+// bits of keys of a text panel that text_length leaves visible
+DF_INLINE uint32_t visible_text(int64_t panel, int64_t text_length) {
+    const int64_t left = text_length - panel * kPanel;
+    return left >= kPanel ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+}
+
+// Turns one tile of a visit into its bits; false where no pair is left.
+DF_INLINE bool activate(const AttentionLayout& layout, int32_t panel, int32_t bits, int64_t text_length,
+                        ActiveTile* tile) {
+    const uint32_t visible = panel < layout.num_text_panels ? visible_text(panel, text_length) : 0xffff;
+    uint32_t columns = 0;
+    tile->panel = panel;
+    tile->full = bits < 0 && visible == 0xffff;
+    for (int r = 0; r < kBlock; ++r) {
+        tile->rows[r] = uint16_t((bits < 0 ? 0xffff : layout.bits[bits][r]) & visible);
+        columns |= tile->rows[r];
+    }
+    tile->columns = columns;
+    return columns != 0;
+}
+
+// x where the row attends, `otherwise` where not
+DF_INLINE Vec select(uint32_t row_bits, int v, Vec x, Vec otherwise) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_mask_mov_ps((__m512)otherwise, __mmask16(row_bits), (__m512)x);
+#else
+    IntVec lane;
+    for (int l = 0; l < VW; ++l) lane[l] = 1 << l;
+    const IntVec set = (IntVec{} + int32_t(row_bits >> (v * VW))) & lane;
+    return set != 0 ? x : otherwise;
+#endif
+}
+
+// -- forward --------------------------------------------------------------------------------------------------------------
+
+// How scores and outputs are computed from a head's packed keys: once in float, once with bfloat16's dot product.
+template <class T>
+struct FloatEngine {
+    const AttentionArgs& a;
+    int64_t Dp;
+    bool values_in_place;
+    float *rows, *keys, *values, *query;
+    const float* query_row[kBlock];
+
+    FloatEngine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
+        values_in_place = a.value.stride_d == 1 && Dp == a.D;
+        rows = arena.take<float>(kPanel * Dp);
+        keys = arena.take<float>(a.layout.num_panels * kPanel * Dp);
+        values = arena.take<float>(values_in_place ? 0 : a.layout.num_panels * kPanel * Dp);
+        query = arena.take<float>(kBlock * Dp);
+    }
+    void pack(const AttentionTask& t, int32_t panel) {
+        for (int k = 0; k < kPanel; ++k) {
+            const int32_t token = a.layout.key_token[panel * kPanel + k];
+            if (token < 0) {
+                for (int64_t d = 0; d < Dp; ++d) rows[k * Dp + d] = 0;
+                if (!values_in_place)
+                    for (int64_t d = 0; d < Dp; ++d) values[(int64_t(panel) * kPanel + k) * Dp + d] = 0;
+                continue;
+            }
+            load_row(row_of<const T>(a.key, t.batch, t.head, token), a.key.stride_d, a.D, Dp, rows + k * Dp);
+            if (!values_in_place)
+                load_row(row_of<const T>(a.value, t.batch, t.head, token), a.value.stride_d, a.D, Dp,
+                         values + (int64_t(panel) * kPanel + k) * Dp);
+        }
+        transpose_panel(reinterpret_cast<const Word*>(rows), Dp, Dp,
+                        reinterpret_cast<Word*>(keys + int64_t(panel) * kPanel * Dp));
+    }
+    void load_queries(const AttentionTask& t, const int32_t* tokens) {
+        for (int r = 0; r < kBlock; ++r) {
+            load_row(row_of<const T>(a.query, t.batch, t.head, tokens[r]), a.query.stride_d, a.D, Dp, query + r * Dp);
+            query_row[r] = query + r * Dp;
+        }
+    }
+    void scores(int32_t panel, float* out) { tile_product(query_row, keys + int64_t(panel) * kPanel * Dp, Dp, out); }
+
+    // out (8, Dp) = probabilities (8, keys of the tiles) @ values, by columns of C vectors from d
+    template <int C, class V>
+    void output_columns(const AttentionTask& t, const ActiveTile* tiles, int32_t count, const float* probabilities,
+                        const V* base, int64_t stride, bool by_token, int64_t d, float* out) {
+        for (int r0 = 0; r0 < kBlock; r0 += ROWS) {
+            Accumulator<C> acc;
+            acc.clear();
+            float* out_rows[ROWS];
+            for (int r = 0; r < ROWS; ++r) out_rows[r] = out + (r0 + r) * Dp;
+            for (int32_t x = 0; x < count; ++x) {
+                const float* p = probabilities + (int64_t(x) * kBlock + r0) * kPanel;
+                const int64_t slot = int64_t(tiles[x].panel) * kPanel;
+                const int32_t* token = a.layout.key_token + slot;
+                if (tiles[x].full) {
+                    for (int k = 0; k < kPanel; ++k)
+                        acc.add(p + k, kPanel, base + (by_token ? token[k] : slot + k) * stride + d);
+                } else {
+                    for (uint32_t left = tiles[x].columns; left; left &= left - 1) {
+                        const int k = __builtin_ctz(left);
+                        acc.add(p + k, kPanel, base + (by_token ? token[k] : slot + k) * stride + d);
+                    }
+                }
+            }
+            acc.write(out_rows, d);
+        }
+    }
+    template <class V>
+    void output_from(const AttentionTask& t, const ActiveTile* tiles, int32_t count, const float* probabilities,
+                     const V* base, int64_t stride, bool by_token, float* out) {
+        int64_t d = 0;
+        for (; d + COLS * VW <= Dp; d += COLS * VW)
+            output_columns<COLS>(t, tiles, count, probabilities, base, stride, by_token, d, out);
+        for (; d < Dp; d += VW) output_columns<1>(t, tiles, count, probabilities, base, stride, by_token, d, out);
+    }
+    void output(const AttentionTask& t, const ActiveTile* tiles, int32_t count, float* probabilities, float* out) {
+        if (values_in_place)
+            output_from(t, tiles, count, probabilities, row_of<const T>(a.value, t.batch, t.head, 0), a.value.stride_s,
+                        true, out);
+        else
+            output_from(t, tiles, count, probabilities, values, Dp, false, out);
+    }
+};
+
+#if defined(DF_BF16_DOT)
+// vdpbf16ps multiplies pairs: of neighbouring head elements for scores, of neighbouring keys for outputs.
+struct BFloat16Engine {
+    const AttentionArgs& a;
+    int64_t Dp;
+    uint16_t* rows;
+    Word *keys, *values, *query;
+
+    BFloat16Engine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
+        rows = arena.take<uint16_t>(kPanel * (Dp + 32));
+        keys = arena.take<Word>(a.layout.num_panels * kPanel * Dp / 2);
+        values = arena.take<Word>(a.layout.num_panels * kPanel * Dp / 2);
+        query = arena.take<Word>(kBlock * Dp / 2);
+    }
+    void load_row16(const Strided& x, const AttentionTask& t, int32_t token, uint16_t* out) {
+        int64_t d = 0;
+        if (token >= 0) {
+            const uint16_t* p = row_of<const uint16_t>(x, t.batch, t.head, token);
+            if (x.stride_d == 1) {
+                std::memcpy(out, p, a.D * 2);
+                d = a.D;
+            } else {
+                for (; d < a.D; ++d) out[d] = p[d * x.stride_d];
+            }
+        }
+        for (; d < Dp; ++d) out[d] = 0;
+    }
+    void pack(const AttentionTask& t, int32_t panel) {
+        const int32_t* token = a.layout.key_token + panel * kPanel;
+        const int64_t stride = Dp + 32;  // the transpose reads whole vectors
+        for (int k = 0; k < kPanel; ++k) load_row16(a.key, t, token[k], rows + k * stride);
+        transpose_panel(reinterpret_cast<const Word*>(rows), stride / 2, Dp / 2, keys + int64_t(panel) * kPanel * Dp / 2);
+        for (int k = 0; k < kPanel; ++k) load_row16(a.value, t, token[k], rows + k * stride);
+        for (int k = 0; k < kPanel; k += 2) {
+            Word* out = values + (int64_t(panel) * kPanel + k) / 2 * Dp;
+            for (int64_t d = 0; d < Dp; d += 16) {
+                const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + k * stride + d)));
+                const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (k + 1) * stride + d)));
+                _mm512_storeu_si512(out + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            }
+        }
+    }
+    void load_queries(const AttentionTask& t, const int32_t* tokens) {
+        for (int r = 0; r < kBlock; ++r)
+            load_row16(a.query, t, tokens[r], reinterpret_cast<uint16_t*>(query) + r * Dp);
+    }
+    void scores(int32_t panel, float* out) {
+        const Word* p = keys + int64_t(panel) * kPanel * Dp / 2;
+        const int64_t stride = Dp / 2;
+        __m512 acc[kBlock];
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r) acc[r] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < stride; ++d) {
+            const __m512bh key = (__m512bh)_mm512_loadu_si512(p + d * kPanel);
+#pragma GCC unroll 8
+            for (int r = 0; r < kBlock; ++r)
+                acc[r] = _mm512_dpbf16_ps(acc[r], key, (__m512bh)_mm512_set1_epi32(query[r * stride + d]));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r) _mm512_storeu_ps(out + r * kPanel, acc[r]);
+    }
+    template <int C>
+    void output_columns(const ActiveTile* tiles, int32_t count, const Word* probabilities, int64_t d, float* out) {
+        __m512 acc[kBlock][C];
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
+        for (int32_t x = 0; x < count; ++x) {
+            const Word* p = probabilities + int64_t(x) * kBlock * kPanel;  // the tile's first half holds the pairs
+            const Word* base = values + int64_t(tiles[x].panel) * kPanel / 2 * Dp + d;
+            // bit k: some row attends to key 2 k or 2 k + 1
+            uint32_t pairs = (tiles[x].columns | tiles[x].columns >> 1) & 0x5555;
+            for (; pairs; pairs &= pairs - 1) {
+                const int k = __builtin_ctz(pairs) / 2;
+                __m512bh value[C];
+#pragma GCC unroll 2
+                for (int c = 0; c < C; ++c) value[c] = (__m512bh)_mm512_loadu_si512(base + k * Dp + c * 16);
+#pragma GCC unroll 8
+                for (int r = 0; r < kBlock; ++r) {
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(p[r * kPanel / 2 + k]);
+#pragma GCC unroll 2
+                    for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], weight, value[c]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kBlock; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) _mm512_storeu_ps(out + r * Dp + d + c * 16, acc[r][c]);
+    }
+    void output(const AttentionTask&, const ActiveTile* tiles, int32_t count, float* probabilities, float* out) {
+        for (int32_t x = 0; x < count; ++x) {  // to bfloat16 in place
+            float* p = probabilities + int64_t(x) * kBlock * kPanel;
+            for (int r = 0; r < kBlock; ++r)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(p) + r * kPanel),
+                                    (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + r * kPanel)));
+        }
+        const Word* pairs = reinterpret_cast<const Word*>(probabilities);
+        int64_t d = 0;
+        for (; d + 32 <= Dp; d += 32) output_columns<2>(tiles, count, pairs, d, out);
+        for (; d < Dp; d += 16) output_columns<1>(tiles, count, pairs, d, out);
+    }
+};
+#endif
+
+struct ForwardScratch {
+    float *scores, *out;
+    ActiveTile* tiles;
+    char* packed;  // (num_panels) whether a panel is packed already
+};
+
+DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t Dp, Arena& arena) {
+    ForwardScratch s;
+    s.scores = arena.take<float>(int64_t(layout.num_panels) * kPanel * kBlock);
+    s.out = arena.take<float>(kBlock * Dp);
+    s.tiles = arena.take<ActiveTile>(layout.num_panels);
+    s.packed = arena.take<char>(layout.num_panels);
+    return s;
+}
+
+// scores (8, keys) -> exp(scale * scores - max), their sums and lse
+DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e, float* scores, float* sum, float* lse) {
+#pragma GCC unroll 1
+    for (int r = 0; r < kBlock; ++r) {
+        Vec highest = splat(minus_infinity());
+        for (int32_t x = 0; x < count; ++x)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
+                Vec s = load(p) * scale_log2e;
+                if (!tiles[x].full) s = select(tiles[x].rows[r], v, s, splat(minus_infinity()));
+                store(p, s);
+                highest = max(s, highest);
+            }
+        const float m = horizontal_max(highest);
+        Vec total = Vec{};
+        for (int32_t x = 0; x < count; ++x)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
+                Vec e = exp2(load(p) - m);
+                if (!tiles[x].full) e = select(tiles[x].rows[r], v, e, Vec{});
+                store(p, e);
+                total += e;
+            }
+        sum[r] = horizontal_sum(total);
+        lse[r] = sum[r] == 0 ? minus_infinity() : m * LN2 + __builtin_logf(sum[r]);
+    }
+}
+
+template <class T, class Engine>
+void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    const AttentionLayout& layout = a.layout;
+    Arena arena{scratch, 0};
+    Engine engine(a, arena);
+    const int64_t Dp = engine.Dp;
+    const ForwardScratch s = forward_arrays(layout, Dp, arena);
+    const int64_t text_length = a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel;
+    for (int32_t panel = 0; panel < layout.num_panels; ++panel) s.packed[panel] = 0;
+
+    for (int32_t block = t.block_begin; block < t.block_end; ++block) {
+        const int32_t* tokens = layout.query_token + block * kBlock;
+        int32_t rows[kBlock], count = 0;
+        for (int r = 0; r < kBlock; ++r) rows[r] = tokens[r] < 0 ? tokens[0] : tokens[r];
+        engine.load_queries(t, rows);
+        for (int32_t x = layout.block_visits[block]; x < layout.block_visits[block + 1]; ++x) {
+            const Visit visit = layout.panels_of_block[x];
+            for (int32_t panel = visit.first; panel < visit.first + visit.count; ++panel) {
+                if (!activate(layout, panel, visit.bits, text_length, s.tiles + count)) continue;
+                if (!s.packed[panel]) {
+                    engine.pack(t, panel);
+                    s.packed[panel] = 1;
+                }
+                engine.scores(panel, s.scores + int64_t(count) * kBlock * kPanel);
+                ++count;
+            }
+        }
+        float sum[kBlock], lse[kBlock];
+        softmax(s.tiles, count, a.scale * LOG2E, s.scores, sum, lse);
+        engine.output(t, s.tiles, count, s.scores, s.out);
+        for (int r = 0; r < kBlock && tokens[r] >= 0; ++r) {
+            if (sum[r] == 0)
+                for (int64_t d = 0; d < Dp; ++d) s.out[r * Dp + d] = 0;
+            store_row(s.out + r * Dp, sum[r] == 0 ? 0 : 1 / sum[r], row_of<T>(a.out, t.batch, t.head, tokens[r]),
+                      a.out.stride_d, a.D);
+            *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
+        }
+    }
+}
+
+// -- backward ---------------------------------------------------------------------------------------------------------------
+
+// With P the probabilities, O the output, dO its gradient and dL that of lse:
+//   dV = P^T dO;  dS = scale * P * (dO V^T - delta), delta = rowsum(dO * O) - dL;  dQ = dS K;  dK = dS^T Q.
+// Panels of keys are the outer loop, so dK and dV of a panel stay in the first-level cache; dQ grows in memory, always in
+// the order of the panels. A task may make only dQ of some blocks or only dK, dV of some panels: the same sums in the
+// same order, so splitting a head between threads does not change a bit.
+template <class T>
+struct BackwardScratch {
+    float *delta, *keys, *values, *key_rows, *grad_key, *grad_value, *query, *grad_out, *tile_p, *tile_ds, *grad_query;
+
+    static bool in_place(const AttentionArgs& a) { return sizeof(T) == 4 && a.D == padded(a.D); }
+
+    BackwardScratch(const AttentionArgs& a, Arena& arena) {
+        const int64_t Dp = padded(a.D);
+        delta = arena.take<float>(a.layout.num_blocks * kBlock);
+        keys = arena.take<float>(kPanel * Dp);
+        values = arena.take<float>(kPanel * Dp);
+        key_rows = arena.take<float>(kPanel * Dp);
+        grad_key = arena.take<float>(kPanel * Dp);
+        grad_value = arena.take<float>(kPanel * Dp);
+        query = arena.take<float>(kBlock * Dp);
+        grad_out = arena.take<float>(kBlock * Dp);
+        tile_p = arena.take<float>(kBlock * kPanel);
+        tile_ds = arena.take<float>(kBlock * kPanel);
+        grad_query = arena.take<float>(in_place(a) ? 0 : a.layout.num_blocks * kBlock * Dp);
+    }
+};
+
+// out (8 or 16 rows, Dp) += weights^T or weights (rows, n) @ in (n, Dp), where bit k of `which` says that row k of `in`
+// takes part. weight(r, k) = weights[r * row_stride + k * k_stride].
+template <int C>
+DF_INLINE void add_product_columns(float* const* out, int rows, const float* weights, int64_t row_stride,
+                                   int64_t k_stride, const float* const* in, uint32_t which, int64_t d) {
+    for (int r0 = 0; r0 < rows; r0 += ROWS) {
+        Accumulator<C> acc;
+        acc.read(out + r0, d);
+        for (uint32_t left = which; left; left &= left - 1) {
+            const int k = __builtin_ctz(left);
+            acc.add(weights + r0 * row_stride + k * k_stride, row_stride, in[k] + d);
+        }
+        acc.write(out + r0, d);
+    }
+}
+
+DF_INLINE void add_product(float* const* out, int rows, const float* weights, int64_t row_stride, int64_t k_stride,
+                           const float* const* in, uint32_t which, int64_t Dp) {
+    int64_t d = 0;
+    for (; d + COLS * VW <= Dp; d += COLS * VW)
+        add_product_columns<COLS>(out, rows, weights, row_stride, k_stride, in, which, d);
+    for (; d < Dp; d += VW) add_product_columns<1>(out, rows, weights, row_stride, k_stride, in, which, d);
+}
+
+// Rows of a block as floats: where they lie, or copied. Slots without a token point at zeros.
+template <class T>
+DF_INLINE void block_rows(const Strided& x, const AttentionTask& t, const int32_t* tokens, int64_t D, int64_t Dp,
+                          float* copy, const float** rows) {
+    for (int r = 0; r < kBlock; ++r) {
+        rows[r] = copy + r * Dp;
+        if (tokens[r] < 0) {
+            for (int64_t d = 0; d < Dp; ++d) copy[r * Dp + d] = 0;
+            continue;
+        }
+        const T* p = row_of<const T>(x, t.batch, t.head, tokens[r]);
+        if (sizeof(T) == 4 && x.stride_d == 1 && D == Dp) rows[r] = reinterpret_cast<const float*>(p);
+        else load_row(p, x.stride_d, D, Dp, copy + r * Dp);
+    }
+}
+
+template <class T>
+void compute_delta(const AttentionArgs& a, const AttentionTask& t, BackwardScratch<T>& s) {
+    const int64_t Dp = padded(a.D);
+    for (int32_t slot = t.block_begin * kBlock; slot < t.block_end * kBlock; ++slot) {
+        const int32_t token = a.layout.query_token[slot];
+        s.delta[slot] = 0;
+        if (token < 0) continue;
+        load_row(row_of<const T>(a.grad_out, t.batch, t.head, token), a.grad_out.stride_d, a.D, Dp, s.grad_out);
+        load_row(row_of<const T>(a.out, t.batch, t.head, token), a.out.stride_d, a.D, Dp, s.query);
+        Vec total = Vec{};
+        for (int64_t d = 0; d < Dp; d += VW) total += load(s.grad_out + d) * load(s.query + d);
+        s.delta[slot] = horizontal_sum(total);
+        if (a.grad_lse.data) s.delta[slot] -= *row_of<const float>(a.grad_lse, t.batch, t.head, token);
+    }
+}
+
+template <class T>
+void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    const AttentionLayout& layout = a.layout;
+    const int64_t D = a.D, Dp = padded(D);
+    Arena arena{scratch, 0};
+    BackwardScratch<T> s(a, arena);
+    const bool in_place = BackwardScratch<T>::in_place(a);
+    const int64_t text_length = a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel;
+    // dQ of a query slot; a slot without a token adds zeros to the block's own first row, which no other thread has.
+    const auto grad_query_row = [&](int32_t block, int r) -> float* {
+        const int32_t* tokens = layout.query_token + block * kBlock;
+        if (!in_place) return s.grad_query + (int64_t(block) * kBlock + r) * Dp;
+        return reinterpret_cast<float*>(row_of<T>(a.grad_query, t.batch, t.head, tokens[r] < 0 ? tokens[0] : tokens[r]));
+    };
+    compute_delta(a, t, s);
+    if (t.for_query)
+        for (int32_t block = t.block_begin; block < t.block_end; ++block)
+            for (int r = 0; r < kBlock; ++r) {
+                float* row = grad_query_row(block, r);
+                for (int64_t d = 0; d < Dp; ++d) row[d] = 0;
+            }
+
+    float* grad_key_rows[kPanel];
+    float* grad_value_rows[kPanel];
+    const float* key_rows[kPanel];
+    for (int k = 0; k < kPanel; ++k) {
+        grad_key_rows[k] = s.grad_key + k * Dp;
+        grad_value_rows[k] = s.grad_value + k * Dp;
+        key_rows[k] = s.key_rows + k * Dp;
+    }
+    for (int32_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
+        const int32_t* key_tokens = layout.key_token + panel * kPanel;
+        const auto load_panel = [&](const Strided& x, float* rows) {
+            for (int k = 0; k < kPanel; ++k) {
+                if (key_tokens[k] >= 0)
+                    load_row(row_of<const T>(x, t.batch, t.head, key_tokens[k]), x.stride_d, D, Dp, rows + k * Dp);
+                else
+                    for (int64_t d = 0; d < Dp; ++d) rows[k * Dp + d] = 0;
+            }
+        };
+        load_panel(a.value, s.key_rows);
+        transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.values));
+        load_panel(a.key, s.key_rows);
+        transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.keys));
+        for (int64_t x = 0; x < kPanel * Dp; ++x) s.grad_key[x] = s.grad_value[x] = 0;
+
+        for (int32_t x = layout.panel_visits[panel]; x < layout.panel_visits[panel + 1]; ++x) {
+            const Visit visit = layout.blocks_of_panel[x];
+            ActiveTile tile;
+            if (!activate(layout, panel, visit.bits, text_length, &tile)) continue;
+            const int32_t begin = visit.first > t.block_begin ? visit.first : t.block_begin;
+            const int32_t end = visit.first + visit.count < t.block_end ? visit.first + visit.count : t.block_end;
+            for (int32_t block = begin; block < end; ++block) {
+                const int32_t* tokens = layout.query_token + block * kBlock;
+                const float* query[kBlock];
+                const float* grad_out[kBlock];
+                block_rows<T>(a.query, t, tokens, D, Dp, s.query, query);
+                block_rows<T>(a.grad_out, t, tokens, D, Dp, s.grad_out, grad_out);
+                tile_product(query, s.keys, Dp, s.tile_p);
+                tile_product(grad_out, s.values, Dp, s.tile_ds);
+                for (int r = 0; r < kBlock; ++r) {
+                    float lse = 0;
+                    if (tokens[r] >= 0) lse = *row_of<const float>(a.lse, t.batch, t.head, tokens[r]);
+                    const float shift = lse == minus_infinity() ? 0 : lse * LOG2E, delta = s.delta[block * kBlock + r];
+#pragma GCC unroll 4
+                    for (int v = 0; v < NV; ++v) {
+                        float* p = s.tile_p + r * kPanel + v * VW;
+                        float* ds = s.tile_ds + r * kPanel + v * VW;
+                        Vec probability = exp2(load(p) * (a.scale * LOG2E) - shift);
+                        Vec gradient = probability * (load(ds) - delta) * a.scale;
+                        if (!tile.full) {
+                            probability = select(tile.rows[r], v, probability, Vec{});
+                            gradient = select(tile.rows[r], v, gradient, Vec{});
+                        }
+                        store(p, probability);
+                        store(ds, gradient);
+                    }
+                }
+                if (t.for_query) {
+                    float* grad_query[kBlock];
+                    for (int r = 0; r < kBlock; ++r) grad_query[r] = grad_query_row(block, r);
+                    if (in_place && tokens[kBlock - 1] < 0) {  // rows that share memory must not be added to together
+                        for (int r = 0; r < kBlock; ++r)
+                            if (tokens[r] < 0) grad_query[r] = s.query + r * Dp;
+                        // s.query holds zeros there, and zero weights keep them zero
+                    }
+                    add_product(grad_query, kBlock, s.tile_ds, kPanel, 1, key_rows, tile.columns, Dp);
+                }
+                if (t.for_key) {
+                    add_product(grad_key_rows, kPanel, s.tile_ds, 1, kPanel, query, 0xff, Dp);
+                    add_product(grad_value_rows, kPanel, s.tile_p, 1, kPanel, grad_out, 0xff, Dp);
+                }
+            }
+        }
+        if (t.for_key)
+            for (int k = 0; k < kPanel; ++k)
+                if (key_tokens[k] >= 0) {
+                    store_row(grad_key_rows[k], 1, row_of<T>(a.grad_key, t.batch, t.head, key_tokens[k]),
+                              a.grad_key.stride_d, D);
+                    store_row(grad_value_rows[k], 1, row_of<T>(a.grad_value, t.batch, t.head, key_tokens[k]),
+                              a.grad_value.stride_d, D);
+                }
+    }
+    if (t.for_query && !in_place)
+        for (int32_t slot = t.block_begin * kBlock; slot < t.block_end * kBlock; ++slot)
+            if (layout.query_token[slot] >= 0)
+                store_row(s.grad_query + int64_t(slot) * Dp, 1,
+                          row_of<T>(a.grad_query, t.batch, t.head, layout.query_token[slot]), a.grad_query.stride_d, D);
+}
+
+// -- what the driver calls ----------------------------------------------------------------------------------------------------
+
+template <class T, class Engine>
+size_t forward_scratch_with(const AttentionArgs& a) {
+    Arena arena{nullptr, 0};
+    Engine engine(a, arena);
+    forward_arrays(a.layout, engine.Dp, arena);
+    return arena.used;
+}
+
+template <class T>
+size_t backward_scratch_of(const AttentionArgs& a) {
+    Arena arena{nullptr, 0};
+    BackwardScratch<T> scratch(a, arena);
+    return arena.used;
+}
+
+#if defined(DF_BF16_DOT)
+typedef BFloat16Engine EngineOfBFloat16;
+#else
+typedef FloatEngine<BFloat16> EngineOfBFloat16;
+#endif
+
+size_t forward_scratch(const AttentionArgs& a) {
+    switch (a.dtype) {
+        case DType::float32: return forward_scratch_with<float, FloatEngine<float>>(a);
+        case DType::float16: return forward_scratch_with<Half, FloatEngine<Half>>(a);
+        default: return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
+    }
+}
+
+void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    switch (a.dtype) {
+        case DType::float32: return forward_with<float, FloatEngine<float>>(a, t, scratch);
+        case DType::float16: return forward_with<Half, FloatEngine<Half>>(a, t, scratch);
+        default: return forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
+    }
+}
+
+size_t backward_scratch(const AttentionArgs& a) {
+    switch (a.dtype) {
+        case DType::float32: return backward_scratch_of<float>(a);
+        case DType::float16: return backward_scratch_of<Half>(a);
+        default: return backward_scratch_of<BFloat16>(a);
+    }
+}
+
+void backward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    switch (a.dtype) {
+        case DType::float32: return backward_of<float>(a, t, scratch);
+        case DType::float16: return backward_of<Half>(a, t, scratch);
+        default: return backward_of<BFloat16>(a, t, scratch);
+    }
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {forward_scratch, forward, backward_scratch, backward};
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

@@ -1,0 +1,28 @@
+// Owns the tables that AttentionLayout (attention.h) points to.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "../mask.h"
+#include "attention.h"
+
+namespace dalle_fast {
+
+class AttentionLayoutStorage {
+public:
+    // The tiles that the first seq_len positions of the mask touch, found by evaluating its rule.
+    AttentionLayoutStorage(const Mask& mask, int32_t seq_len);
+
+    AttentionLayout view() const;
+    int64_t num_tiles() const;  // tiles of 8 x 16 pairs that the kernels compute
+    int64_t num_bytes() const;
+
+private:
+    int32_t seq_len_, num_text_blocks_, num_text_panels_;
+    std::vector<int32_t> query_token_, key_token_, block_visits_, panel_visits_;
+    std::vector<Visit> panels_of_block_, blocks_of_panel_;
+    std::vector<std::array<uint16_t, kBlock>> bits_;
+};
+
+}  // namespace dalle_fast

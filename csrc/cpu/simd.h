@@ -1,0 +1,158 @@
+// Vectors of the instruction set a file is compiled for, in GCC's and Clang's vector types: arithmetic, comparison and
+// selection are the language's own, only what differs by instruction set is spelled out here.
+//
+// Everything has internal linkage: each instruction set must keep its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define DF_INLINE static inline __attribute__((always_inline))
+#define DF_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VW = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int VW = 8;
+#else
+constexpr int VW = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(VW * 4)));
+typedef int32_t IntVec __attribute__((vector_size(VW * 4)));
+typedef float UnalignedVec __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+
+DF_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+DF_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+DF_INLINE Vec splat(float x) { return x - Vec{}; }
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+DF_INLINE float bits_to_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+DF_INLINE uint32_t float_to_bits(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits; }
+
+// -- one element ----------------------------------------------------------------------------------------------------
+
+DF_INLINE float to_float(float x) { return x; }
+DF_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+DF_INLINE float to_float(Half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity, NaN
+    // 2^112 re-biases the exponent; the product is exact, subnormals included.
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000)));
+}
+
+DF_INLINE void from_float(float x, float* out) { *out = x; }
+DF_INLINE void from_float(float x, BFloat16* out) {
+    const uint32_t bits = float_to_bits(x);
+    out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DF_INLINE void from_float(float x, Half* out) {
+    const uint32_t sign = float_to_bits(x) >> 16 & 0x8000, bits = float_to_bits(x) & 0x7fffffff;
+    uint32_t half;
+    if (bits > 0x7f800000) half = 0x7e00;
+    else if (bits >= 0x477ff000) half = 0x7c00;  // rounds to 65520 and more
+    else if (bits < 0x38800000) {                // subnormal: adding 0.5 rounds at its last bit
+        half = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000;
+    } else half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    out->bits = uint16_t(sign | half);
+}
+
+// -- a vector of them -------------------------------------------------------------------------------------------------
+
+DF_INLINE Vec load_as_float(const float* p) { return load(p); }
+DF_INLINE void store_from_float(float* p, Vec v) { store(p, v); }
+
+#if defined(__AVX512F__)
+DF_INLINE Vec load_as_float(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+DF_INLINE Vec load_as_float(const Half* p) {
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+DF_INLINE void store_from_float(Half* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+DF_INLINE Vec load_as_float(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+DF_INLINE Vec load_as_float(const Half* p) {
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DF_INLINE void store_from_float(Half* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class T>
+DF_INLINE Vec load_as_float(const T* p) {
+    Vec v;
+    for (int x = 0; x < VW; ++x) v[x] = to_float(p[x]);
+    return v;
+}
+#endif
+
+template <class T>
+DF_INLINE void store_from_float(T* p, Vec v) {
+    for (int x = 0; x < VW; ++x) from_float(v[x], p + x);
+}
+
+// -- mathematics ------------------------------------------------------------------------------------------------------
+
+DF_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+
+DF_INLINE float horizontal_max(Vec v) {
+    float m = v[0];
+    for (int x = 1; x < VW; ++x) m = v[x] > m ? v[x] : m;
+    return m;
+}
+
+DF_INLINE float horizontal_sum(Vec v) {
+    float tmp[VW];
+    store(tmp, v);
+    for (int width = VW / 2; width; width /= 2)
+        for (int x = 0; x < width; ++x) tmp[x] += tmp[x + width];
+    return tmp[0];
+}
+
+// 2^x for x <= 0 or a little above: x = n + f with |f| <= 1/2, a degree-5 minimax polynomial of 2^f (relative error
+// 2e-7), and n added to the exponent. NaN stays NaN; -inf and everything below -126 gives at most 2^-125.
+DF_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+    x = (Vec)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // the second operand where either is NaN
+    const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Vec clamped = x < splat(-125.f) ? splat(-125.f) : x;
+    const Vec shifter = splat(12582912.f);  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    const Vec shifted = clamped + shifter;
+    const Vec n = shifted - shifter;
+    const Vec original = x;
+    x = clamped;
+#endif
+    const Vec f = x - n;
+    Vec p = splat(1.326472731e-3f);
+    p = p * f + 9.671512991e-3f;
+    p = p * f + 5.550733581e-2f;
+    p = p * f + 2.402224243e-1f;
+    p = p * f + 6.931470037e-1f;
+    p = p * f + 1.0f;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
+    return original == original ? scaled : original;
+#endif
+}
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

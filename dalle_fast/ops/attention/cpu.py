@@ -1,0 +1,74 @@
+"""Sparse attention on the CPU: the C++ kernels of `csrc/cpu/attention_kernels.cpp`.
+
+B batch, H heads, S sequence, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from dalle_fast import _extension
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of DType in csrc/cpu/attention.h
+MAX_HEAD_DIM = 128
+
+
+def why_not(query, key, value, mask) -> list[str]:
+    """Every reason why this implementation cannot serve these tensors here; empty if it can."""
+    reasons = []
+    if query.device.type != "cpu":
+        reasons.append(f"it needs CPU tensors, got {query.device}")
+    if query.dtype not in DTYPES:
+        reasons.append(f"it computes in float32, float16 or bfloat16, got {query.dtype}")
+    if query.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"its head size is at most {MAX_HEAD_DIM}, got {query.shape[-1]}")
+    if missing := _extension.why_missing():
+        reasons.append(missing)
+    return reasons
+
+
+def forward(query, key, value, text_lengths, mask, scale):
+    """Returns (out, lse): out (B, H, S, D) in query's dtype, lse (B, H, S) float32, both fresh and contiguous."""
+    B, H, S, D = query.shape
+    out = torch.empty((B, H, S, D), dtype=query.dtype)
+    lse = torch.empty((B, H, S), dtype=torch.float32)
+    _extension.native().attention_forward(
+        _layout(mask, S),
+        (B, H, D),
+        DTYPES[query.dtype],
+        scale,
+        0 if text_lengths is None else text_lengths.data_ptr(),
+        [_numbers(x) for x in (query, key, value, out, lse)],
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale):
+    """Returns the gradients of query, key and value, fresh and contiguous, in their dtype."""
+    B, H, S, D = query.shape
+    grads = tuple(torch.empty((B, H, S, D), dtype=query.dtype) for _ in range(3))
+    _extension.native().attention_backward(
+        _layout(mask, S),
+        (B, H, D),
+        DTYPES[query.dtype],
+        scale,
+        0 if text_lengths is None else text_lengths.data_ptr(),
+        [_numbers(x) for x in (query, key, value, out, lse, grad_out, grad_lse, *grads)],
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(mask, seq_len):
+    return _extension.native().AttentionLayout(mask.encode(), seq_len)
+
+
+def _numbers(tensor):
+    """Address and strides of a (B, H, S, D) or (B, H, S) tensor; the address of None is 0."""
+    if tensor is None:
+        return (0, 0, 0, 0, 0)
+    return (tensor.data_ptr(), *tensor.stride(), 0)[:5]
