@@ -24,6 +24,7 @@ struct Visit {
 // panels of their own; a slot without a token holds -1. Borrowed pointers: see AttentionLayoutStorage.
 struct AttentionLayout {
     int32_t seq_len, num_text_blocks, num_blocks, num_text_panels, num_panels;
+    int32_t image_window;         // the most image panels from the first to the last that a block visits, at least 1
     const int32_t* query_token;   // (num_blocks * kBlock) token of a query slot
     const int32_t* key_token;     // (num_panels * kPanel) token of a key slot
     const int32_t* block_visits;  // (num_blocks + 1) where a block's visits begin

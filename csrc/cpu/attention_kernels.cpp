@@ -15,7 +15,7 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr int NV = kPanel / VW;              // vectors in a panel
-constexpr int SCORE_ROWS = 8 / NV;           // rows whose scores fit the register file at once
+constexpr int PANELS = VW == 16 ? 2 : 1;     // panels whose scores of a block fit the register file at once
 constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
 constexpr int COLS = 2;                      // ... and its vectors
 constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
@@ -52,6 +52,18 @@ DF_INLINE void load_row(const T* p, int64_t stride, int64_t D, int64_t Dp, float
         for (; d + VW <= D; d += VW) store(out + d, load_as_float(p + d));
     for (; d < D; ++d) out[d] = to_float(p[d * stride]);
     for (; d < Dp; ++d) out[d] = 0;
+}
+
+// Begins to fetch a row that is used a little later: a head's tensors do not fit the second-level cache together.
+template <class T>
+DF_INLINE void prefetch_row(const T* p, int64_t stride, int64_t D) {
+    if (stride != 1) return;
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + d);
+}
+template <class T>
+DF_INLINE void prefetch_row_for_write(const T* p, int64_t stride, int64_t D) {
+    if (stride != 1) return;
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) prefetch_for_write(p + d);
 }
 
 template <class T>
@@ -101,26 +113,28 @@ DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* 
 
 // -- products of small matrices -------------------------------------------------------------------------------------------
 
-// out (8, 16) = rows (8, Dp) @ panel (Dp, 16)
-DF_INLINE void tile_product(const float* const* rows, const float* panel, int64_t Dp, float* out) {
-    for (int r0 = 0; r0 < kBlock; r0 += SCORE_ROWS) {
-        Vec acc[SCORE_ROWS][NV] = {};
-        const float* row[SCORE_ROWS];
+// out[p] (8, 16) = rows (8, Dp) @ panels[p] (Dp, 16) for P panels at once: as many as the register file holds
+template <int P>
+DF_INLINE void tile_products(const float* const* rows, const float* const* panels, int64_t Dp, float* const* out) {
+    constexpr int R = P * NV == 1 ? 8 : P * NV == 2 && VW == 16 ? 8 : 8 / (P * NV);
+    for (int r0 = 0; r0 < kBlock; r0 += R) {
+        Vec acc[R][P * NV] = {};
+        const float* row[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < SCORE_ROWS; ++r) row[r] = rows[r0 + r];
+        for (int r = 0; r < R; ++r) row[r] = rows[r0 + r];
         for (int64_t d = 0; d < Dp; ++d) {
-            Vec key[NV];
+            Vec key[P * NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) key[v] = load(panel + d * kPanel + v * VW);
+            for (int v = 0; v < P * NV; ++v) key[v] = load(panels[v / NV] + d * kPanel + v % NV * VW);
 #pragma GCC unroll 8
-            for (int r = 0; r < SCORE_ROWS; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) acc[r][v] += key[v] * row[r][d];
+                for (int v = 0; v < P * NV; ++v) acc[r][v] += key[v] * row[r][d];
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < SCORE_ROWS; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) store(out + (r0 + r) * kPanel + v * VW, acc[r][v]);
+            for (int v = 0; v < P * NV; ++v) store(out[v / NV] + (r0 + r) * kPanel + v % NV * VW, acc[r][v]);
     }
 }
 
@@ -162,6 +176,7 @@ struct Accumulator {
 // The tiles of one block of queries, in the order of their keys, as the softmax needs them.
 struct ActiveTile {
     int32_t panel;
+    int64_t slot;      // of the panel's packed keys
     uint32_t columns;  // bit k: some row attends to key k
     bool full;
     uint16_t rows[kBlock];
@@ -177,9 +192,11 @@ DF_INLINE uint32_t visible_text(int64_t panel, int64_t text_length) {
 DF_INLINE bool activate(const AttentionLayout& layout, int32_t panel, int32_t bits, int64_t text_length,
                         ActiveTile* tile) {
     const uint32_t visible = panel < layout.num_text_panels ? visible_text(panel, text_length) : 0xffff;
-    uint32_t columns = 0;
     tile->panel = panel;
     tile->full = bits < 0 && visible == 0xffff;
+    tile->columns = visible;
+    if (tile->full) return true;
+    uint32_t columns = 0;
     for (int r = 0; r < kBlock; ++r) {
         tile->rows[r] = uint16_t((bits < 0 ? 0xffff : layout.bits[bits][r]) & visible);
         columns |= tile->rows[r];
@@ -202,6 +219,17 @@ DF_INLINE Vec select(uint32_t row_bits, int v, Vec x, Vec otherwise) {
 
 // -- forward --------------------------------------------------------------------------------------------------------------
 
+// Where a panel's packed keys and values lie: text panels stay, image panels share a ring as long as a block looks back.
+DF_INLINE int64_t panel_slot(const AttentionLayout& layout, int32_t panel) {
+    const int32_t image = panel - layout.num_text_panels;
+    return image < 0 ? panel : layout.num_text_panels + image % layout.image_window;
+}
+
+DF_INLINE int64_t num_slots(const AttentionLayout& layout) {
+    const int32_t image = layout.num_panels - layout.num_text_panels;
+    return layout.num_text_panels + (image < layout.image_window ? image : layout.image_window);
+}
+
 // How scores and outputs are computed from a head's packed keys: once in float, once with bfloat16's dot product.
 template <class T>
 struct FloatEngine {
@@ -212,36 +240,64 @@ struct FloatEngine {
     const float* query_row[kBlock];
 
     FloatEngine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
-        values_in_place = a.value.stride_d == 1 && Dp == a.D;
+        values_in_place = sizeof(T) == 4 && a.value.stride_d == 1 && Dp == a.D;
         rows = arena.take<float>(kPanel * Dp);
-        keys = arena.take<float>(a.layout.num_panels * kPanel * Dp);
-        values = arena.take<float>(values_in_place ? 0 : a.layout.num_panels * kPanel * Dp);
+        keys = arena.take<float>(num_slots(a.layout) * kPanel * Dp);
+        values = arena.take<float>(values_in_place ? 0 : num_slots(a.layout) * kPanel * Dp);
         query = arena.take<float>(kBlock * Dp);
     }
     void pack(const AttentionTask& t, int32_t panel) {
+        if (panel + 1 < a.layout.num_panels)
+            for (int k = 0; k < kPanel; ++k)
+                if (const int32_t next = a.layout.key_token[(panel + 1) * kPanel + k]; next >= 0) {
+                    prefetch_row(row_of<const T>(a.key, t.batch, t.head, next), a.key.stride_d, a.D);
+                    prefetch_row(row_of<const T>(a.value, t.batch, t.head, next), a.value.stride_d, a.D);
+                }
+        const int64_t slot = panel_slot(a.layout, panel);
         for (int k = 0; k < kPanel; ++k) {
             const int32_t token = a.layout.key_token[panel * kPanel + k];
+            float* value = values + (slot * kPanel + k) * Dp;
             if (token < 0) {
                 for (int64_t d = 0; d < Dp; ++d) rows[k * Dp + d] = 0;
-                if (!values_in_place)
-                    for (int64_t d = 0; d < Dp; ++d) values[(int64_t(panel) * kPanel + k) * Dp + d] = 0;
+                for (int64_t d = 0; d < Dp && !values_in_place; ++d) value[d] = 0;
                 continue;
             }
             load_row(row_of<const T>(a.key, t.batch, t.head, token), a.key.stride_d, a.D, Dp, rows + k * Dp);
             if (!values_in_place)
-                load_row(row_of<const T>(a.value, t.batch, t.head, token), a.value.stride_d, a.D, Dp,
-                         values + (int64_t(panel) * kPanel + k) * Dp);
+                load_row(row_of<const T>(a.value, t.batch, t.head, token), a.value.stride_d, a.D, Dp, value);
         }
-        transpose_panel(reinterpret_cast<const Word*>(rows), Dp, Dp,
-                        reinterpret_cast<Word*>(keys + int64_t(panel) * kPanel * Dp));
+        transpose_panel(reinterpret_cast<const Word*>(rows), Dp, Dp, reinterpret_cast<Word*>(keys + slot * kPanel * Dp));
     }
     void load_queries(const AttentionTask& t, const int32_t* tokens) {
         for (int r = 0; r < kBlock; ++r) {
-            load_row(row_of<const T>(a.query, t.batch, t.head, tokens[r]), a.query.stride_d, a.D, Dp, query + r * Dp);
+            const T* p = row_of<const T>(a.query, t.batch, t.head, tokens[r]);
+            if (sizeof(T) == 4 && a.query.stride_d == 1 && Dp == a.D) {
+                query_row[r] = reinterpret_cast<const float*>(p);
+                continue;
+            }
+            load_row(p, a.query.stride_d, a.D, Dp, query + r * Dp);
             query_row[r] = query + r * Dp;
         }
     }
-    void scores(int32_t panel, float* out) { tile_product(query_row, keys + int64_t(panel) * kPanel * Dp, Dp, out); }
+    // scores (count, 8, 16) of the tiles
+    void scores(const ActiveTile* tiles, int32_t count, float* out) {
+        const auto panel = [&](int32_t x) { return keys + tiles[x].slot * kPanel * Dp; };
+        int32_t x = 0;
+        for (; x + PANELS <= count; x += PANELS) {
+            const float* panels[PANELS];
+            float* outs[PANELS];
+            for (int p = 0; p < PANELS; ++p) {
+                panels[p] = panel(x + p);
+                outs[p] = out + int64_t(x + p) * kBlock * kPanel;
+            }
+            tile_products<PANELS>(query_row, panels, Dp, outs);
+        }
+        for (; x < count; ++x) {
+            const float* last = panel(x);
+            float* last_out = out + int64_t(x) * kBlock * kPanel;
+            tile_products<1>(query_row, &last, Dp, &last_out);
+        }
+    }
 
     // out (8, Dp) = probabilities (8, keys of the tiles) @ values, by columns of C vectors from d
     template <int C, class V>
@@ -254,8 +310,8 @@ struct FloatEngine {
             for (int r = 0; r < ROWS; ++r) out_rows[r] = out + (r0 + r) * Dp;
             for (int32_t x = 0; x < count; ++x) {
                 const float* p = probabilities + (int64_t(x) * kBlock + r0) * kPanel;
-                const int64_t slot = int64_t(tiles[x].panel) * kPanel;
-                const int32_t* token = a.layout.key_token + slot;
+                const int64_t slot = tiles[x].slot * kPanel;
+                const int32_t* token = a.layout.key_token + int64_t(tiles[x].panel) * kPanel;
                 if (tiles[x].full) {
                     for (int k = 0; k < kPanel; ++k)
                         acc.add(p + k, kPanel, base + (by_token ? token[k] : slot + k) * stride + d);
@@ -296,8 +352,8 @@ struct BFloat16Engine {
 
     BFloat16Engine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
         rows = arena.take<uint16_t>(kPanel * (Dp + 32));
-        keys = arena.take<Word>(a.layout.num_panels * kPanel * Dp / 2);
-        values = arena.take<Word>(a.layout.num_panels * kPanel * Dp / 2);
+        keys = arena.take<Word>(num_slots(a.layout) * kPanel * Dp / 2);
+        values = arena.take<Word>(num_slots(a.layout) * kPanel * Dp / 2);
         query = arena.take<Word>(kBlock * Dp / 2);
     }
     void load_row16(const Strided& x, const AttentionTask& t, int32_t token, uint16_t* out) {
@@ -315,12 +371,12 @@ struct BFloat16Engine {
     }
     void pack(const AttentionTask& t, int32_t panel) {
         const int32_t* token = a.layout.key_token + panel * kPanel;
-        const int64_t stride = Dp + 32;  // the transpose reads whole vectors
+        const int64_t slot = panel_slot(a.layout, panel), stride = Dp + 32;  // the transpose reads whole vectors
         for (int k = 0; k < kPanel; ++k) load_row16(a.key, t, token[k], rows + k * stride);
-        transpose_panel(reinterpret_cast<const Word*>(rows), stride / 2, Dp / 2, keys + int64_t(panel) * kPanel * Dp / 2);
+        transpose_panel(reinterpret_cast<const Word*>(rows), stride / 2, Dp / 2, keys + slot * kPanel * Dp / 2);
         for (int k = 0; k < kPanel; ++k) load_row16(a.value, t, token[k], rows + k * stride);
         for (int k = 0; k < kPanel; k += 2) {
-            Word* out = values + (int64_t(panel) * kPanel + k) / 2 * Dp;
+            Word* out = values + (slot * kPanel + k) / 2 * Dp;
             for (int64_t d = 0; d < Dp; d += 16) {
                 const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + k * stride + d)));
                 const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (k + 1) * stride + d)));
@@ -332,8 +388,10 @@ struct BFloat16Engine {
         for (int r = 0; r < kBlock; ++r)
             load_row16(a.query, t, tokens[r], reinterpret_cast<uint16_t*>(query) + r * Dp);
     }
-    void scores(int32_t panel, float* out) {
-        const Word* p = keys + int64_t(panel) * kPanel * Dp / 2;
+    void scores(const ActiveTile* tiles, int32_t count, float* out) {
+        for (int32_t x = 0; x < count; ++x) tile_scores(keys + tiles[x].slot * kPanel * Dp / 2, out + int64_t(x) * kBlock * kPanel);
+    }
+    void tile_scores(const Word* p, float* out) {
         const int64_t stride = Dp / 2;
         __m512 acc[kBlock];
 #pragma GCC unroll 8
@@ -356,7 +414,7 @@ struct BFloat16Engine {
             for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
         for (int32_t x = 0; x < count; ++x) {
             const Word* p = probabilities + int64_t(x) * kBlock * kPanel;  // the tile's first half holds the pairs
-            const Word* base = values + int64_t(tiles[x].panel) * kPanel / 2 * Dp + d;
+            const Word* base = values + tiles[x].slot * kPanel / 2 * Dp + d;
             // bit k: some row attends to key 2 k or 2 k + 1
             uint32_t pairs = (tiles[x].columns | tiles[x].columns >> 1) & 0x5555;
             for (; pairs; pairs &= pairs - 1) {
@@ -395,7 +453,7 @@ struct BFloat16Engine {
 struct ForwardScratch {
     float *scores, *out;
     ActiveTile* tiles;
-    char* packed;  // (num_panels) whether a panel is packed already
+    int32_t* packed;  // (num_slots) which panel is packed there, or -1
 };
 
 DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t Dp, Arena& arena) {
@@ -403,13 +461,13 @@ DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t D
     s.scores = arena.take<float>(int64_t(layout.num_panels) * kPanel * kBlock);
     s.out = arena.take<float>(kBlock * Dp);
     s.tiles = arena.take<ActiveTile>(layout.num_panels);
-    s.packed = arena.take<char>(layout.num_panels);
+    s.packed = arena.take<int32_t>(num_slots(layout));
     return s;
 }
 
 // scores (8, keys) -> exp(scale * scores - max), their sums and lse
 DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e, float* scores, float* sum, float* lse) {
-#pragma GCC unroll 1
+    float row_max[kBlock];
     for (int r = 0; r < kBlock; ++r) {
         Vec highest = splat(minus_infinity());
         for (int32_t x = 0; x < count; ++x)
@@ -421,20 +479,23 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e
                 store(p, s);
                 highest = max(s, highest);
             }
-        const float m = horizontal_max(highest);
+        row_max[r] = horizontal_max(highest);
+    }
+    for (int r = 0; r < kBlock; ++r) {
         Vec total = Vec{};
         for (int32_t x = 0; x < count; ++x)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
-                Vec e = exp2(load(p) - m);
+                Vec e = exp2(load(p) - row_max[r]);
                 if (!tiles[x].full) e = select(tiles[x].rows[r], v, e, Vec{});
                 store(p, e);
                 total += e;
             }
         sum[r] = horizontal_sum(total);
-        lse[r] = sum[r] == 0 ? minus_infinity() : m * LN2 + __builtin_logf(sum[r]);
     }
+    for (int r = 0; r < kBlock; ++r)
+        lse[r] = sum[r] == 0 ? minus_infinity() : row_max[r] * LN2 + __builtin_logf(sum[r]);
 }
 
 template <class T, class Engine>
@@ -445,25 +506,30 @@ void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch)
     const int64_t Dp = engine.Dp;
     const ForwardScratch s = forward_arrays(layout, Dp, arena);
     const int64_t text_length = a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel;
-    for (int32_t panel = 0; panel < layout.num_panels; ++panel) s.packed[panel] = 0;
+    for (int64_t slot = 0; slot < num_slots(layout); ++slot) s.packed[slot] = -1;
 
     for (int32_t block = t.block_begin; block < t.block_end; ++block) {
         const int32_t* tokens = layout.query_token + block * kBlock;
         int32_t rows[kBlock], count = 0;
-        for (int r = 0; r < kBlock; ++r) rows[r] = tokens[r] < 0 ? tokens[0] : tokens[r];
+        for (int r = 0; r < kBlock; ++r) {
+            rows[r] = tokens[r] < 0 ? tokens[0] : tokens[r];
+            prefetch_row_for_write(row_of<T>(a.out, t.batch, t.head, rows[r]), a.out.stride_d, a.D);
+            if (block + 1 < t.block_end && tokens[kBlock + r] >= 0)
+                prefetch_row(row_of<const T>(a.query, t.batch, t.head, tokens[kBlock + r]), a.query.stride_d, a.D);
+        }
         engine.load_queries(t, rows);
         for (int32_t x = layout.block_visits[block]; x < layout.block_visits[block + 1]; ++x) {
             const Visit visit = layout.panels_of_block[x];
             for (int32_t panel = visit.first; panel < visit.first + visit.count; ++panel) {
                 if (!activate(layout, panel, visit.bits, text_length, s.tiles + count)) continue;
-                if (!s.packed[panel]) {
+                const int64_t slot = s.tiles[count++].slot = panel_slot(layout, panel);
+                if (s.packed[slot] != panel) {
                     engine.pack(t, panel);
-                    s.packed[panel] = 1;
+                    s.packed[slot] = panel;
                 }
-                engine.scores(panel, s.scores + int64_t(count) * kBlock * kPanel);
-                ++count;
             }
         }
+        engine.scores(s.tiles, count, s.scores);
         float sum[kBlock], lse[kBlock];
         softmax(s.tiles, count, a.scale * LOG2E, s.scores, sum, lse);
         engine.output(t, s.tiles, count, s.scores, s.out);
@@ -620,8 +686,8 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
                 const float* grad_out[kBlock];
                 block_rows<T>(a.query, t, tokens, D, Dp, s.query, query);
                 block_rows<T>(a.grad_out, t, tokens, D, Dp, s.grad_out, grad_out);
-                tile_product(query, s.keys, Dp, s.tile_p);
-                tile_product(grad_out, s.values, Dp, s.tile_ds);
+                tile_products<1>(query, &s.keys, Dp, &s.tile_p);
+                tile_products<1>(grad_out, &s.values, Dp, &s.tile_ds);
                 for (int r = 0; r < kBlock; ++r) {
                     float lse = 0;
                     if (tokens[r] >= 0) lse = *row_of<const float>(a.lse, t.batch, t.head, tokens[r]);

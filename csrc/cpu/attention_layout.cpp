@@ -100,6 +100,13 @@ AttentionLayoutStorage::AttentionLayoutStorage(const Mask& m, int32_t seq_len) :
             for (; panel < first / kPanel; ++panel)
                 append_visit(panels_of_block_, block_visits_.back(), num_text_panels_ + panel, -1);
         for (; panel <= last / kPanel; ++panel) visit_tile(block, num_text_panels_ + panel);
+        const Visit& end = panels_of_block_.back();  // every query sees itself
+        for (size_t x = size_t(block_visits_.back()); x < panels_of_block_.size(); ++x)
+            if (const Visit& visit = panels_of_block_[x]; visit.first + visit.count > num_text_panels_) {
+                const int32_t begin = std::max(visit.first, num_text_panels_);
+                image_window_ = std::max(image_window_, end.first + end.count - begin);
+                break;
+            }
     }
     block_visits_.push_back(int32_t(panels_of_block_.size()));
 
@@ -124,6 +131,7 @@ AttentionLayout AttentionLayoutStorage::view() const {
     layout.num_blocks = int32_t(block_visits_.size()) - 1;
     layout.num_text_panels = num_text_panels_;
     layout.num_panels = int32_t(panel_visits_.size()) - 1;
+    layout.image_window = image_window_;
     layout.query_token = query_token_.data();
     layout.key_token = key_token_.data();
     layout.block_visits = block_visits_.data();

@@ -19,7 +19,7 @@ public:
     int64_t num_bytes() const;
 
 private:
-    int32_t seq_len_, num_text_blocks_, num_text_panels_;
+    int32_t seq_len_, num_text_blocks_, num_text_panels_, image_window_ = 1;
     std::vector<int32_t> query_token_, key_token_, block_visits_, panel_visits_;
     std::vector<Visit> panels_of_block_, blocks_of_panel_;
     std::vector<std::array<uint16_t, kBlock>> bits_;

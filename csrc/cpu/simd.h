@@ -33,6 +33,14 @@ DF_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec
 DF_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 DF_INLINE Vec splat(float x) { return x - Vec{}; }
 
+DF_INLINE void prefetch_for_write(const void* p) {
+#if defined(__AVX2__)
+    __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
+#else
+    __builtin_prefetch(p, 1);
+#endif
+}
+
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
 
@@ -111,28 +119,31 @@ DF_INLINE void store_from_float(T* p, Vec v) {
 
 DF_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 
+#if defined(__AVX512F__)
+DF_INLINE float horizontal_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+DF_INLINE float horizontal_sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 DF_INLINE float horizontal_max(Vec v) {
     float m = v[0];
     for (int x = 1; x < VW; ++x) m = v[x] > m ? v[x] : m;
     return m;
 }
-
 DF_INLINE float horizontal_sum(Vec v) {
-    float tmp[VW];
-    store(tmp, v);
-    for (int width = VW / 2; width; width /= 2)
-        for (int x = 0; x < width; ++x) tmp[x] += tmp[x + width];
-    return tmp[0];
+    float sum = 0;
+    for (int x = 0; x < VW; ++x) sum += v[x];
+    return sum;
 }
+#endif
 
 // 2^x for x <= 0 or a little above: x = n + f with |f| <= 1/2, a degree-5 minimax polynomial of 2^f (relative error
-// 2e-7), and n added to the exponent. NaN stays NaN; -inf and everything below -126 gives at most 2^-125.
+// 2e-7), and n added to the exponent. NaN stays NaN; -inf and everything below -126 gives 2^-126, as subnormal results
+// cost a hundred times more.
 DF_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
-    x = (Vec)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // the second operand where either is NaN
+    x = (Vec)_mm512_max_ps(_mm512_set1_ps(-126.f), (__m512)x);  // the second operand where either is NaN
     const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    const Vec clamped = x < splat(-125.f) ? splat(-125.f) : x;
+    const Vec clamped = x < splat(-126.f) ? splat(-126.f) : x;
     const Vec shifter = splat(12582912.f);  // 1.5 * 2^23: the sum's low bits are the nearest integer
     const Vec shifted = clamped + shifter;
     const Vec n = shifted - shifter;

@@ -1,0 +1,16 @@
+// Every return code of the CUDA runtime goes through check_cuda.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace dalle_fast {
+
+inline void check_cuda(cudaError_t code, const char* what) {
+    if (code != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
+}
+
+}  // namespace dalle_fast

@@ -1,0 +1,102 @@
+"""Sparse attention in Triton: NVIDIA GPUs from compute capability 8.0, and Triton's interpreter on CPU tensors.
+
+B batch, H heads, S sequence, D head size, T text. The kernels load at the first call, so that importing this package
+needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["backward", "forward", "why_not"]
+
+_MIN_HEAD_SIZE, _MAX_HEAD_SIZE = 16, 128
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_POSITIONS = 1 << 30  # a window's bounds are sums of two positions in 32 bits
+
+
+def why_not(query, key, value, mask) -> list[str]:
+    """Every reason why this implementation cannot serve these tensors on this machine; empty if it can."""
+    reasons = []
+    interpreted = _interpreted()
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("the package triton is not installed")
+    elif interpreted and query.device.type == "cpu" and _loop_bounds_broken():
+        reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if interpreted and tensor.device.type == "cpu":
+            if tensor.dtype == torch.bfloat16:
+                reasons.append(f"Triton's interpreter computes bfloat16 wrongly, and {name} is bfloat16")
+                continue
+        elif tensor.device.type != "cuda":
+            reasons.append(
+                f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), {name} is on {tensor.device}"
+            )
+        elif torch.version.hip is not None:
+            reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
+        else:
+            capability = torch.cuda.get_device_capability(tensor.device)
+            if capability < (8, 0):
+                reasons.append(
+                    f"compute capability must be at least 8.0, {tensor.device} has {capability[0]}.{capability[1]}"
+                )
+        if tensor.dtype not in _DTYPES:
+            reasons.append(f"dtype must be float32, float16 or bfloat16, {name} is {tensor.dtype}")
+    head_size = query.shape[-1]
+    if not _MIN_HEAD_SIZE <= head_size <= _MAX_HEAD_SIZE:
+        reasons.append(f"head size must be {_MIN_HEAD_SIZE} to {_MAX_HEAD_SIZE}, got {head_size}")
+    if mask.seq_len > _MAX_POSITIONS:
+        reasons.append(f"the mask must have at most 2**30 positions, got {mask.seq_len}")
+    return reasons
+
+
+def forward(query, key, value, text_lengths, mask, scale):
+    """Attention and its log-sum-exp.
+
+    Args:
+        query, key, value: (B, H, S, D), one dtype and device, any strides, S <= mask.seq_len.
+        text_lengths: None or int32 (B,) in [0, T]: text keys at or past it are hidden from every query.
+        mask: AttentionMask.
+        scale: float, multiplies the scores.
+
+    Returns:
+        out: (B, H, S, D), contiguous, query's dtype; zeros where a query sees no key.
+        lse: (B, H, S) float32, ln sum exp(scale * q k^T) over the visible keys; -inf where there is none.
+    """
+    from dalle_fast.ops.attention.triton.fwd import attention_forward
+
+    return attention_forward(query, key, value, text_lengths, mask, scale)
+
+
+def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale):
+    """Gradients of `forward`, the same bits at every call.
+
+    Args:
+        grad_out: (B, H, S, D), any strides. grad_lse: None or (B, H, S) float32.
+        query, key, value, text_lengths, mask, scale: what `forward` was given; out, lse: what it returned.
+
+    Returns:
+        (grad_query, grad_key, grad_value), each (B, H, S, D), contiguous, in the inputs' dtype.
+    """
+    from dalle_fast.ops.attention.triton.bwd import attention_backward
+
+    return attention_backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _loop_bounds_broken() -> bool:
+    """Triton 3.6's interpreter turns a loop bound into an integer in a way that numpy 2.4 refuses."""
+    import importlib.metadata
+
+    def version(package):
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+    return version("triton") < (3, 7) and version("numpy") >= (2, 4)

@@ -1,0 +1,178 @@
+"""Tile choices of the Triton attention kernels, and the pairs that they make the kernels compute.
+
+TILES has NOT been tuned on a GPU: it was chosen from compiled code (registers, no spills, shared memory, tensor-core
+instructions, see tests/test_triton_compile.py) and from the cover of each mask. No kernel times itself at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from dalle_fast.masks import AttentionMask
+from dalle_fast.ops.attention.triton import primitives
+
+__all__ = ["MIN_CAPABILITY", "MaskNumbers", "Tiles", "cover", "mask_numbers", "padded_head_size", "tiles_for"]
+
+MIN_CAPABILITY = (8, 0)
+WALKS = ("raster", "column", "patch")  # the order is that of the numbers in primitives.py
+
+
+class Tiles(NamedTuple):
+    """How one kernel cuts its work.
+
+    own: tokens of a program's own tile (queries, or keys in dK/dV).
+    text, image: tokens of the tiles it meets in the text loop and in the image window.
+    """
+
+    own: int
+    text: int
+    image: int
+    warps: int
+    stages: int
+
+
+class MaskNumbers(NamedTuple):
+    """A mask and its walk as the kernels receive them, compile-time constants all.
+
+    REACH is kv_reach - 1, the largest i - j. PATCH is the side of a patch; UP, LEFT and RIGHT say how many patches
+    around its own a query patch looks at (0 outside the patch walk).
+    """
+
+    RULE: int
+    T: int
+    H: int
+    W: int
+    K: int
+    DILATION: int
+    REACH: int
+    WALK: int
+    PATCH: int
+    UP: int
+    LEFT: int
+    RIGHT: int
+
+
+# (architecture, padded head size, bytes per element, walk) -> tiles of (forward, dQ, dK/dV). An architecture is the
+# major compute capability; 9 stands for newer ones too. `image` is the largest that is tried: see `tiles_for`.
+_16_BIT = {
+    16: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
+    32: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
+    64: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
+    128: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 8, 2)),
+}
+_32_BIT = {
+    16: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
+    32: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
+    64: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
+    128: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
+}
+TILES = {
+    (architecture, head_size, size, walk): tiles
+    for architecture in (8, 9)
+    for size, by_head_size in ((2, _16_BIT), (4, _32_BIT))
+    for head_size, tiles in by_head_size.items()
+    for walk in WALKS
+}
+KERNELS = ("forward", "grad_query", "grad_key_value")
+
+
+def padded_head_size(head_size: int) -> int:
+    """The power of two, at least 16, that the kernels' head-size axis has."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: int, size: int):
+    """The tiles of one kernel for one mask, and the walk.
+
+    Of the walks the mask allows and of image tiles of 32 tokens up to the table's, the pair that makes the kernel
+    compute the fewest pairs; of equals the simpler walk and the larger tile.
+
+    Args:
+        kernel: one of KERNELS.
+        capability: (major, minor) of the device.
+        head_size: D.
+        size: bytes per element.
+
+    Returns:
+        (Tiles, MaskNumbers).
+    """
+    architecture = 9 if capability[0] >= 9 else 8
+    choices = []
+    for walk in _walks(mask):
+        tiles = TILES[architecture, padded_head_size(head_size), size, walk][KERNELS.index(kernel)]
+        steps = {tiles.image, min(32, tiles.image)}
+        if walk == "patch":
+            steps = {tiles.image} if tiles.image == tiles.own and math.isqrt(tiles.own) ** 2 == tiles.own else ()
+        for step in sorted(steps, reverse=True):
+            cut = tiles._replace(image=step)
+            numbers = mask_numbers(mask, walk, tiles.own)
+            if numbers is not None:
+                choices.append((cut, numbers))
+    return min(choices, key=lambda choice: cover(kernel, mask.seq_len, *choice))
+
+
+def _walks(mask: AttentionMask):
+    if mask.rule == "column":
+        return ("column",)
+    return ("raster", "patch") if mask.rule in ("conv_flat", "conv_clip", "conv_corner") else ("raster",)
+
+
+def mask_numbers(mask: AttentionMask, walk: str, block: int) -> MaskNumbers | None:
+    """What the kernels receive of a mask, or None where `walk` in tiles of `block` does not fit it."""
+    patch = up = left = right = 0
+    if walk == "patch":
+        patch = math.isqrt(block)
+        width = mask.grid[1]
+        reach = mask.kernel_size // 2 * mask.dilation
+        if mask.rule == "conv_corner":
+            reach = (mask.kernel_size - 1) * mask.dilation
+        if width % patch or reach > width:
+            return None
+        # A conv_flat window that leaves its row on the left goes on in the row above: one row more.
+        up = -(-(reach + (mask.rule == "conv_flat")) // patch)
+        left = min(-(-reach // patch), width // patch)
+        right = 0 if mask.rule == "conv_corner" else left
+    return MaskNumbers(*mask.encode(), mask.kv_reach - 1, WALKS.index(walk), patch, up, left, right)
+
+
+def cover(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers) -> int:
+    """Number of (query, key) pairs that `kernel` computes per batch and head, masked waste included.
+
+    The bounds are those of the kernels: the Python bodies of the functions in primitives.py that they call.
+    """
+    return sum(tiles.own * width for *_, width in tile_plan(kernel, seq_len, tiles, numbers))
+
+
+def tile_plan(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers):
+    """Yield every tile pair that `kernel` visits: ("text" | "image", own start, other kind, other start, width).
+
+    Starts are sequence positions for "text" (and, in dK/dV, for the "sequence" of queries of a text-key tile), walk
+    positions for "image". Without text_lengths.
+    """
+    p = primitives
+    reverse = kernel == "grad_key_value"
+    text_len = min(seq_len, numbers.T)
+    _, rows, length = p.image_count.fn(seq_len, numbers)
+    text_tiles, image_tiles = p.tile_counts.fn(seq_len, length, numbers, tiles.own)
+    for tile in range(text_tiles):
+        own = tile * tiles.own
+        if reverse:
+            start, full, end = p.text_queries.fn(own, text_len, seq_len, tiles.own)
+            starts = [*range(start, full, tiles.text), *range(full, end, tiles.text)]
+        else:
+            full, end = p.text_keys.fn(own, text_len, tiles.own, tiles.text)
+            starts = [*range(0, full, tiles.text), *range(full, end, tiles.text)]
+        for other in starts:
+            yield "text", own, "sequence" if reverse else "text", other, tiles.text
+    for tile in range(image_tiles):
+        own = tile * tiles.own
+        if not reverse:
+            full, end = p.text_keys.fn(numbers.T, text_len, tiles.own, tiles.text)
+            for other in [*range(0, full, tiles.text), *range(full, end, tiles.text)]:
+                yield "image", own, "text", other, tiles.text
+        start, count, column, columns = p.window.fn(own, rows, length, numbers, tiles.own, tiles.image, reverse)
+        for n in range(count):
+            yield "image", own, "image", p.tile_start.fn(n, start, column, columns, numbers, tiles.image), tiles.image

@@ -1,0 +1,54 @@
+"""What every launcher of the Triton attention kernels needs: tiles, grids, options, the device."""
+
+import contextlib
+
+import torch
+
+from dalle_fast.ops.attention.triton import configs
+from dalle_fast.ops.attention.triton.configs import padded_head_size
+from dalle_fast.ops.attention.triton.primitives import image_count, tile_counts
+
+__all__ = [
+    "chosen_tiles",
+    "device_guard",
+    "input_precision",
+    "key_programs",
+    "options",
+    "padded_head_size",
+    "query_grid",
+]
+
+
+def device_guard(tensor):
+    """Makes the tensor's device current for a launch; Triton launches on that device's current stream."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def chosen_tiles(kernel: str, query, mask):
+    """(Tiles, MaskNumbers) of the committed table for these tensors."""
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else configs.MIN_CAPABILITY
+    return configs.tiles_for(kernel, mask, capability, query.shape[-1], query.element_size())
+
+
+def options(cut) -> dict:
+    # enable_fp_fusion is named because its default flips in Triton 3.10.
+    return {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+
+
+def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:
+    """One program per head and tile of `cut.own` queries."""
+    return (sum(key_programs(heads, seq_len, numbers, cut)),)
+
+
+def key_programs(heads: int, seq_len: int, numbers, cut) -> tuple[int, int]:
+    """(text, image) programs: one per head and tile of `cut.own` positions."""
+    _, _, length = image_count.fn(seq_len, numbers)
+    text, image = tile_counts.fn(seq_len, length, numbers, cut.own)
+    return heads * text, heads * image
+
+
+def input_precision(dtype) -> str:
+    """How matrix products read float32: exactly, unless torch's own setting allows TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
