@@ -114,8 +114,9 @@ DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* 
 // -- products of small matrices -------------------------------------------------------------------------------------------
 
 // out[p] (8, 16) = rows (8, Dp) @ panels[p] (Dp, 16) for P panels at once: as many as the register file holds
+// A function of its own, so that the compiler keeps all its pointers in registers.
 template <int P>
-DF_INLINE void tile_products(const float* const* rows, const float* const* panels, int64_t Dp, float* const* out) {
+DF_NOINLINE void tile_products(const float* const* rows, const float* const* panels, int64_t Dp, float* const* out) {
     constexpr int R = P * NV == 1 ? 8 : P * NV == 2 && VW == 16 ? 8 : 8 / (P * NV);
     for (int r0 = 0; r0 < kBlock; r0 += R) {
         Vec acc[R][P * NV] = {};
@@ -465,21 +466,23 @@ DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t D
     return s;
 }
 
-// scores (8, keys) -> exp(scale * scores - max), their sums and lse
+// scores (8, keys) -> exp(scale * (scores - max)), their sums and lse
 DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e, float* scores, float* sum, float* lse) {
-    float row_max[kBlock];
+    if (!(scale_log2e > 0)) {  // rare: only a positive scale keeps the order of the scores
+        for (int64_t x = 0; x < int64_t(count) * kBlock * kPanel; x += VW) store(scores + x, load(scores + x) * scale_log2e);
+        scale_log2e = 1;
+    }
+    float row_max[kBlock];  // of the scaled scores
     for (int r = 0; r < kBlock; ++r) {
         Vec highest = splat(minus_infinity());
         for (int32_t x = 0; x < count; ++x)
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
-                Vec s = load(p) * scale_log2e;
+                Vec s = load(scores + (int64_t(x) * kBlock + r) * kPanel + v * VW);
                 if (!tiles[x].full) s = select(tiles[x].rows[r], v, s, splat(minus_infinity()));
-                store(p, s);
                 highest = max(s, highest);
             }
-        row_max[r] = horizontal_max(highest);
+        row_max[r] = horizontal_max(highest) * scale_log2e;
     }
     for (int r = 0; r < kBlock; ++r) {
         Vec total = Vec{};
@@ -487,7 +490,7 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
-                Vec e = exp2(load(p) - row_max[r]);
+                Vec e = exp2(load(p) * scale_log2e - row_max[r]);
                 if (!tiles[x].full) e = select(tiles[x].rows[r], v, e, Vec{});
                 store(p, e);
                 total += e;

@@ -12,6 +12,7 @@
 #endif
 
 #define DF_INLINE static inline __attribute__((always_inline))
+#define DF_NOINLINE static __attribute__((noinline))
 #define DF_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace dalle_fast {
@@ -135,33 +136,30 @@ DF_INLINE float horizontal_sum(Vec v) {
 }
 #endif
 
-// 2^x for x <= 0 or a little above: x = n + f with |f| <= 1/2, a degree-5 minimax polynomial of 2^f (relative error
-// 2e-7), and n added to the exponent. NaN stays NaN; -inf and everything below -126 gives 2^-126, as subnormal results
-// cost a hundred times more.
+// 2^x for x <= 0 or a little above: 2^floor(x) times a degree-5 minimax polynomial of 2^(x - floor(x)), relative error
+// 2e-7. NaN stays NaN; -inf and everything below -126 gives 2^-126, as subnormal results cost a hundred times more.
 DF_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
     x = (Vec)_mm512_max_ps(_mm512_set1_ps(-126.f), (__m512)x);  // the second operand where either is NaN
-    const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
     const Vec clamped = x < splat(-126.f) ? splat(-126.f) : x;
-    const Vec shifter = splat(12582912.f);  // 1.5 * 2^23: the sum's low bits are the nearest integer
-    const Vec shifted = clamped + shifter;
-    const Vec n = shifted - shifter;
-    const Vec original = x;
-    x = clamped;
+    // 1.5 * 2^23: the sum's low bits are the nearest integer to x - 1/2, which is its floor or one less.
+    const Vec shifter = splat(12582912.f);
+    const Vec shifted = clamped - 0.5f + shifter;
+    const Vec f = clamped - (shifted - shifter);
 #endif
-    const Vec f = x - n;
-    Vec p = splat(1.326472731e-3f);
-    p = p * f + 9.671512991e-3f;
-    p = p * f + 5.550733581e-2f;
-    p = p * f + 2.402224243e-1f;
-    p = p * f + 6.931470037e-1f;
+    Vec p = splat(1.867130166e-3f);
+    p = p * f + 9.017029777e-3f;
+    p = p * f + 5.579991266e-2f;
+    p = p * f + 2.401644439e-1f;
+    p = p * f + 6.931512952e-1f;
     p = p * f + 1.0f;
 #if defined(__AVX512F__)
-    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
     const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
-    return original == original ? scaled : original;
+    return x == x ? scaled : x;
 #endif
 }
 
