@@ -9,8 +9,9 @@
 namespace dalle_fast {
 
 inline void check_cuda(cudaError_t code, const char* what) {
-    if (code != cudaSuccess)
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
+    if (code == cudaSuccess) return;
+    cudaGetLastError();  // so that it is not reported a second time, to whoever asks next
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
 }
 
 }  // namespace dalle_fast

@@ -23,8 +23,12 @@ void cuda_dense_mask(const Mask& mask, int32_t seq_len, bool* out, void* stream)
     const int64_t pairs = int64_t(seq_len) * seq_len;
     if (pairs == 0) return;
     const int64_t blocks = std::min((pairs + kThreads - 1) / kThreads, kMaxBlocks);
-    dense_mask_kernel<<<int(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(mask, seq_len, out);
-    check_cuda(cudaGetLastError(), "dense_mask_kernel");
+    // A function call rather than <<<>>>: its own return code, and tests/simt can compile it for the host.
+    Mask rule = mask;
+    void* args[] = {&rule, &seq_len, &out};
+    check_cuda(cudaLaunchKernel(dense_mask_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), args, 0,
+                                static_cast<cudaStream_t>(stream)),
+               "launching dense_mask_kernel");
 }
 
 }  // namespace dalle_fast

@@ -1,0 +1,35 @@
+"""The command `dalle-fast`. A command is a module named in COMMANDS with a docstring, `add_arguments(parser)` and
+`run(arguments) -> exit status`; it imports what is heavy in `run`, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import dalle_fast
+
+COMMANDS = {"info": "dalle_fast.info"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `arguments.run(arguments)` runs the chosen one."""
+    parser = argparse.ArgumentParser(prog="dalle-fast", description="DALL-E style models, fast. See COMMAND --help.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dalle_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=module.__doc__.partition("\n")[0],
+            description=module.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; `argv` is `sys.argv[1:]` if None. Returns the exit status."""
+    arguments = make_parser().parse_args(argv)
+    return arguments.run(arguments)
