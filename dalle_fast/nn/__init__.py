@@ -1,0 +1,6 @@
+"""Modules that take the place of torch's, and their functional forms in `dalle_fast.nn.functional`."""
+
+from dalle_fast.nn import functional
+from dalle_fast.nn.attention import MultiheadAttention
+
+__all__ = ["MultiheadAttention", "functional"]

@@ -1,0 +1,326 @@
+"""Sparse attention as one torch operation: arguments checked once, then one of the implementations.
+
+`dalle_fast::sparse_attention` and `dalle_fast::sparse_attention_backward` are registered with `torch.library` from
+Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
+compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
+
+B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import numbers
+import warnings
+
+import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from dalle_fast.masks import AttentionMask
+from dalle_fast.ops.attention import reference
+
+MAX_HEAD_DIM = 128
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device type, the fastest first; the reference comes after them
+
+
+def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
+    """See `dalle_fast.nn.functional.sparse_attention`, the public name of this function."""
+    scale = _check(query, key, value, mask, scale, text_lengths, impl)
+    if dtype := _autocast_dtype(query):
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
+        out, lse = reference.forward(query, key, value, _canonical_lengths(text_lengths, mask.text_len), mask, scale)
+    else:
+        out, lse = _forward_op(query, key, value, text_lengths, mask.encode(), scale, impl)
+    return (out, lse) if return_lse else out
+
+
+def _autocast_dtype(query):
+    """The dtype that autocast asks for here, or None; as torch's own operations, it leaves float64 alone."""
+    device_type = query.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return None if query.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
+    """Raise TypeError or ValueError for what no implementation takes; returns the scale."""
+    if not isinstance(mask, AttentionMask):
+        raise TypeError(f"mask must be an AttentionMask (see dalle_fast.masks), got {type(mask).__name__}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if query.dim() != 4:
+        raise ValueError(f"query must have 4 dimensions (batch, heads, sequence, head size), got {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{name} must have shape {tuple(query.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype and (tensor.dtype == torch.float64 or _autocast_dtype(query) is None):
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    B, _, S, D = query.shape
+    if S > mask.seq_len:
+        raise ValueError(f"query must have at most the mask's {mask.seq_len} positions, got {S} ({mask!r})")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"query must have a head size from 1 to {MAX_HEAD_DIM}, got {D}")
+    if text_lengths is not None:
+        _check_text_lengths(text_lengths, B, query.device)
+    if scale is None:
+        return D**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a number or None, got {scale!r} of type {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return float(scale)
+
+
+def _check_text_lengths(text_lengths, B, device):
+    """All but the range, which only a look at the numbers can tell: see `_canonical_lengths`."""
+    if not isinstance(text_lengths, torch.Tensor):
+        raise TypeError(f"text_lengths must be an integer tensor or None, got {type(text_lengths).__name__}")
+    if text_lengths.dtype not in LENGTH_DTYPES:
+        raise TypeError(f"text_lengths must be an integer tensor (int32 or int64), got {text_lengths.dtype}")
+    if text_lengths.shape != (B,):
+        raise ValueError(f"text_lengths must have shape ({B},), got {tuple(text_lengths.shape)}")
+    if text_lengths.device != device:
+        raise ValueError(f"text_lengths must be on query's device {device}, got {text_lengths.device}")
+
+
+def _canonical_lengths(text_lengths, T):
+    """int32, contiguous, in [0, T]: checked on a CPU, clamped elsewhere, where a look would wait for the device."""
+    if text_lengths is None:
+        return None
+    if text_lengths.device.type != "cpu":
+        return text_lengths.clamp(0, T).to(torch.int32).contiguous()
+    if text_lengths.numel():
+        low, high = (int(x) for x in torch.aminmax(text_lengths))
+        if low < 0 or high > T:
+            raise ValueError(f"text_lengths must be from 0 to the mask's text_len {T}, got values from {low} to {high}")
+    return text_lengths.to(torch.int32).contiguous()
+
+
+# -- who serves --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _implementation(name):
+    """The module that is called `name`; those but the reference are imported when first asked for."""
+    return reference if name == "reference" else importlib.import_module(f"dalle_fast.ops.attention.{name}")
+
+
+def _why_not(name, query, key, value, mask) -> list[str]:
+    if name == "cuda":
+        return ['there are no CUDA C++ kernels for attention; impl="triton" serves CUDA tensors']
+    return _implementation(name).why_not(query, key, value, mask)
+
+
+def _choose(impl, query, key, value, mask):
+    """The implementation that serves: the named one or none, or for "auto" the fastest that can."""
+    if impl != "auto":
+        if reasons := _why_not(impl, query, key, value, mask):
+            raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
+        return _implementation(impl)
+    refusals = []
+    for name in _AUTO.get(query.device.type, ()):
+        reasons = _why_not(name, query, key, value, mask)
+        if not reasons:
+            return _implementation(name)
+        refusals.append(f"{name}: {'; '.join(reasons)}")
+    _warn_once(" | ".join(refusals) or f"no faster implementation for {query.device.type} tensors")
+    return reference
+
+
+@functools.cache
+def _warn_once(reasons):
+    warnings.warn(
+        "sparse_attention runs on the dense reference, which holds S x S logits in memory, because nothing faster "
+        f'serves this call ({reasons}); impl="reference" asks for it and silences this warning',
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+# -- the operations ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dalle_fast", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
+    "str impl) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor lse, Tensor? text_lengths, int[] mask, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_forward_op = torch.ops.dalle_fast.sparse_attention.default
+_backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
+
+
+def _forward_kernel(query, key, value, text_lengths, mask, scale, impl):
+    mask = AttentionMask.decode(mask)
+    text_lengths = _canonical_lengths(text_lengths, mask.text_len)
+    serving = _choose(impl, query, key, value, mask)
+    with _current_device(query):
+        return serving.forward(query, key, value, text_lengths, mask, scale)
+
+
+def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
+    mask = AttentionMask.decode(mask)
+    text_lengths = _canonical_lengths(text_lengths, mask.text_len)
+    serving = _choose(impl, query, key, value, mask)
+    with _current_device(query):
+        return serving.backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
+
+
+def _current_device(tensor):
+    """Kernels are launched on the current device, which need not be the tensors': make it so."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _forward_fake(query, key, value, text_lengths, mask, scale, impl):
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+# Our autograd kernels run below functorch's transforms, once per level, so these are functions of a single level: with
+# torch.autograd.Function in their place torch.func.grad would be refused.
+
+
+@contextlib.contextmanager
+def _below_autograd():
+    """Inside a function's forward: call an operation past this level's autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active():
+            yield
+            return
+        # The function has turned gradients off, for the levels below its own too, whose gradients are still wanted.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
+
+
+class _Attention(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, query, key, value, text_lengths, mask, scale, impl):
+        with _below_autograd():
+            out, lse = _forward_op(query, key, value, text_lengths, mask, scale, impl)
+        ctx.save_for_backward(query, key, value, out, lse, text_lengths)
+        ctx.set_materialize_grads(False)
+        ctx.rest = mask, scale, impl
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        if grad_out is None and grad_lse is None:
+            return (None,) * 7
+        query, key, value, out, lse, text_lengths = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)
+        return *grads, None, None, None, None
+
+
+class _AttentionBackward(_SingleLevelFunction):
+    """The backward operation, itself differentiable: the second derivative goes through the dense reference."""
+
+    @staticmethod
+    def forward(ctx, grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
+        with _below_autograd():
+            grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl)
+        ctx.save_for_backward(grad_out, grad_lse, query, key, value, text_lengths)
+        ctx.rest = mask, scale
+        return grads
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        grad_out, grad_lse, query, key, value, text_lengths = ctx.saved_tensors
+        mask, scale = ctx.rest
+        mask = AttentionMask.decode(mask)
+        text_lengths = _canonical_lengths(text_lengths, mask.text_len)
+
+        def gradients(grad_out, query, key, value, grad_lse=None):
+            return reference.backward(grad_out, grad_lse, query, key, value, None, None, text_lengths, mask, scale)
+
+        inputs = (grad_out, query, key, value) if grad_lse is None else (grad_out, query, key, value, grad_lse)
+        of_grad_out, of_query, of_key, of_value, *of_grad_lse = torch.func.vjp(gradients, *inputs)[1](grad_grads)
+        # out and lse get none: they are functions of query, key and value, through which everything has been counted.
+        return of_grad_out, *(of_grad_lse or [None]), of_query, of_key, of_value, *(None,) * 6
+
+
+def _with_autograd(op, function, tensors):
+    """The kernel at the autograd key: `function` where a gradient is needed, straight to `op` elsewhere."""
+
+    def autograd_kernel(*args):
+        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args[:tensors]):
+            raise NotImplementedError(
+                f'sparse_attention has forward-mode derivatives with impl="reference" only, got impl={args[-1]!r}'
+            )
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:tensors]):
+            if not torch._C._are_functorch_transforms_active():
+                return function.apply(*args)
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return autograd_kernel
+
+
+def _has_tangent(x):
+    return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
+
+
+def _vmapped(op, tensors):
+    """The vmap rule: (N, B, ...) is a batch of N * B samples."""
+
+    def rule(info, in_dims, *args):
+        N = info.batch_size
+        fronted = [
+            None if x is None else x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
+        ]
+        outputs = op(*(None if x is None else x.flatten(0, 1) for x in fronted), *args[tensors:])
+        return tuple(x.unflatten(0, fronted[0].shape[:2]) for x in outputs), (0,) * len(outputs)
+
+    return rule
+
+
+def _register(op, kernel, fake, function, tensors):
+    """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last."""
+    name = op._schema.name
+    _library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
+    _library.impl(name, _with_autograd(op, function, tensors - 1), "Autograd")
+    torch.library.register_fake(name, fake, lib=_library)
+    torch.library.register_vmap(name, _vmapped(op, tensors), lib=_library)
+
+
+_register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)
+_register(_backward_op, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)

@@ -1,0 +1,153 @@
+"""What tests hold implementations against: an oracle in float64, and tolerances that are measured, not chosen.
+
+The oracle is short enough to be trusted by eye and uses none of the code it judges but the masks.
+
+B batch, H heads, S sequence, D head size, T text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from dalle_fast.masks import AttentionMask, causal_mask, column_mask, conv_mask, row_mask
+
+__all__ = [
+    "SMALL_MASKS",
+    "assert_as_exact_as_eager",
+    "attention_oracle",
+    "eager_attention",
+    "every_mask",
+    "gradient_terms",
+    "nan_poisoned",
+]
+
+# Every rule on odd rectangular grids, text longer and shorter than the grid, windows wider than the grid, dilation.
+SMALL_MASKS = (
+    causal_mask(5, (3, 7)),
+    row_mask(5, (3, 7)),
+    row_mask(19, (5, 3)),
+    row_mask(5, (3, 7), wrap=False),
+    column_mask(5, (3, 7)),
+    column_mask(19, (6, 4)),
+    conv_mask(5, (3, 7), 3),
+    conv_mask(0, (5, 5), 11),
+    conv_mask(19, (7, 5), 5, dilation=2),
+    conv_mask(5, (3, 7), 3, edges="clip"),
+    conv_mask(5, (7, 5), 3, dilation=2, edges="clip"),
+    conv_mask(5, (5, 6), 3, edges="torus"),
+    conv_mask(5, (3, 7), 3, edges="corner"),
+    conv_mask(2, (7, 6), 3, dilation=2, edges="corner"),
+)
+
+
+def every_mask(text_len: int, grid, kernel_size: int = 3, dilation: int = 1) -> dict[str, AttentionMask]:
+    """One mask of every rule on one grid, by the rule's name."""
+    masks = [causal_mask(text_len, grid), row_mask(text_len, grid), row_mask(text_len, grid, wrap=False)]
+    masks.append(column_mask(text_len, grid))
+    masks += [conv_mask(text_len, grid, kernel_size, dilation, edges) for edges in ("flat", "clip", "torus", "corner")]
+    return {mask.rule: mask for mask in masks}
+
+
+def attention_oracle(query, key, value, mask, *, scale=None, text_lengths=None):
+    """Dense attention in float64: the truth. Differentiable.
+
+    Args:
+        query, key, value: (B, H, S, D), any float dtype; taken as they are and computed in float64.
+        mask: AttentionMask. scale: None means 1 / sqrt(D). text_lengths: None or (B,) integers.
+
+    Returns:
+        out (B, H, S, D) and lse (B, H, S) in float64; 0 and -inf for a query that sees no key.
+    """
+    return eager_attention(query.double(), key.double(), value.double(), mask, scale=scale, text_lengths=text_lengths)
+
+
+def eager_attention(query, key, value, mask, *, scale=None, text_lengths=None):
+    """The same expressions in the dtype of the tensors: what a user would write without this package."""
+    B, _, S, D = query.shape
+    attends = mask.to_dense(query.device, seq_len=S).expand(B, 1, S, S)
+    if text_lengths is not None:
+        position = torch.arange(S, device=query.device)
+        attends = attends & ((position >= mask.text_len) | (position < text_lengths[:, None]))[:, None, None, :]
+    logits = query @ key.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    blind = ~attends.any(-1, keepdim=True)
+    # Rows in which nothing is visible get finite logits here, so that no NaN comes into the gradients.
+    logits = logits.masked_fill(~attends & ~blind, -torch.inf).masked_fill(blind, 0)
+    lse = torch.logsumexp(logits, -1).masked_fill(blind[..., 0], -torch.inf)
+    return torch.softmax(logits, -1).masked_fill(blind, 0) @ value, lse
+
+
+def gradient_terms(query, key, value, mask, grad_out, grad_lse=None, *, scale=None, text_lengths=None):
+    """How large the terms are whose sums the gradients are: the same sums of absolute values, float64.
+
+    The terms of grad_query and grad_key cancel: with one visible key eager attention is exact, and an implementation
+    that adds up in another order is off by some of their last digits.
+    """
+    q, k, v, do = (x.detach().double().abs() for x in (query, key, value, grad_out))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    identity = torch.eye(query.shape[-2], dtype=torch.float64, device=query.device).expand(*query.shape[:-1], -1)
+    options = {"scale": scale, "text_lengths": text_lengths}
+    p = attention_oracle(query.detach(), key.detach(), identity, mask, **options)[0]
+    dp = do @ v.mT
+    delta = (p * dp).sum(-1) + (0 if grad_lse is None else grad_lse.detach().double().abs())
+    ds = abs(scale) * p * (dp + delta[..., None])
+    return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def assert_as_exact_as_eager(name, actual, eager, exact, *, factor=2.0, terms=None):
+    """Raise AssertionError where `actual` errs more than `factor` times as much as `eager` does, plus rounding.
+
+    For each element: abs(actual - exact) <= factor * max(abs(eager - exact)) + eps * terms, with eps of actual's
+    dtype, and the maximum over the tensor. Infinities must agree, and NaN is never right.
+
+    Args:
+        name: what `actual` is, for the message.
+        actual: the tensor to judge.
+        eager: what plain torch gives in actual's dtype; its largest error is the yardstick.
+        exact: the oracle's result, float64.
+        terms: the size of what is rounded; None means abs(exact) + rms(exact).
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    eps = torch.finfo(actual.dtype).eps
+    actual, eager, exact = (x.detach().double() for x in (actual, eager, exact))
+    finite = exact.isfinite()
+    if not torch.equal(actual[~finite], exact[~finite]):
+        raise AssertionError(f"{name}: wrong where the exact result is not finite")
+    if not finite.any():
+        return
+    actual, eager, exact = (x.masked_fill(~finite, 0) for x in (actual, eager, exact))
+    error, yardstick = (actual - exact).abs(), (eager - exact).abs().max()
+    if terms is None:
+        terms = exact.abs() + exact[finite].square().mean().sqrt()
+    allowed = factor * yardstick + eps * terms
+    wrong = ~(error <= allowed)  # also true of NaN
+    if wrong.any():
+        excess = (error / allowed.clamp_min(1e-300)).nan_to_num(nan=torch.inf)
+        at = torch.unravel_index(excess.argmax(), excess.shape)
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements beyond the tolerance; the worst is at "
+            f"{tuple(int(i) for i in at)}: {float(actual[at])!r}, exact {float(exact[at])!r}, "
+            f"error {float(error[at]):.3g}, allowed {float(allowed[at]):.3g}, eager's largest {float(yardstick):.3g}"
+        )
+
+
+@contextlib.contextmanager
+def nan_poisoned():
+    """Within it, memory that `torch.empty` and its relatives return is NaN (the largest value for integers).
+
+    So that an element which a kernel forgot to write, or read before it was written, shows.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
