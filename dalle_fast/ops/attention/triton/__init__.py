@@ -1,7 +1,8 @@
 """Sparse attention in Triton: NVIDIA GPUs from compute capability 8.0, and Triton's interpreter on CPU tensors.
 
 B batch, H heads, S sequence, D head size, T text. The kernels load at the first call, so that importing this package
-needs neither Triton nor a GPU.
+needs neither Triton nor a GPU. Their modules are named fwd and bwd because importing a submodule `forward` would put the
+module in the place of this package's function `forward`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 __all__ = ["backward", "forward", "why_not"]
 
-_MIN_HEAD_SIZE, _MAX_HEAD_SIZE = 16, 128
+_MAX_HEAD_SIZE = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_POSITIONS = 1 << 30  # a window's bounds are sums of two positions in 32 bits
 
@@ -22,33 +23,30 @@ _MAX_POSITIONS = 1 << 30  # a window's bounds are sums of two positions in 32 bi
 def why_not(query, key, value, mask) -> list[str]:
     """Every reason why this implementation cannot serve these tensors on this machine; empty if it can."""
     reasons = []
-    interpreted = _interpreted()
+    interpreted = _interpreted() and query.device.type == "cpu"
     if importlib.util.find_spec("triton") is None:
         reasons.append("the package triton is not installed")
-    elif interpreted and query.device.type == "cpu" and _loop_bounds_broken():
+    elif interpreted and _loop_bounds_broken():
         reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if interpreted and tensor.device.type == "cpu":
-            if tensor.dtype == torch.bfloat16:
-                reasons.append(f"Triton's interpreter computes bfloat16 wrongly, and {name} is bfloat16")
-                continue
-        elif tensor.device.type != "cuda":
-            reasons.append(
-                f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), {name} is on {tensor.device}"
-            )
-        elif torch.version.hip is not None:
-            reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
-        else:
-            capability = torch.cuda.get_device_capability(tensor.device)
-            if capability < (8, 0):
-                reasons.append(
-                    f"compute capability must be at least 8.0, {tensor.device} has {capability[0]}.{capability[1]}"
-                )
-        if tensor.dtype not in _DTYPES:
-            reasons.append(f"dtype must be float32, float16 or bfloat16, {name} is {tensor.dtype}")
+    # The operation has checked that key and value have query's device and dtype.
+    if interpreted:
+        if query.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter computes bfloat16 wrongly, and query is bfloat16")
+    elif query.device.type != "cuda":
+        reasons.append(
+            f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), query is on {query.device}"
+        )
+    elif torch.version.hip is not None:
+        reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
+    else:
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if major < 8:
+            reasons.append(f"compute capability must be at least 8.0, {query.device} has {major}.{minor}")
+    if query.dtype not in _DTYPES:
+        reasons.append(f"dtype must be float32, float16 or bfloat16, query is {query.dtype}")
     head_size = query.shape[-1]
-    if not _MIN_HEAD_SIZE <= head_size <= _MAX_HEAD_SIZE:
-        reasons.append(f"head size must be {_MIN_HEAD_SIZE} to {_MAX_HEAD_SIZE}, got {head_size}")
+    if not 1 <= head_size <= _MAX_HEAD_SIZE:
+        reasons.append(f"head size must be 1 to {_MAX_HEAD_SIZE}, got {head_size}")
     if mask.seq_len > _MAX_POSITIONS:
         reasons.append(f"the mask must have at most 2**30 positions, got {mask.seq_len}")
     return reasons

@@ -246,7 +246,7 @@ def _attention_grad_key_value_kernel(
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
 
-    begin, full, end = text_queries(first, tl.where(is_image, 0, text_len), seq_len, BLOCK_K)
+    begin, full, end = text_queries(first, tl.where(is_image, 0, text_len), seq_len, BLOCK_K, BLOCK_TEXT)
     q_offsets = tl.arange(0, BLOCK_TEXT)
     for start in range(begin, full, BLOCK_TEXT):
         q_pos = start + q_offsets

@@ -104,8 +104,6 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
     for walk in _walks(mask):
         tiles = TILES[architecture, padded_head_size(head_size), size, walk][KERNELS.index(kernel)]
         steps = {tiles.image, min(32, tiles.image)}
-        if walk == "patch":
-            steps = {tiles.image} if tiles.image == tiles.own and math.isqrt(tiles.own) ** 2 == tiles.own else ()
         for step in sorted(steps, reverse=True):
             cut = tiles._replace(image=step)
             numbers = mask_numbers(mask, walk, tiles.own)
@@ -125,6 +123,8 @@ def mask_numbers(mask: AttentionMask, walk: str, block: int) -> MaskNumbers | No
     patch = up = left = right = 0
     if walk == "patch":
         patch = math.isqrt(block)
+        if patch**2 != block:
+            return None
         width = mask.grid[1]
         reach = mask.kernel_size // 2 * mask.dilation
         if mask.rule == "conv_corner":

@@ -114,7 +114,8 @@ def _attention_fwd_kernel(
         acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, True, PRECISION)
 
     nothing = row_sum == 0.0
-    out = acc / tl.where(nothing, 1.0, row_sum)[:, None]
+    row_sum = tl.where(nothing, 1.0, row_sum)
+    out = acc / row_sum[:, None]
     lse = tl.where(nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
     first_row = head.to(tl.int64) * seq_len
     store_tile(out_ptr, first_row, q_pos, q_valid, out, HEAD_DIM, BLOCK_D)

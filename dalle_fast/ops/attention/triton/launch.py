@@ -26,8 +26,12 @@ def device_guard(tensor):
 
 def chosen_tiles(kernel: str, query, mask):
     """(Tiles, MaskNumbers) of the committed table for these tensors."""
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else configs.MIN_CAPABILITY
-    return configs.tiles_for(kernel, mask, capability, query.shape[-1], query.element_size())
+    return configs.tiles_for(kernel, mask, capability_of(query), query.shape[-1], query.element_size())
+
+
+def capability_of(tensor) -> tuple[int, int]:
+    """(major, minor) compute capability of the tensor's device; the interpreter's is the lowest supported."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else configs.MIN_CAPABILITY
 
 
 def options(cut) -> dict:
@@ -49,6 +53,7 @@ def key_programs(heads: int, seq_len: int, numbers, cut) -> tuple[int, int]:
 
 def input_precision(dtype) -> str:
     """How matrix products read float32: exactly, unless torch's own setting allows TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    # Where this was set by its own name, torch.get_float32_matmul_precision() raises; this follows the older settings too.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

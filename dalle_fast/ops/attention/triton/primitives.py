@@ -36,6 +36,7 @@ __all__ = [
     "text_keys",
     "text_queries",
     "tile_counts",
+    "tile_pointers",
     "tile_start",
     "visible_text",
     "walk_tokens",
@@ -171,16 +172,17 @@ def text_keys(first_query, text_len, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def text_queries(first_key, text_len, seq_len, BLOCK: tl.constexpr):
+def text_queries(first_key, text_len, seq_len, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """(start, full, end): a tile of BLOCK text keys is seen by some queries in [start, full), all in [full, end).
 
+    full - start is a multiple of STEP, so that tiles of STEP queries meet each query once.
     Queries are in the sequence's own order here, text and image alike: every walk's image queries see all text keys.
     The range is empty where every key of the tile is hidden by text_len.
     """
     end = seq_len
     if first_key >= text_len:
         end = first_key
-    return first_key, min(first_key + BLOCK, end), end
+    return first_key, min(first_key + (BLOCK + STEP - 1) // STEP * STEP, end), end
 
 
 @triton.jit
@@ -219,7 +221,7 @@ def window(t0, rows, length, MASK: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.c
         else:
             column = max(patch_column - before, 0)
             columns = min(patch_column + after, per_row - 1) + 1 - column
-        count = (last - start + 1) * columns
+        count = (last - start + 1) * columns * (MASK.PATCH * MASK.PATCH // STEP)
     else:
         end = min(t0 + BLOCK, length)
         if REVERSE:
@@ -249,7 +251,10 @@ def tile_start(n, start, column, columns, MASK: tl.constexpr, STEP: tl.constexpr
     first = start + n * STEP
     if MASK.WALK == PATCH_WALK:
         per_row = MASK.W // MASK.PATCH
-        first = ((start + n // columns) * per_row + (column + n % columns) % per_row) * STEP
+        parts: tl.constexpr = MASK.PATCH * MASK.PATCH // STEP  # a patch may be met in several tiles
+        patch = n // parts
+        first = ((start + patch // columns) * per_row + (column + patch % columns) % per_row) * parts * STEP
+        first += n % parts * STEP
     return first
 
 
@@ -299,10 +304,16 @@ def head_base(ptr, strides, batch, head):
 
 
 @triton.jit
+def tile_pointers(base, strides, rows, columns):
+    """Addresses of one head's elements at (rows, columns)."""
+    return base + (rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3])
+
+
+@triton.jit
 def load_tile(base, strides, rows, valid, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """(len(rows), BLOCK_D) tile of one head's matrix; zero where not `valid` (if MASK_ROWS) and past HEAD_DIM."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + (rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3])
+    pointers = tile_pointers(base, strides, rows, columns)
     if MASK_ROWS:
         tile = tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
     elif HEAD_DIM < BLOCK_D:
