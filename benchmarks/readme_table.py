@@ -1,0 +1,167 @@
+"""Write a results file of attn_bench.py into the README as a table, between two markers.
+
+    python benchmarks/readme_table.py benchmarks/results/cpu.json
+    python benchmarks/readme_table.py benchmarks/results/gpu.json --name attn_bench_gpu
+
+The markers are `<!-- attn_bench:begin -->` and `<!-- attn_bench:end -->`, each on a line of its own; what is between
+them is replaced. With --check nothing is written, and the exit code is 1 where the README shows something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import attn_bench
+import harness
+
+
+class Refusal(Exception):
+    """What stands between these files and a table."""
+
+
+def read_report(path: Path) -> dict:
+    """The results file at `path`.
+
+    Raises:
+        Refusal: it cannot be read, is not one of attn_bench.py's, or holds no case.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise Refusal(f"{path} is not JSON ({error})") from error
+    if not isinstance(report, dict) or report.get("benchmark") != "attention":
+        raise Refusal(f'{path} is not a results file of attn_bench.py: expected "benchmark": "attention"')
+    if not report.get("cases"):
+        raise Refusal(f"{path} holds no measured case")
+    return report
+
+
+def render(report: dict) -> str:
+    """The Markdown of a report: what was measured where, the table of ratios, and who could not run.
+
+    Raises:
+        Refusal: the report lacks something.
+    """
+    try:
+        commit, changes, _ = (report["commit"] or "unknown").partition("+")
+        measured = (
+            f"Measured {report['date'][:10]} at commit {commit[:10]}{changes and '+changes'} on "
+            f"{attn_bench.where_line(report)}: {report['settings']['sizes']}. A ratio is the other's median time over "
+            "this package's in the same run."
+        )
+        table = harness.table(*attn_bench.summary_rows(report["cases"]), markdown=True)
+        lines = [measured, "", table]
+        if not report["complete"]:
+            lines += ["", "The run was interrupted: not every case is here."]
+        refusals = not_run(report["cases"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"these results are not as this version of attn_bench.py writes them ({error!r})") from error
+    if refusals:
+        lines += ["", "Not run: " + "; ".join(refusals) + "."]
+    return "\n".join(lines)
+
+
+def not_run(results: list[dict]) -> list[str]:
+    """Text "contenders: reason (in so many cases)", one for each reason why somebody could not take part."""
+    found = {}
+    for result in results:
+        for entry in result["contenders"]:
+            if entry["status"] != "ok":
+                found.setdefault(entry["reason"], []).append((entry["name"], result["name"]))
+    texts = []
+    for reason, pairs in found.items():
+        names, cases = (list(dict.fromkeys(column)) for column in zip(*pairs))
+        texts.append(f"{' and '.join(names)}: {reason} ({len(cases)} of {len(results)} cases)")
+    return texts
+
+
+def insert(text: str, content: str, name: str) -> str:
+    """`text` with `content` between the lines of markers called `name`.
+
+    Raises:
+        Refusal: not exactly one line of each marker is there, the beginning first.
+    """
+    markers = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    lines = text.split("\n")
+    places = [[n for n, line in enumerate(lines) if line.strip() == marker] for marker in markers]
+    if [len(found) for found in places] != [1, 1] or places[0] > places[1]:
+        raise Refusal(
+            f"expected one line {markers[0]} and one line {markers[1]} after it, found the first on "
+            f"{_line_numbers(places[0])} and the second on {_line_numbers(places[1])}"
+        )
+    (begin,), (end,) = places
+    return "\n".join([*lines[: begin + 1], content, *lines[end:]])
+
+
+def _line_numbers(places: list[int]) -> str:
+    return f"line {', '.join(str(n + 1) for n in places)}" if places else "no line"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path`, keeping its mode: the whole of it or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, path.stat().st_mode)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def marker_name(text: str) -> str:
+    """An argparse type: what the markers are called."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, _ and -, got {text!r}")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Write a results file of attn_bench.py into the README, between <!-- NAME:begin --> and "
+        "<!-- NAME:end -->.",
+        formatter_class=harness.HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what attn_bench.py --json wrote")
+    readme = harness.ROOT / "README.md"
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="file to write into (default: that of this tree)")
+    parser.add_argument("--name", type=marker_name, default="attn_bench", help="name of the markers")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
+    args = parser.parse_args(argv)
+    args.readme = args.readme or readme
+    try:
+        content = render(read_report(args.results))
+        try:
+            with open(args.readme, encoding="utf-8", newline="") as file:
+                before = file.read()
+        except OSError as error:
+            raise Refusal(f"{args.readme}: {error.strerror}") from error
+        try:
+            after = insert(before, content, args.name)
+        except Refusal as refusal:
+            raise Refusal(f"{args.readme}: {refusal}") from None
+    except Refusal as refusal:
+        parser.error(str(refusal))
+    if before == after:
+        print(f"{args.readme.name} is up to date")
+    elif args.check:
+        print(f"{args.readme.name} does not show {args.results.name}; run benchmarks/readme_table.py without --check")
+        return 1
+    else:
+        write_text(args.readme, after)
+        print(f"wrote the table into {args.readme.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
