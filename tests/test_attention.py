@@ -1,0 +1,281 @@
+"""Attention is what float64 says it is: for every mask, prefix, text length, stride, head size and instruction set.
+
+B batch, H heads, S sequence, D head size, T text.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dalle_fast import _extension
+from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.ops.attention import cpu
+from dalle_fast.testing import SMALL_MASKS, assert_as_exact_as_eager, attention_oracle, eager_attention, nan_poisoned
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROW = row_mask(5, (3, 7))
+
+
+def check(server, q, k, v, mask, *, scale=None, text_lengths=None):
+    """Compare out and lse with the oracle's; returns them."""
+    options = {"scale": scale, "text_lengths": text_lengths}
+    with nan_poisoned():
+        out, lse = server(q, k, v, mask, **options, return_lse=True)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert out.is_contiguous() and lse.is_contiguous()
+    exact, exact_lse = attention_oracle(q, k, v, mask, **options)
+    assert_as_exact_as_eager("out", out, eager_attention(q, k, v, mask, **options)[0], exact)
+    eager_lse = eager_attention(q.float(), k.float(), v.float(), mask, **options)[1]  # logits are kept in float32
+    assert_as_exact_as_eager("lse", lse, eager_lse, exact_lse)
+    return out, lse
+
+
+def test_poison_works():
+    """The tests of this file would see memory that nobody wrote."""
+    with nan_poisoned():
+        assert torch.empty(7).isnan().all() and torch.empty((2, 3), dtype=torch.bfloat16).isnan().all()
+    with pytest.raises(AssertionError, match="elements beyond the tolerance"):
+        assert_as_exact_as_eager("x", torch.tensor([1.0, torch.nan]), torch.ones(2), torch.ones(2))
+    with pytest.raises(AssertionError, match="where the exact result is not finite"):
+        assert_as_exact_as_eager("x", torch.zeros(2), torch.ones(2), torch.tensor([1.0, -torch.inf]))
+
+
+def test_cpu_kernels_serve_here(make, recwarn):
+    q, k, v = make((1, 2, ROW.seq_len, 16))
+    assert cpu.why_not(q, k, v, ROW) == []
+    from dalle_fast.nn.functional import sparse_attention
+
+    auto, named = sparse_attention(q, k, v, ROW), sparse_attention(q, k, v, ROW, impl="cpu")
+    assert torch.equal(auto, named)
+    assert not torch.equal(auto, sparse_attention(q, k, v, ROW, impl="reference"))  # so the two differ in who computes
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
+def test_every_mask(server, make, mask, dtype):
+    T = mask.text_len
+    q, k, v = make((3, 2, mask.seq_len, 24), dtype, server.device)
+    out, lse = check(server, q, k, v, mask)
+    lengths = torch.tensor([0, T, T // 2], device=server.device)
+    hidden, hidden_lse = check(server, q, k, v, mask, text_lengths=lengths, scale=0.4)
+    assert (hidden[0, :, :T] == 0).all() and (hidden_lse[0, :, :T] == -torch.inf).all()
+    assert torch.equal(check(server, q, k, v, mask, scale=0.4)[0][1], hidden[1])  # T valid keys: nothing is hidden
+
+
+@pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
+def test_every_prefix(server, make, mask):
+    T, (_, W), S = mask.text_len, mask.grid, mask.seq_len
+    q, k, v = make((2, 1, S, 16), device=server.device)
+    for end in sorted({0, 1, T - 1, T, T + 1, T + W, T + W + 1, S - 1, S} - {-1}):
+        out, lse = check(server, q[:, :, :end], k[:, :, :end], v[:, :, :end], mask)
+        assert out.shape == (2, 1, end, 16) and lse.shape == (2, 1, end)
+
+
+@pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 40, 64, 72, 100, 127, 128])
+def test_every_head_size(make, D, server):
+    if server.impl == "triton" and D < 16:
+        pytest.skip("the Triton kernels take head sizes from 16")
+    for mask in (row_mask(5, (3, 7)), column_mask(19, (6, 4)), conv_mask(5, (3, 7), 3)):
+        for dtype in DTYPES:
+            check(server, *make((1, 2, mask.seq_len, D), dtype, server.device), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_text_and_wide_grids(server, make, dtype):
+    """More than one tile, panel and row group of every kernel in each direction."""
+    for mask in (row_mask(150, (4, 40)), column_mask(70, (9, 35)), conv_mask(130, (12, 20), 7), causal_mask(90, 13)):
+        check(server, *make((1, 1, mask.seq_len, 64), dtype, server.device), mask)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 26, 16), (2, 0, 26, 16), (2, 3, 0, 16), (0, 0, 0, 16)])
+def test_empty(server, make, shape):
+    out, lse = server(*make(shape, device=server.device), ROW, return_lse=True)
+    assert out.shape == shape and lse.shape == shape[:3]
+    lengths = torch.full(shape[:1], 3, device=server.device)
+    assert server(*make(shape, device=server.device), ROW, text_lengths=lengths).shape == shape
+
+
+def strided(make, server, name, dtype=torch.float32):
+    """query, key and value of shape (2, 3, 26, 16) with unusual strides."""
+    B, H, S, D = 2, 3, ROW.seq_len, 16
+
+    def tensor(*shape, seed=0):
+        return make(shape, dtype, server.device, seed=seed, count=1)[0]
+
+    if name == "packed":  # one projection, (B, S, 3, H, D)
+        return tensor(B, S, 3, H, D).permute(2, 0, 3, 1, 4).unbind()
+    if name == "packed by head":
+        return tensor(B, S, H, 3, D).permute(3, 0, 2, 1, 4).unbind()
+    if name == "sequence first":
+        return tensor(S, B, 3, H, D).permute(2, 1, 3, 0, 4).unbind()
+    if name == "last stride":
+        return tensor(3, B, H, S, 2 * D)[..., ::2].unbind()
+    if name == "head size first":
+        return tensor(3, B, D, H, S).permute(0, 1, 3, 4, 2).unbind()
+    if name == "expanded heads":
+        return [tensor(B, 1, S, D, seed=seed).expand(B, H, S, D) for seed in range(3)]
+    if name == "expanded all":
+        return [tensor(1, seed=seed).expand(B, H, S, D) for seed in range(3)]
+    if name == "misaligned":
+        return [tensor(B * H * S * D + 1, seed=seed)[1:].view(B, H, S, D) for seed in range(3)]
+    assert name == "all different"
+    q, k, v = strided(make, server, "packed")[0], strided(make, server, "last stride")[1], tensor(B, H, S, D, seed=9)
+    return q, k, v
+
+
+STRIDES = (
+    "packed",
+    "packed by head",
+    "sequence first",
+    "last stride",
+    "head size first",
+    "expanded heads",
+    "expanded all",
+    "misaligned",
+    "all different",
+)
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_every_stride(server, make, name):
+    for dtype in DTYPES:
+        q, k, v = (x.to(dtype) if name == "all different" else x for x in strided(make, server, name, dtype))
+        out, lse = check(server, q, k, v, ROW)
+        same, same_lse = server(*(x.contiguous() for x in (q, k, v)), ROW, return_lse=True)
+        if server.device == "cpu":  # strides do not change what is added up, nor in which order
+            assert torch.equal(out, same) and torch.equal(lse, same_lse)
+
+
+@pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
+def test_causal_and_masked_bit_by_bit(server, make, mask):
+    """Sample n has the key and value of token n changed: exactly the queries that see token n change, no other bit."""
+    S = mask.seq_len
+    q, k, v = (x.expand(S, 2, S, 16) for x in make((1, 2, S, 16), device=server.device))
+    new_k, new_v = make((2, S, 16), device=server.device, seed=1, count=2)
+    every, n = torch.arange(S, device=server.device), slice(None)
+    base = server(q, k, v, mask)
+    k, v = k.clone(), v.clone()
+    k[every, n, every], v[every, n, every] = new_k.transpose(0, 1), new_v.transpose(0, 1)
+    changed = (server(q, k, v, mask) != base).any(-1)  # (token, head, query)
+    dense = mask.to_dense(server.device)
+    assert torch.equal(changed[:, 0], dense.mT) and torch.equal(changed[:, 1], dense.mT)
+    # A token's own query reaches no other output.
+    q = q.clone()
+    q[every, n, every] = new_k.transpose(0, 1)
+    changed = (server(q, k, v, mask) != server(q[:1] * 0 + q, k, v, mask)).any()
+    assert not changed
+
+
+@pytest.mark.parametrize("mask", SMALL_MASKS[1::4], ids=repr)
+def test_a_query_is_read_by_its_own_row_only(server, make, mask):
+    S = mask.seq_len
+    q, k, v = (x.expand(S, 1, S, 16) for x in make((1, 1, S, 16), device=server.device))
+    base = server(q, k, v, mask, return_lse=True)[1]
+    q = q.clone()
+    every = torch.arange(S, device=server.device)
+    q[every, 0, every] = make((S, 16), device=server.device, seed=1, count=1)[0]
+    changed = server(q, k, v, mask, return_lse=True)[1] != base
+    assert torch.equal(changed[:, 0], torch.eye(S, dtype=torch.bool, device=server.device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_one_sample_never_reaches_another(server, make, dtype, poison):
+    q, k, v = make((3, 2, ROW.seq_len, 24), dtype, server.device)
+    lengths = torch.tensor([3, 5, 2], device=server.device)
+    for options in ({}, {"text_lengths": lengths}):
+        clean = server(q, k, v, ROW, **options, return_lse=True)
+        bad = [x.clone() for x in (q, k, v)]
+        for x in bad:
+            x[1] = poison
+        dirty = server(*bad, ROW, **options, return_lse=True)
+        for a, b in zip(clean, dirty):
+            assert torch.equal(a[[0, 2]], b[[0, 2]])
+        assert not dirty[0][1].isfinite().all()
+
+
+@pytest.mark.parametrize("mask", SMALL_MASKS[::3], ids=repr)
+def test_same_bits_whatever_the_batch_and_threads(server, make, threads, mask):
+    for dtype in DTYPES:
+        q, k, v = make((3, 4, mask.seq_len, 40), dtype, server.device)
+        lengths = torch.tensor([0, mask.text_len, 1 % (mask.text_len + 1)], device=server.device)
+        whole = server(q, k, v, mask, text_lengths=lengths, return_lse=True)
+        for count in (1, 2, 3):
+            if server.impl == "cpu":
+                threads(count)
+            again = server(q, k, v, mask, text_lengths=lengths, return_lse=True)
+            assert all(torch.equal(a, b) for a, b in zip(whole, again)), count
+        if server.impl == "reference":
+            continue  # a dense product may choose another order for another size
+        for b in range(3):
+            for h in (0, 3):
+                i, j = slice(b, b + 1), slice(h, h + 1)
+                alone = server(q[i, j], k[i, j], v[i, j], mask, text_lengths=lengths[i], return_lse=True)
+                assert all(torch.equal(a, w[i, j]) for a, w in zip(alone, whole)), (b, h)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-30, 30.0, 1000.0])
+def test_any_scale(server, make, scale):
+    q, k, v = make((1, 2, ROW.seq_len, 16), device=server.device)
+    out, lse = check(server, q, k, v, ROW, scale=scale)
+    if scale == 0.0:
+        count = ROW.to_dense(server.device).sum(-1)
+        torch.testing.assert_close(lse, count.float().log().expand_as(lse))
+
+
+def test_large_logits_do_not_overflow(server, make):
+    q, k, v = make((1, 2, ROW.seq_len, 64), device=server.device)
+    for dtype, size in ((torch.float32, 1e4), (torch.float16, 1e2), (torch.bfloat16, 1e4)):
+        q_, k_ = (q * size).to(dtype), (k * size).to(dtype)
+        out, lse = server(q_, k_, v.to(dtype), ROW, return_lse=True)
+        assert out.isfinite().all() and lse.isfinite().all()
+        assert (out.float().abs().amax() <= v.to(dtype).float().abs().amax() * 1.01).all()
+
+
+def test_int32_and_int64_lengths_agree(server, make):
+    q, k, v = make((3, 1, ROW.seq_len, 16), device=server.device)
+    lengths = torch.tensor([0, 3, 5], device=server.device)
+    expected = server(q, k, v, ROW, text_lengths=lengths)
+    for other in (lengths.int(), lengths.short(), lengths.to(torch.uint8), torch.stack([lengths] * 2, 1)[:, 0]):
+        assert torch.equal(server(q, k, v, ROW, text_lengths=other), expected)
+
+
+def test_arguments_are_not_written(server, make):
+    q, k, v = make((2, 2, ROW.seq_len, 16), device=server.device)
+    lengths = torch.tensor([2, 4], device=server.device)
+    before = [x.clone() for x in (q, k, v, lengths)]
+    server(q, k, v, ROW, text_lengths=lengths)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, lengths)))
+
+
+# -- instruction sets ------------------------------------------------------------------------------------------------
+
+
+def test_instruction_set_is_the_one_asked_for():
+    asked = os.environ.get("DALLE_FAST_ISA")
+    native = _extension.native()
+    assert native.instruction_set() in native.instruction_sets()
+    assert asked is None or native.instruction_set() == asked
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    """The CPU tests of this file and of test_attention_grad.py, in a process that uses `isa`."""
+    available = _extension.native().instruction_sets()
+    if isa not in available:
+        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
+    if _extension.native().instruction_set() == isa:
+        return  # that is how the other tests have run
+    here = os.path.dirname(__file__)
+    selection = "instruction_set_is or (cpu and (every_mask or head_size or long_text or every_stride or threads))"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
+    files = [os.path.join(here, name) for name in ("test_attention.py", "test_attention_grad.py")]
+    done = subprocess.run(
+        command + files, env={**os.environ, "DALLE_FAST_ISA": isa}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout

@@ -1,0 +1,296 @@
+"""What the build promises: its native module loads anywhere, its instruction sets can be chosen, and it finds its CUDA
+compiler or says why not."""
+
+import json
+import os
+import pathlib
+import platform
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import dalle_fast
+from dalle_fast import _extension
+
+ROOT = pathlib.Path(__file__).parent.parent
+native = _extension.native()
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def python(code, **variables):
+    """Run code in a fresh interpreter with these environment variables; None unsets one."""
+    env = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def output(code, **variables):
+    run = python(code, **variables)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+# -- the module ------------------------------------------------------------------------------------------------------
+
+
+def test_build_info_says_what_was_built():
+    info = native.build_info()
+    assert info["version"] == dalle_fast.__version__
+    assert info["compiler"] and isinstance(info["openmp"], bool)
+    if info["cuda"] is None:
+        assert info["why_no_cuda"] and info["cuda_architectures"] is None
+    else:
+        assert info["why_no_cuda"] is None and hasattr(native, "cuda_dense_mask")
+        assert info["cuda_architectures"].split() == ["sm_80", "sm_90", "sm_100", "compute_100"]
+
+
+LOAD_ALONE = """
+import importlib.machinery, importlib.util, json
+loader = importlib.machinery.ExtensionFileLoader("dalle_fast._native", {path!r})
+spec = importlib.util.spec_from_loader(loader.name, loader)
+module = importlib.util.module_from_spec(spec)
+loader.exec_module(module)
+layout = module.AttentionLayout((0, 2, 1, 2, 1, 1), 4)
+print(json.dumps([line.split()[-1] for line in open("/proc/self/maps") if ".so" in line]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_module_needs_neither_torch_nor_a_cuda_driver():
+    names = {pathlib.Path(path).name for path in output(LOAD_ALONE.format(path=native.__file__))}
+    assert pathlib.Path(native.__file__).name in names
+    assert not [name for name in names if name.startswith(("libtorch", "libc10", "libcuda"))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_module_shares_the_openmp_runtime_of_torch():
+    code = (
+        "import json; from dalle_fast import _extension; _extension.native(); "
+        "print(json.dumps(sorted({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line and '.so' in line})))"
+    )
+    assert len(output(code)) == 1
+
+
+def test_loading_it_leaves_the_floating_point_mode_alone():
+    code = (
+        "import json, torch; from dalle_fast import _extension; _extension.native(); x = torch.tensor([1e-40]); "
+        "print(json.dumps([x.mul(1.0).item() > 0, torch.tensor(float('nan')).isnan().item()]))"
+    )
+    assert output(code) == [True, True]
+
+
+def test_a_missing_module_says_how_to_build_it():
+    code = (
+        "import json, sys; sys.modules['dalle_fast._native'] = None\n"
+        "from dalle_fast import _extension\n"
+        "try: _extension.native()\n"
+        "except ImportError as error: print(json.dumps([str(error), _extension.why_missing()]))"
+    )
+    message, reason = output(code)
+    assert message == reason
+    assert "pip install -e ." in message and "_native" in message
+
+
+def test_a_module_of_another_version_is_refused():
+    code = (
+        "import json, dalle_fast; dalle_fast.__version__ = '0.0.7'\n"
+        "from dalle_fast import _extension\n"
+        "print(json.dumps(_extension.why_missing()))"
+    )
+    reason = output(code)
+    assert native.build_info()["version"] in reason and "0.0.7" in reason and "make build" in reason
+
+
+# -- instruction sets ------------------------------------------------------------------------------------------------
+
+ACTIVE = "import json; from dalle_fast import _extension; print(json.dumps(_extension.native().instruction_set()))"
+
+
+def test_instruction_sets_begin_with_the_portable_one():
+    names = native.instruction_sets()
+    assert names[0] == "portable"
+    assert names == [name for name in INSTRUCTION_SETS if name in names]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are x86-64's")
+def test_instruction_sets_are_those_of_the_cpu():
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        pytest.skip("reads /proc/cpuinfo")
+    flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
+    needed = {
+        "portable": set(),
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    }
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
+    # Every compiler that can build this package knows all but the last.
+    assert [n for n in native.instruction_sets() if n != "avx512_bf16"] == [
+        n for n in needed if n != "avx512_bf16" and needed[n] <= flags
+    ]
+    assert "avx512_bf16" not in native.instruction_sets() or needed["avx512_bf16"] <= flags
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_the_environment_chooses_an_instruction_set(name):
+    if name in native.instruction_sets():
+        assert output(ACTIVE, DALLE_FAST_ISA=name) == name
+    else:
+        assert "ValueError: DALLE_FAST_ISA" in python(ACTIVE, DALLE_FAST_ISA=name).stderr
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_the_fastest_instruction_set_is_chosen_by_itself(unset):
+    names = native.instruction_sets()
+    chosen = output(ACTIVE, DALLE_FAST_ISA=unset)
+    if "avx512_bf16" in names and "AuthenticAMD" not in pathlib.Path("/proc/cpuinfo").read_text():
+        names.remove("avx512_bf16")  # slower than avx512 but on AMD: see dispatch.cpp
+    assert chosen == names[-1]
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_the_known():
+    run = python(ACTIVE, DALLE_FAST_ISA="sse9")
+    assert run.returncode == 1
+    message = run.stderr.splitlines()[-1]
+    assert message.startswith("ValueError: DALLE_FAST_ISA must be ")
+    assert "'sse9'" in message and ", ".join(native.instruction_sets()) in message
+
+
+def test_an_unknown_instruction_set_stops_the_attention_too():
+    code = (
+        "import torch, dalle_fast.nn.functional as F; from dalle_fast.masks import row_mask\n"
+        "x = torch.zeros(1, 1, 4, 16); F.sparse_attention(x, x, x, row_mask(2, (1, 2)), impl='cpu')"
+    )
+    assert "ValueError: DALLE_FAST_ISA" in python(code, DALLE_FAST_ISA="sse9").stderr
+    assert python(code, DALLE_FAST_ISA="portable").returncode == 0
+
+
+# -- the build backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(monkeypatch, tmp_path):
+    """The build backend where no CUDA compiler is to be seen."""
+    pytest.importorskip("setuptools", reason="the build backend is setuptools'")
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    import dalle_fast_build
+
+    for name in ("DALLE_FAST_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX", "CUDAHOSTCXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr(dalle_fast_build, "DEFAULT_NVCC", str(tmp_path / "nothing/nvcc"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "nothing")])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):  # setuptools' would run setup.py
+        monkeypatch.setattr(dalle_fast_build.build_meta, hook, lambda config_settings: ["a-need-of-setuptools"])
+    return dalle_fast_build
+
+
+def fake_nvcc(path, failure=""):
+    """A compiler that answers every call with success, or with this message and failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n[ -z '{failure}' ] && exit 0\necho '{failure}' >&2\nexit 1\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_without_nvcc_it_is_a_build_requirement(backend):
+    assert backend.find_nvcc() == (None, "no nvcc was found")
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        pins = hook()
+        assert pins.pop(0) == "a-need-of-setuptools"
+        assert len(pins) == 5 and all(pin.startswith("nvidia-") for pin in pins)
+        assert {pin.partition("==")[2] for pin in pins} == {"13.0.*"}
+
+
+@pytest.mark.parametrize("system, machine", [("darwin", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64")])
+def test_elsewhere_it_is_not(backend, monkeypatch, system, machine):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert not [r for r in backend.get_requires_for_build_wheel() if r.startswith("nvidia-")]
+
+
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_an_nvcc_of_the_machine_is_used(backend, monkeypatch, tmp_path, variable):
+    nvcc = fake_nvcc(tmp_path / "toolkit/bin/nvcc")
+    value = {"CUDACXX": nvcc, "PATH": f"{nvcc.parent}{os.pathsep}/bin"}.get(variable, nvcc.parent.parent)
+    monkeypatch.setenv(variable, str(value))
+    assert backend.find_nvcc() == (nvcc, "")
+    assert not [r for r in backend.get_requires_for_build_editable() if r.startswith("nvidia-")]
+
+
+def test_an_nvcc_that_does_not_work_is_passed_over(backend, monkeypatch, tmp_path):
+    broken = fake_nvcc(tmp_path / "broken/bin/nvcc", failure="error: unsupported GNU version")
+    monkeypatch.setenv("CUDA_HOME", str(broken.parent.parent))
+    found, reason = backend.find_nvcc()
+    assert found is None
+    assert str(broken) in reason and "unsupported GNU version" in reason
+    assert len([r for r in backend.get_requires_for_build_wheel() if r.startswith("nvidia-")]) == 5
+    from_pypi = fake_nvcc(tmp_path / "site/nvidia/cu13/bin/nvcc")
+    sys.path.append(str(tmp_path / "site"))
+    assert backend.find_nvcc() == (from_pypi, "")
+    assert str(from_pypi.parent.parent / "lib") in backend.nvcc_environment(from_pypi)["LIBRARY_PATH"].split(os.pathsep)
+
+
+def test_the_environment_turns_cuda_off(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path / "bin/nvcc")))
+    monkeypatch.setenv("DALLE_FAST_CUDA", "0")
+    found, reason = backend.find_nvcc()
+    assert found is None and "DALLE_FAST_CUDA=0" in reason
+    monkeypatch.delenv("CUDACXX")
+    assert not [r for r in backend.get_requires_for_build_wheel() if r.startswith("nvidia-")]
+
+
+def test_the_environment_asks_for_the_nvcc_from_pypi(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path / "bin/nvcc")))
+    monkeypatch.setenv("DALLE_FAST_CUDA", "pypi")
+    assert backend.find_nvcc()[0] is None
+    assert len([r for r in backend.get_requires_for_build_wheel() if r.startswith("nvidia-")]) == 5
+
+
+def test_another_value_is_an_error(backend, monkeypatch):
+    monkeypatch.setenv("DALLE_FAST_CUDA", "yes")
+    with pytest.raises(ValueError, match="DALLE_FAST_CUDA must be auto, 0, 1 or pypi, got 'yes'"):
+        backend.find_nvcc()
+
+
+@pytest.mark.parametrize(
+    "change, stale",
+    [
+        ({}, False),
+        ({"CMAKE_MAKE_PROGRAM": "gone"}, True),  # it was in an isolated build environment
+        ({"CMAKE_CUDA_COMPILER": ""}, True),
+        ({"CMAKE_CACHEFILE_DIR": "elsewhere"}, True),
+    ],
+)
+def test_a_stale_cmake_cache_is_dropped_and_object_files_kept(backend, tmp_path, change, stale):
+    tool = fake_nvcc(tmp_path / "tool")
+    cached = {"CMAKE_MAKE_PROGRAM": tool, "CMAKE_CUDA_COMPILER": tool, "CMAKE_CACHEFILE_DIR": tmp_path}
+    cached |= {name: value and tmp_path / value for name, value in change.items()}
+    cache = tmp_path / "CMakeCache.txt"
+    cache.write_text("# This is the CMakeCache file.\n" + "".join(f"{n}:FILEPATH={v}\n" for n, v in cached.items()))
+    compilers, objects = tmp_path / "CMakeFiles/4.0.0", tmp_path / "CMakeFiles/cpu.dir"
+    compilers.mkdir(parents=True)
+    objects.mkdir()
+    assert backend.forget_stale_cache(tmp_path, {"CMAKE_CUDA_COMPILER": str(tool)}) is stale
+    assert cache.exists() is compilers.exists() is not stale
+    assert objects.exists()
+
+
+# -- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_every_folder_of_the_package_is_a_package():
+    folders = {path.parent for path in (ROOT / "dalle_fast").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_no_cuda_header_in_cpp_files():
+    texts = {path: path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
+    assert texts
+    assert [str(path) for path, text in texts.items() if "cuda_runtime" in text or ".cuh" in text] == []

@@ -1,0 +1,88 @@
+"""The command `dalle-fast`, also as `python -m dalle_fast`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dalle_fast
+from dalle_fast import _extension, cli, info
+
+
+def run_module(*arguments, **environment):
+    command = [sys.executable, "-m", "dalle_fast", *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_info_as_json_tells_what_torch_and_the_native_module_tell(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["dalle_fast"] == dalle_fast.__version__
+    assert facts["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert facts["threads"] == torch.get_num_threads()
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+    assert facts["attention"]["cpu"]["reference"] == []
+    native = _extension.native()
+    assert facts["native"]["available"] == native.instruction_sets()
+    assert facts["native"]["active"] == native.instruction_set()
+    assert (facts["native"]["cuda"] is None) == bool(facts["native"]["why_no_cuda"])
+
+
+def test_info_as_text_has_a_line_for_each_fact(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in ("dalle_fast", "torch", "native module", "instruction sets", "CUDA kernels", "GPU", "attention, cpu"):
+        assert any(line.startswith(name + " ") for line in text.splitlines()), name
+    assert f"{_extension.native().instruction_set()} in use" in text
+
+
+def test_info_says_why_the_native_module_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(_extension, "why_missing", lambda: "it was never built")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert any(line.split("  ")[0] == "native module" and "it was never built" in line for line in text.splitlines())
+    assert " cpu: it was never built" in text
+
+
+def test_info_says_why_there_is_no_cuda():
+    facts = {**info.collect(), "native": {"compiler": "x", "openmp": False, "available": ["portable"]}}
+    facts["native"] |= {"active": "portable", "isa_error": None, "cuda": None, "why_no_cuda": "no nvcc was found"}
+    text = info.as_text(facts)
+    assert "none, built for CPUs only: no nvcc was found" in text
+    assert "without OpenMP" in text
+
+
+def test_a_wrong_instruction_set_is_reported():
+    run = run_module("info", DALLE_FAST_ISA="abacus")
+    assert run.returncode == 0, run.stderr
+    assert "DALLE_FAST_ISA must be" in run.stdout and "portable" in run.stdout and "'abacus'" in run.stdout
+
+
+def test_the_instruction_set_can_be_chosen():
+    run = run_module("info", "--json", DALLE_FAST_ISA="portable")
+    assert json.loads(run.stdout)["native"]["active"] == "portable"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_defaults(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert "(default: " in capsys.readouterr().out
+
+
+def test_help_and_version_do_not_import_torch():
+    code = "import sys; from dalle_fast import cli; cli.make_parser(); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "False", run.stderr
+    assert run_module("--version").stdout.strip() == f"dalle-fast {dalle_fast.__version__}"
+
+
+def test_a_command_is_required():
+    run = run_module()
+    assert run.returncode == 2
+    assert "COMMAND" in run.stderr

@@ -1,0 +1,62 @@
+"""Importing the package is cheap: no Triton, no matplotlib, no CUDA, and well under a second beyond torch's own import."""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import dalle_fast
+
+IMPORT_ALL = "import dalle_fast, dalle_fast.masks, dalle_fast.nn, dalle_fast.nn.functional"
+REPORT = """
+import json, sys, time
+import torch
+started = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - started
+unwanted = [name for name in ("triton", "matplotlib", "torch._inductor", "torch._dynamo") if name in sys.modules]
+print(json.dumps({{"seconds": seconds, "unwanted": unwanted, "cuda": torch.cuda.is_initialized()}}))
+"""
+
+
+def fresh_python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def report_of(statement: str) -> dict:
+    return json.loads(fresh_python(REPORT.format(statement=statement)))
+
+
+def test_import_loads_no_accelerator_and_takes_under_a_second():
+    reports = [report_of(IMPORT_ALL) for _ in range(3)]
+    assert reports[0]["unwanted"] == []
+    assert not reports[0]["cuda"]
+    assert statistics.median(report["seconds"] for report in reports) < 1, reports
+
+
+def test_the_report_sees_what_it_looks_for():
+    report = report_of("import torch._dynamo; time.sleep(0.2)")
+    assert "torch._dynamo" in report["unwanted"]
+    assert report["seconds"] >= 0.2
+
+
+def test_the_package_itself_and_its_masks_do_not_need_torch():
+    code = "import sys, dalle_fast.masks as m; m.row_mask(4, (2, 3)).seq_len; print('torch' in sys.modules)"
+    assert fresh_python(code).strip() == "False"
+
+
+def test_parts_load_when_first_used():
+    code = (
+        "import sys, dalle_fast; before = 'dalle_fast.nn' in sys.modules; dalle_fast.nn.functional; dalle_fast.masks; "
+        "print(before, 'dalle_fast.nn' in sys.modules, set(dir(dalle_fast)) >= {'nn', 'masks', '__version__'})"
+    )
+    assert fresh_python(code).split() == ["False", "True", "True"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'dalle_fast' has no attribute 'transformer'"):
+        _ = dalle_fast.transformer

@@ -1,0 +1,210 @@
+"""The mask rule against the paper's table, written a second time, slowly; values, derived data and ports."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_fast import _extension
+from dalle_fast.masks import RULES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
+
+SIZES = [(0, (3, 5)), (1, (1, 1)), (2, (1, 6)), (3, (5, 1)), (4, (4, 4)), (3, (5, 3)), (1, (2, 7)), (7, (6, 4))]
+KERNELS = [(1, 1), (3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (3, 3)]
+
+
+def all_masks():
+    for text_len, grid in SIZES:
+        for rule in RULES:
+            for kernel_size, dilation in KERNELS if rule.startswith("conv_") else [(1, 1)]:
+                yield AttentionMask(rule, text_len, grid, kernel_size, dilation)
+
+
+def image_key_visible(mask, i, j):
+    """The row of the table in PAPER.md's section "Masks, exactly", for image query i and image key j."""
+    H, W = mask.grid
+    K, d = mask.kernel_size, mask.dilation
+    h = K // 2
+    if j > i:
+        return False
+    (ri, ci), (rj, cj) = divmod(i, W), divmod(j, W)
+    dr, dc = ri - rj, ci - cj
+    window = [step * d for step in range(-h, h + 1)]
+    if mask.rule == "causal":
+        return True
+    if mask.rule == "row":
+        return 0 <= i - j <= W
+    if mask.rule == "axial_row":
+        return dr == 0
+    if mask.rule == "column":
+        return (i - j) % W == 0
+    if mask.rule == "conv_flat":
+        return any(i - j == d * (row * W + column) for row in range(h + 1) for column in range(-h, h + 1))
+    if mask.rule == "conv_clip":
+        return dr in window and dc in window
+    if mask.rule == "conv_torus":
+        # A difference modulo the grid is one of two numbers: this many rows up, or that many down.
+        return any(x in window for x in (dr % H, dr % H - H)) and any(x in window for x in (dc % W, dc % W - W))
+    assert mask.rule == "conv_corner"
+    corner = [step * d for step in range(K)]
+    return dr in corner and dc in corner
+
+
+def slow_dense(mask):
+    T, S = mask.text_len, mask.text_len + mask.grid[0] * mask.grid[1]
+    dense = np.zeros((S, S), dtype=bool)
+    for q in range(S):
+        for k in range(S):
+            if q < T:
+                dense[q, k] = k <= q
+            else:
+                dense[q, k] = k < T or image_key_visible(mask, q - T, k - T)
+    return dense
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_is_the_papers(rule):
+    for mask in all_masks():
+        if mask.rule == rule:
+            np.testing.assert_array_equal(mask.to_dense().numpy(), slow_dense(mask), err_msg=repr(mask))
+
+
+def test_constructors_name_the_rules():
+    assert row_mask(2, 3).rule == "row"
+    assert row_mask(2, 3, wrap=False).rule == "axial_row"
+    assert column_mask(2, 3).rule == "column"
+    assert causal_mask(2, 3).rule == "causal"
+    assert [conv_mask(2, 3, edges=e).rule for e in ("flat", "clip", "torus", "corner")] == list(RULES[4:])
+    assert conv_mask(2, 3) == conv_mask(2, (3, 3), kernel_size=11, dilation=1, edges="flat")
+
+
+def test_native_rule_is_the_same():
+    dense_mask = _extension.native().dense_mask
+    for mask in all_masks():
+        for seq_len in {0, mask.text_len, mask.text_len + 1, mask.seq_len}:
+            port = dense_mask(mask.encode(), seq_len)
+            assert port.shape == (seq_len, seq_len) and port.dtype == bool
+            np.testing.assert_array_equal(port, mask.to_dense(seq_len=seq_len).numpy(), err_msg=repr(mask))
+
+
+def test_prefix_is_a_corner_of_the_whole():
+    mask = conv_mask(3, (4, 5), 3)
+    whole = mask.to_dense()
+    for seq_len in range(mask.seq_len + 1):
+        assert torch.equal(mask.to_dense(seq_len=seq_len), whole[:seq_len, :seq_len])
+
+
+def test_allows_takes_anything_that_broadcasts():
+    mask = row_mask(2, (3, 3))
+    dense = mask.to_dense()
+    assert all(bool(mask.allows(q, k)) == bool(dense[q, k]) for q in range(11) for k in range(11))
+    positions = np.arange(11, dtype=np.int64)
+    np.testing.assert_array_equal(mask.allows(positions[:, None], positions), dense.numpy())
+    q = torch.arange(11, dtype=torch.int32)
+    assert torch.equal(mask.allows(q, torch.zeros((), dtype=torch.int32)), dense[:, 0])
+
+
+def test_num_pairs_counts_exactly():
+    for mask in all_masks():
+        assert mask.num_pairs == int(slow_dense(mask).sum()), mask
+    # The numbers of DESIGN.md's table.
+    assert row_mask(256, 32).num_pairs == 328_304
+    assert column_mask(256, 32).num_pairs == 311_936
+    assert conv_mask(256, 32, 11).num_pairs == 352_209
+
+
+def test_kv_reach_is_the_farthest_key():
+    for mask in all_masks():
+        T = mask.text_len
+        image = slow_dense(mask)[T:, T:]
+        farthest = max(i - j for i, j in zip(*np.nonzero(image), strict=True)) + 1
+        assert mask.kv_reach >= farthest, mask
+        if mask.dilation == 1 and mask.rule != "conv_torus":
+            assert mask.kv_reach == farthest, mask
+    assert row_mask(256, 32).kv_reach == 33
+    assert conv_mask(256, 32, 11).kv_reach == 5 * 33 + 1
+
+
+def test_token_order_walks_columns():
+    T, (H, W) = 3, (4, 5)
+    order = column_mask(T, (H, W)).token_order
+    assert order.dtype == torch.int64
+    assert order.tolist() == [0, 1, 2] + [T + r * W + c for c in range(W) for r in range(H)]
+    for mask in all_masks():
+        order = mask.token_order
+        assert sorted(order.tolist()) == list(range(mask.seq_len))
+        if mask.rule != "column":
+            assert order.tolist() == sorted(order.tolist())
+    order.fill_(0)  # a caller's copy: what is cached stays
+    assert sorted(mask.token_order.tolist()) == list(range(mask.seq_len))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mask_mod_works_in_flex_attention():
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    for mask in all_masks():
+        if mask.grid == (5, 3):
+            S = mask.seq_len
+            assert torch.equal(create_mask(mask.mask_mod, 1, 1, S, S, device="cpu")[0, 0], mask.to_dense()), mask
+    mask = row_mask(64, (8, 16))
+    blocks = create_block_mask(mask.mask_mod, None, None, mask.seq_len, mask.seq_len, device="cpu", BLOCK_SIZE=32)
+    tiles = mask.to_dense().view(6, 32, 6, 32).any(3).any(1)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), tiles)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_are_values():
+    masks = list(all_masks())
+    again = list(all_masks())
+    assert masks == again and [hash(m) for m in masks] == [hash(m) for m in again]
+    assert len(set(masks)) == len(masks)
+    for mask in masks:
+        assert pickle.loads(pickle.dumps(mask)) == mask
+        assert copy.deepcopy(mask) == mask
+        assert AttentionMask.decode(mask.encode()) == mask
+        assert AttentionMask.decode(torch.tensor(mask.encode()).tolist()) == mask
+    assert row_mask(np.int64(3), np.int32(4)) == row_mask(3, (4, 4)) == row_mask(3, [4, 4])
+    with pytest.raises(AttributeError):
+        masks[0].text_len = 5
+
+
+def test_repr_evaluates_to_the_mask():
+    for mask in all_masks():
+        assert eval(repr(mask)) == mask
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: conv_mask(3, 4, 4), ValueError, "kernel_size must be odd, got 4"),
+        (lambda: conv_mask(3, 4, 0), ValueError, "kernel_size must be at least 1, got 0"),
+        (lambda: conv_mask(3, 4, -3), ValueError, "kernel_size must be at least 1, got -3"),
+        (lambda: conv_mask(3, 4, 3.0), TypeError, "kernel_size must be an integer, got 3.0"),
+        (lambda: conv_mask(3, 4, 3, 0), ValueError, "dilation must be at least 1, got 0"),
+        (lambda: conv_mask(3, 4, 3, edges="round"), ValueError, "edges must be one of flat, .* got 'round'"),
+        (lambda: row_mask(-1, 4), ValueError, "text_len must be at least 0, got -1"),
+        (lambda: row_mask(True, 4), TypeError, "text_len must be an integer, got True"),
+        (lambda: row_mask("3", 4), TypeError, "text_len must be an integer, got '3'"),
+        (lambda: row_mask(3, 0), ValueError, "grid rows must be at least 1, got 0"),
+        (lambda: column_mask(3, (4, -1)), ValueError, "grid columns must be at least 1, got -1"),
+        (lambda: column_mask(3, (4, 4, 4)), ValueError, r"grid must be \(rows, columns\).* got \(4, 4, 4\)"),
+        (lambda: column_mask(3, 4.5), TypeError, "grid rows must be an integer, got 4.5"),
+        (lambda: AttentionMask("diagonal", 3, 4), ValueError, "rule must be one of .* got 'diagonal'"),
+        (lambda: AttentionMask("row", 3, 4, 5), ValueError, "kernel_size and dilation belong to"),
+        (lambda: row_mask(1, 1 << 16), ValueError, "must be below 2\\*\\*31, got 4294967297"),
+        (lambda: row_mask(3, 4).to_dense(seq_len=20), ValueError, "seq_len must be at most .*19.*20"),
+        (lambda: row_mask(3, 4).to_dense(seq_len=-1), ValueError, "seq_len must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

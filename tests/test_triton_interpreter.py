@@ -1,0 +1,356 @@
+"""The Triton attention kernels compute attention: every rule, forward and backward, in Triton's interpreter.
+
+TRITON_INTERPRET must be set before kernels are imported and would change every other test of the process, so the
+cases run in a process of their own, once; each test here reports its own cases from there. To debug one:
+`TRITON_INTERPRET=1 pytest tests/test_triton_interpreter.py -k NAME`.
+
+This proves the arithmetic and the addresses in float32 and float16. It proves nothing about bfloat16 (the interpreter
+gets it wrong) nor about the compiled code (see test_triton_compile.py).
+
+B batch, H heads, S sequence, D head size, T text.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.ops.attention import triton as attention
+from dalle_fast.testing import (
+    SMALL_MASKS,
+    assert_as_exact_as_eager,
+    attention_oracle,
+    eager_attention,
+    every_mask,
+    nan_poisoned,
+)
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+import triton.language as tl  # noqa: E402
+
+from dalle_fast.ops.attention.triton import bwd, configs, fwd, primitives  # noqa: E402
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+MINUTES = 20  # until the process with the cases counts as hung
+
+
+# -- the other process -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """{test name: [(case, failure text or None)]} of this file under the interpreter."""
+    report = tmp_path_factory.mktemp("interpreter") / "report.xml"
+    command = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "--junitxml", str(report)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
+    if not report.exists() or run.returncode not in (0, 1):
+        pytest.fail(f"the process with the interpreter did not finish:\n{run.stdout}\n{run.stderr}", pytrace=False)
+    found = {}
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        text = None if bad is None else f"{bad.tag}: {bad.get('message')}\n{bad.text}"
+        found.setdefault(case.get("name").partition("[")[0], []).append((case.get("name"), text))
+    return found
+
+
+def interpreted(test):
+    """The test runs under the interpreter; elsewhere it reports what its cases gave there."""
+    if INTERPRETED:
+        return test
+
+    def report(cases):
+        mine = cases.get(test.__name__, [])
+        bad = [f"{name}\n{text}" for name, text in mine if text is not None]
+        print(f"{len(mine) - len(bad)} of {len(mine)} cases passed in Triton's interpreter")
+        if bad or not mine:
+            pytest.fail(f"{len(bad)} of {len(mine)} cases failed\n" + "\n".join(bad), pytrace=False)
+
+    report.__name__, report.__doc__ = test.__name__, test.__doc__
+    return report
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dense_mask_kernel(out_ptr, size, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + q * size + k, primitives.allows(q, k, MASK).to(tl.int8), mask=(q < size) & (k < size))
+
+
+@interpreted
+@pytest.mark.parametrize("rule", every_mask(0, 1))
+def test_rule_equals_the_masks(rule):
+    windows = [(1, 1), (3, 1), (5, 1), (11, 1), (3, 2), (5, 3)] if rule.startswith("conv") else [(1, 1)]
+    compared = 0
+    for T, grid, (K, d) in itertools.product((0, 1, 5), ((1, 9), (9, 1), (5, 7), (3, 11), (6, 4)), windows):
+        mask = every_mask(T, grid, K, d)[rule]
+        S = mask.seq_len
+        dense = torch.full((S, S), -1, dtype=torch.int8)
+        blocks = triton.cdiv(S, 16)
+        _dense_mask_kernel[(blocks, blocks)](dense, S, configs.mask_numbers(mask, "raster", 16), 16)
+        assert torch.equal(dense, mask.to_dense().to(torch.int8)), mask
+        compared += 1
+    assert compared >= 15
+
+
+# -- forward and backward against the oracle ---------------------------------------------------------------------------
+
+
+def tiny(mask, walk=None, text=16, image=16):
+    """Tiles of 16, so that small grids take many of them, and the mask's walk."""
+    walk = walk or ("column" if mask.rule == "column" else "raster")
+    numbers = configs.mask_numbers(mask, walk, 16)
+    assert numbers is not None, f"{walk} does not fit {mask!r}"
+    return configs.Tiles(16, text, image, warps=4, stages=1), numbers
+
+
+def inputs(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(4)]
+
+
+def check(mask, tensors, *, scale=0.3, text_lengths=None, tiles=None, with_lse=True, backward=True):
+    """Forward (and backward) against float64, no less exact than eager torch in the same dtype."""
+    *qkv, grad_out = tensors
+    lengths = None if text_lengths is None else torch.tensor(text_lengths, dtype=torch.int32)
+    assert attention.why_not(*qkv, mask) == []
+
+    def with_gradients(run, *dtype):
+        leaves = [x.detach().to(*dtype).requires_grad_() for x in qkv]
+        out, lse = run(*leaves, mask, scale=scale, text_lengths=lengths)
+        loss = (out * grad_out.to(out.dtype)).sum()
+        if with_lse:
+            loss = loss + (lse.masked_fill(lse.isinf(), 0) * grad_lse).sum()
+        return out, lse, *torch.autograd.grad(loss, leaves)
+
+    grad_lse = torch.linspace(-1, 1, qkv[0][..., 0].numel()).reshape(qkv[0].shape[:3])
+    exact = with_gradients(attention_oracle, torch.float64)
+    eager = with_gradients(eager_attention)
+    before = [x.clone() for x in tensors]
+    with nan_poisoned():
+        out, lse = fwd.attention_forward(*qkv, lengths, mask, scale, tiles=tiles)
+        results = [out, lse]
+        if backward:
+            given = grad_lse if with_lse else None
+            args = (grad_out, given, *qkv, out, lse, lengths, mask, scale)
+            results += bwd.attention_backward(*args, query_tiles=tiles, key_tiles=tiles)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors)), "the inputs were written to"
+    assert lse.dtype == torch.float32
+    for name, mine, plain, truth in zip(("out", "lse", "dQ", "dK", "dV"), results, eager, exact):
+        assert mine.is_contiguous()
+        assert name == "lse" or mine.dtype == qkv[0].dtype
+        plain = plain.to(mine.dtype)
+        assert_as_exact_as_eager(f"{name} of {mask!r}", mine, plain, truth)
+    return results
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
+def test_every_rule(mask, dtype):
+    check(mask, inputs(1, 2, mask.seq_len, 16, dtype=dtype), tiles=tiny(mask))
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [row_mask(70, (5, 7)), column_mask(13, (5, 7)), conv_mask(70, (3, 11), 3)], ids=repr)
+@pytest.mark.parametrize("D", [16, 40, 64])
+def test_every_head_size_with_the_tables_tiles(mask, D):
+    check(mask, inputs(1, 1, mask.seq_len, D), scale=D**-0.5)
+
+
+@interpreted
+@pytest.mark.parametrize(("D", "dtype"), [(80, torch.float16), (128, torch.float32), (17, torch.float32)], ids=str)
+def test_large_and_odd_head_sizes(D, dtype):
+    mask = row_mask(9, (3, 5))
+    check(mask, inputs(1, 1, mask.seq_len, D, dtype=dtype), scale=D**-0.5)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", every_mask(0, 1))
+def test_prefixes(rule):
+    """The tokens before the end of the text, around it, within a row, and around a row's end."""
+    mask = every_mask(17, (5, 7), 3)[rule]
+    for S in (1, 16, 17, 18, 24, 25, 38, 51):
+        check(mask, inputs(1, 1, S, 16), tiles=tiny(mask), backward=S in (17, 18, 38))
+
+
+@interpreted
+@pytest.mark.parametrize("edges", ["flat", "clip", "corner"])
+@pytest.mark.parametrize(("grid", "S"), [((9, 12), None), ((8, 16), 100), ((6, 8), None)])
+def test_patch_walk(edges, grid, S):
+    mask = conv_mask(5, grid, 3 if edges == "corner" else 7, edges=edges)
+    check(mask, inputs(1, 1, S or mask.seq_len, 16), tiles=tiny(mask, "patch"))
+
+
+@interpreted
+def test_patch_walk_of_the_table():
+    mask = conv_mask(20, (16, 64), 11)
+    assert configs.tiles_for("forward", mask, (8, 0), 16, 4)[1].WALK == configs.WALKS.index("patch")
+    check(mask, inputs(1, 1, mask.seq_len, 16), backward=False)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", ["row", "column", "conv_flat", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_text_lengths(rule, dtype):
+    """A sample without visible text has text queries that see nothing, and text keys that get no gradient."""
+    mask = every_mask(37, (3, 5))[rule]
+    out, lse, dq, dk, dv = check(
+        mask, inputs(3, 2, mask.seq_len, 16, dtype=dtype), tiles=tiny(mask), text_lengths=[0, 33, 37]
+    )
+    assert torch.all(out[0, :, :37] == 0) and torch.all(lse[0, :, :37] == -torch.inf) and torch.all(dq[0, :, :37] == 0)
+    for grad in (dk, dv):
+        assert torch.all(grad[0, :, :37] == 0) and torch.all(grad[1, :, 33:37] == 0)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3])
+def test_any_scale(scale):
+    mask = row_mask(20, (3, 5))
+    check(mask, inputs(1, 1, mask.seq_len, 16), scale=scale, tiles=tiny(mask))
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [row_mask(256, 32), column_mask(256, 32), conv_mask(256, 32, 11)], ids=repr)
+def test_the_papers_size(mask):
+    check(mask, inputs(1, 1, mask.seq_len, 64), scale=0.125, backward=False)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["packed", "sequence_first", "transposed", "expanded", "offset", "grad_expanded"])
+def test_any_strides(layout):
+    mask = column_mask(7, (3, 5))
+    B, H, S, D = 2, 2, mask.seq_len, 24
+    query, key, value, grad_out = inputs(B, H, S, D)
+    if layout == "packed":
+        query, key, value = torch.randn(B, S, 3, H, D).permute(2, 0, 3, 1, 4)
+    elif layout == "sequence_first":
+        query, key, value = torch.randn(3, S, B, H, D).permute(0, 2, 3, 1, 4)
+    elif layout == "transposed":
+        query, key, value, grad_out = torch.randn(4, B, H, D, S).transpose(-1, -2)
+    elif layout == "expanded":
+        key, value = key[:, :1].expand(B, H, S, D), value[:1, :1].expand(B, H, S, D)
+        query = torch.randn(B, H, 1, D).expand(B, H, S, D)
+    elif layout == "offset":
+        query, key, value = (torch.randn(B, H, S + 3, 2 * D)[:, :, 3:, 1::2] for _ in range(3))
+    else:
+        grad_out = torch.tensor(0.7).expand(B, H, S, D)
+    check(mask, [query, key, value, grad_out], tiles=tiny(mask))
+
+
+@triton.jit
+def _addresses_kernel(out_ptr, base_ptr, strides, batch, head, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    base = primitives.head_base(base_ptr, strides, batch + tl.zeros([], tl.int32), head + tl.zeros([], tl.int32))
+    pointers = primitives.tile_pointers(base, strides, rows, rows)
+    tl.store(out_ptr + rows[:, None] * BLOCK + rows[None, :], pointers.to(tl.int64))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "strides", [(2**31 - 1, 5, 3, 1), (7, 2**30 + 1, 3, 1), (1, 1, 2**29 + 3, 1), (1, 1, 2, 2**31 - 5)], ids=str
+)
+def test_addresses_beyond_two_to_the_31(strides):
+    """Every product of an index and a stride is 64 bits wide, also where the stride itself fits into 32."""
+    memory, addresses = torch.zeros(1), torch.zeros(16, 16, dtype=torch.int64)
+    _addresses_kernel[(1,)](addresses, memory, strides, 9, 13, 16)
+    index = np.arange(16, dtype=np.int64)
+    elements = 9 * strides[0] + 13 * strides[1] + index[:, None] * strides[2] + index[None, :] * strides[3]
+    assert elements.max() > 2**31
+    assert np.array_equal(addresses.numpy(), memory.data_ptr() + 4 * elements)
+
+
+@interpreted
+@pytest.mark.parametrize(("B", "H", "S"), [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
+def test_nothing_to_do(B, H, S):
+    results = check(row_mask(3, (2, 3)), inputs(B, H, S, 16))
+    assert all(x.shape[:3] == (B, H, S) for x in results)
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [row_mask(19, (3, 5)), column_mask(19, (3, 5)), conv_mask(19, (3, 5), 3)], ids=repr)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_samples_nan_stays_there(mask, value):
+    tensors = inputs(2, 2, mask.seq_len, 16)
+    tiles = tiny(mask)
+    lengths = torch.tensor([19, 7], dtype=torch.int32)
+
+    def run(q, k, v, g):
+        out, lse = fwd.attention_forward(q, k, v, lengths, mask, 0.25, tiles=tiles)
+        grads = bwd.attention_backward(
+            g, None, q, k, v, out, lse, lengths, mask, 0.25, query_tiles=tiles, key_tiles=tiles
+        )
+        return out, lse, *grads
+
+    clean = run(*tensors)
+    # All of sample 0, and what text_lengths hides of sample 1.
+    for tensor in tensors:
+        tensor[0] = value
+    for hidden in tensors[1:3]:
+        hidden[1, :, 7:19] = value
+    with np.errstate(all="ignore"):
+        dirty = run(*tensors)
+    for name, a, b in zip(("out", "lse", "dQ", "dK", "dV"), clean, dirty):
+        assert torch.equal(a[1], b[1]), name
+
+
+@interpreted
+@pytest.mark.parametrize("rule", every_mask(0, 1))
+def test_later_tokens_do_not_reach_earlier_ones_and_bits_repeat(rule):
+    mask = every_mask(7, (3, 5))[rule]
+    tensors, tiles = inputs(1, 1, mask.seq_len, 16), tiny(mask)
+
+    def run(q, k, v, g):
+        out, lse = fwd.attention_forward(q, k, v, None, mask, 0.25, tiles=tiles)
+        args = (g, None, q, k, v, out, lse, None, mask, 0.25)
+        return out, lse, *bwd.attention_backward(*args, query_tiles=tiles, key_tiles=tiles)
+
+    first, second = run(*tensors), run(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    for token in (3, 8, 14, 20):
+        changed = [x.clone() for x in tensors]
+        for x in changed[:3]:
+            x[:, :, token] += 1
+        out, lse = fwd.attention_forward(*changed[:3], None, mask, 0.25, tiles=tiles)
+        assert torch.equal(out[:, :, :token], first[0][:, :, :token]) and torch.equal(
+            lse[..., :token], first[1][..., :token]
+        )
+        assert not torch.equal(out[:, :, token], first[0][:, :, token])
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_interpreter_refuses_what_it_gets_wrong():
+    x = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
+    assert any("bfloat16" in reason for reason in attention.why_not(x, x, x, causal_mask(4, 1)))
+    x = torch.zeros(1, 1, 4, 16)
+    assert attention.why_not(x, x, x, causal_mask(4, 1)) == []
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is about processes without the interpreter")
+def test_every_reason_is_given_with_its_value():
+    x = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    reasons = "\n".join(attention.why_not(x, x, x, causal_mask(1 << 30, (1 << 10, 1))))
+    for part in ("query is on cpu", "value is torch.float64", "16 to 128, got 8", f"got {(1 << 30) + (1 << 10)}"):
+        assert part in reasons, reasons
