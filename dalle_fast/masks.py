@@ -206,7 +206,7 @@ class AttentionMask:
 
         Args:
             path: where to save the picture (PNG, SVG, ... by its ending); None returns the figure unsaved.
-            max_size: matrices longer than this are shown by every n-th position.
+            max_size: of longer matrices every n-th query is shown, n keys to a cell, coloured if it sees any of them.
 
         Returns:
             The `matplotlib.figure.Figure`.

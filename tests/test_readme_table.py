@@ -142,6 +142,7 @@ def test_check_writes_nothing(tool, files, capsys):
         (None, "No such file or directory"),
         ("{", "is not JSON"),
         ("[]", "is not a results file of attn_bench.py"),
+        ("{}", "is not a results file of attn_bench.py"),
         ('{"benchmark": "codebook"}', "is not a results file of attn_bench.py"),
         ('{"benchmark": "attention", "cases": []}', "holds no measured case"),
         ('{"benchmark": "attention", "cases": [{}]}', "not as this version of attn_bench.py writes them"),

@@ -22,9 +22,9 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.compiler import GPUTarget
 
-from dalle_fast.ops.attention.triton import bwd, fwd, launch  # noqa: E402
+from dalle_fast.ops.attention.triton import bwd, fwd, launch
 
 KERNELS = {
     "forward": fwd._attention_fwd_kernel,

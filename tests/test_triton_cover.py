@@ -23,7 +23,7 @@ CONV = [(1, 1), (3, 1), (5, 1), (11, 1), (3, 2), (5, 3)]  # (kernel size, dilati
 
 # -- how much ----------------------------------------------------------------------------------------------------------
 
-# Pairs per batch and head that a forward pass may compute, text 256: the table of the design, not rounded.
+# Pairs per batch and head that a kernel may compute, text 256: the design's table, to the digits that it has.
 MOST_PAIRS = {
     "32 row": (row_mask(256, 32), 399_360),
     "32 column": (column_mask(256, 32), 368_640),
@@ -44,10 +44,7 @@ def test_computes_no_more_pairs_than_designed(name, capability, head_size):
         tiles, numbers = configs.tiles_for(kernel, mask, capability, head_size, size=2)
         pairs = configs.cover(kernel, mask.seq_len, tiles, numbers)
         print(f"{name:10} {kernel:14} {pairs:>10,} pairs computed, {mask.num_pairs:>9,} needed")
-        # A tile of keys has its diagonal where a tile of queries has it, but it meets its queries from its own start
-        # on: up to one tile of queries more per tile of keys at the end of the sequence.
-        slack = most // 20 if kernel == "grad_key_value" else 0
-        assert mask.num_pairs <= pairs <= most + slack
+        assert mask.num_pairs <= pairs <= most
 
 
 # -- all of it, once ---------------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ def test_visits_every_allowed_pair_once(rule):
         for K, d in CONV if rule.startswith("conv") else [(1, 1)]:
             mask = every_mask(T, grid, K, d)[rule]
             for seq_len in some_prefixes(mask):
-                for cut in ((16, 16, 16), (32, 16, 16), (64, 64, 32)):
+                for cut in ((16, 16, 16), (16, 32, 16), (64, 64, 32)):
                     checked += check_visits(mask, seq_len, *cut)
     print(f"{rule}: {checked} covers")
     assert checked > 700
@@ -127,10 +124,10 @@ def test_patches_visit_every_allowed_pair_once(rule):
         for K, d in CONV:
             mask = every_mask(5, grid, K, d)[rule]
             if configs.mask_numbers(mask, "patch", own) is not None:
-                for seq_len in some_prefixes(mask)[-3:]:
+                for seq_len in some_prefixes(mask)[-2:]:
                     checked += check_visits(mask, seq_len, own, own, own)
     print(f"{rule}: {checked} covers")
-    assert checked > 500
+    assert checked >= 384
 
 
 def test_large_grids_take_patches_and_small_ones_do_not():

@@ -29,13 +29,14 @@ from dalle_fast.testing import (
     attention_oracle,
     eager_attention,
     every_mask,
+    gradient_terms,
     nan_poisoned,
 )
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from dalle_fast.ops.attention.triton import bwd, configs, fwd, primitives  # noqa: E402
+from dalle_fast.ops.attention.triton import bwd, configs, fwd, primitives
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
@@ -51,6 +52,7 @@ def cases(tmp_path_factory):
     command = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, "--junitxml", str(report)],
+        check=False,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
@@ -147,16 +149,17 @@ def check(mask, tensors, *, scale=0.3, text_lengths=None, tiles=None, with_lse=T
         out, lse = fwd.attention_forward(*qkv, lengths, mask, scale, tiles=tiles)
         results = [out, lse]
         if backward:
-            given = grad_lse if with_lse else None
-            args = (grad_out, given, *qkv, out, lse, lengths, mask, scale)
+            args = (grad_out, grad_lse if with_lse else None, *qkv, out, lse, lengths, mask, scale)
             results += bwd.attention_backward(*args, query_tiles=tiles, key_tiles=tiles)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors)), "the inputs were written to"
     assert lse.dtype == torch.float32
-    for name, mine, plain, truth in zip(("out", "lse", "dQ", "dK", "dV"), results, eager, exact):
+    given = grad_lse if with_lse else None
+    terms = (None, None, *gradient_terms(*qkv, mask, grad_out, given, scale=scale, text_lengths=lengths))
+    for name, mine, plain, truth, size in zip(("out", "lse", "dQ", "dK", "dV"), results, eager, exact, terms):
         assert mine.is_contiguous()
         assert name == "lse" or mine.dtype == qkv[0].dtype
         plain = plain.to(mine.dtype)
-        assert_as_exact_as_eager(f"{name} of {mask!r}", mine, plain, truth)
+        assert_as_exact_as_eager(f"{name} of {mask!r}", mine, plain, truth, terms=size)
     return results
 
 
@@ -350,7 +353,37 @@ def test_interpreter_refuses_what_it_gets_wrong():
 
 @pytest.mark.skipif(INTERPRETED, reason="is about processes without the interpreter")
 def test_every_reason_is_given_with_its_value():
-    x = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    x = torch.zeros(1, 1, 4, 129, dtype=torch.float64)
     reasons = "\n".join(attention.why_not(x, x, x, causal_mask(1 << 30, (1 << 10, 1))))
-    for part in ("query is on cpu", "value is torch.float64", "16 to 128, got 8", f"got {(1 << 30) + (1 << 10)}"):
+    for part in ("query is on cpu", "query is torch.float64", "1 to 128, got 129", f"got {(1 << 30) + (1 << 10)}"):
         assert part in reasons, reasons
+
+
+@interpreted
+@pytest.mark.parametrize("D", [1, 128])
+def test_the_packages_functions_twice(D):
+    """Importing the kernels' modules must not put anything in the place of the functions of the package."""
+    mask = row_mask(3, (2, 3))
+    query, key, value, grad_out = inputs(1, 1, mask.seq_len, D)
+    assert attention.why_not(query, key, value, mask) == []
+    for _ in range(2):
+        out, lse = attention.forward(query, key, value, None, mask, 0.25)
+        grads = attention.backward(grad_out, None, query, key, value, out, lse, None, mask, 0.25)
+        assert torch.allclose(out.double(), attention_oracle(query, key, value, mask, scale=0.25)[0], atol=1e-6)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("name", ["older", "newer"])
+def test_tf32_only_where_torch_allows_it(name):
+    """Through either of torch's settings; the newer one makes the older one's getter raise."""
+    code = {"older": "torch.set_float32_matmul_precision('high')", "newer": "matmul.fp32_precision = 'tf32'"}[name]
+    code = f"""
+import torch
+from dalle_fast.ops.attention.triton.launch import input_precision
+matmul = torch.backends.cuda.matmul
+print(input_precision(torch.float32))
+{code}
+print(input_precision(torch.float32), input_precision(torch.float16))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["ieee", "tf32", "ieee"]

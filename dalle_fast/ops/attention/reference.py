@@ -76,4 +76,6 @@ def _scores(query, key, text_lengths, mask, scale):
 
 
 def _probabilities(scores, lse):
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    # exp(scores - lse), but softmax subtracts the row's largest score instead, which rounds less where lse is large.
+    blind = (lse == -torch.inf)[..., None]
+    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(scores == -torch.inf, 0)

@@ -7,9 +7,9 @@ dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO.
 """
 
 import torch
-
 import triton
 import triton.language as tl
+
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import (
     LOG2E,

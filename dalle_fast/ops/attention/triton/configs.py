@@ -56,22 +56,23 @@ class MaskNumbers(NamedTuple):
 
 # (architecture, padded head size, bytes per element, walk) -> tiles of (forward, dQ, dK/dV). An architecture is the
 # major compute capability; 9 stands for newer ones too. `image` is the largest that is tried: see `tiles_for`.
-_16_BIT = {
-    16: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
-    32: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
-    64: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2)),
-    128: (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 8, 2)),
-}
-_32_BIT = {
-    16: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
-    32: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
-    64: (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2)),
-    128: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
+# Before compute capability 9, products of 64 rows keep only 4 warps busy, and their operands live in registers: the
+# steps are shorter there. float32 products run on the ordinary cores and need short steps everywhere.
+_NARROW_8 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 1))
+_NARROW_9 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2))
+_WIDE_8 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 2))
+_WIDE_9 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
+_NARROW_FLOAT32 = (Tiles(32, 32, 32, 4, 2), Tiles(32, 32, 32, 4, 2), Tiles(32, 16, 16, 4, 1))
+_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1))
+_BY_SIZE = {
+    (8, 2): {16: _NARROW_8, 32: _NARROW_8, 64: _NARROW_8, 128: _WIDE_8},
+    (9, 2): {16: _NARROW_9, 32: _NARROW_9, 64: _NARROW_9, 128: _WIDE_9},
+    (8, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
+    (9, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
 }
 TILES = {
     (architecture, head_size, size, walk): tiles
-    for architecture in (8, 9)
-    for size, by_head_size in ((2, _16_BIT), (4, _32_BIT))
+    for (architecture, size), by_head_size in _BY_SIZE.items()
     for head_size, tiles in by_head_size.items()
     for walk in WALKS
 }
@@ -143,7 +144,7 @@ def cover(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers) -> int:
 
     The bounds are those of the kernels: the Python bodies of the functions in primitives.py that they call.
     """
-    return sum(tiles.own * width for *_, width in tile_plan(kernel, seq_len, tiles, numbers))
+    return sum(tiles.own * width * len(turns) for _, _, _, width, turns, _ in _loops(kernel, seq_len, tiles, numbers))
 
 
 def tile_plan(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers):
@@ -152,27 +153,36 @@ def tile_plan(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers):
     Starts are sequence positions for "text" (and, in dK/dV, for the "sequence" of queries of a text-key tile), walk
     positions for "image". Without text_lengths.
     """
+    for kind, own, other, width, turns, start in _loops(kernel, seq_len, tiles, numbers):
+        for turn in turns:
+            yield kind, own, other, start(turn), width
+
+
+def _loops(kernel: str, seq_len: int, tiles: Tiles, numbers: MaskNumbers):
+    """Yield the loops of every program: (kind, own start, other kind, width, range of turns, start of a turn's tile)."""
     p = primitives
     reverse = kernel == "grad_key_value"
     text_len = min(seq_len, numbers.T)
     _, rows, length = p.image_count.fn(seq_len, numbers)
     text_tiles, image_tiles = p.tile_counts.fn(seq_len, length, numbers, tiles.own)
-    for tile in range(text_tiles):
-        own = tile * tiles.own
+
+    def text_loops(kind, own, first):
         if reverse:
-            start, full, end = p.text_queries.fn(own, text_len, seq_len, tiles.own)
-            starts = [*range(start, full, tiles.text), *range(full, end, tiles.text)]
+            start, full, end = p.text_queries.fn(first, text_len, seq_len, tiles.own, tiles.text)
         else:
-            full, end = p.text_keys.fn(own, text_len, tiles.own, tiles.text)
-            starts = [*range(0, full, tiles.text), *range(full, end, tiles.text)]
-        for other in starts:
-            yield "text", own, "sequence" if reverse else "text", other, tiles.text
-    for tile in range(image_tiles):
-        own = tile * tiles.own
+            start, (full, end) = 0, p.text_keys.fn(first, text_len, tiles.own, tiles.text)
+        for turns in (range(start, full, tiles.text), range(full, end, tiles.text)):
+            yield kind, own, "sequence" if reverse else "text", tiles.text, turns, int
+
+    for own in range(0, text_tiles * tiles.own, tiles.own):
+        yield from text_loops("text", own, own)
+    for own in range(0, image_tiles * tiles.own, tiles.own):
         if not reverse:
-            full, end = p.text_keys.fn(numbers.T, text_len, tiles.own, tiles.text)
-            for other in [*range(0, full, tiles.text), *range(full, end, tiles.text)]:
-                yield "image", own, "text", other, tiles.text
-        start, count, column, columns = p.window.fn(own, rows, length, numbers, tiles.own, tiles.image, reverse)
-        for n in range(count):
-            yield "image", own, "image", p.tile_start.fn(n, start, column, columns, numbers, tiles.image), tiles.image
+            yield from text_loops("image", own, numbers.T)
+        *where, count, column, columns = p.window.fn(own, rows, length, numbers, tiles.own, tiles.image, reverse)
+        place = functools.partial(_image_start, *where, column, columns, numbers, tiles.image)
+        yield "image", own, "image", tiles.image, range(count), place
+
+
+def _image_start(start, column, columns, numbers, step, turn):
+    return primitives.tile_start.fn(turn, start, column, columns, numbers, step)

@@ -4,9 +4,9 @@ B batch, H heads, S sequence, D head size, T text; q queries, k keys; walk and w
 """
 
 import torch
-
 import triton
 import triton.language as tl
+
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import (
     LN2,

@@ -1,0 +1,269 @@
+"""`benchmarks/attn_bench.py` says what it promises: every contender, every number, every refusal.
+
+The command runs at a tiny size, where nothing it measures means anything but everything it writes has its form.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "attn_bench.py"
+TINY = ["--quick", "--seconds", "0.05", "--grid", "3x5", "--text-len", "6", "--heads", "2", "--head-dim", "16"]
+CONTENDERS = ("dalle_fast", "SDPA causal", "SDPA mask", "FlexAttention, block 128", "eager")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """(harness, attn_bench), imported from their folder, which is no package."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import attn_bench
+        import harness
+
+        yield harness, attn_bench
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def environment():
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def bench(*flags):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *flags],
+        check=False, capture_output=True, text=True, timeout=240, env=environment(),
+    )  # fmt: skip
+
+
+def test_a_run_writes_everything(tmp_path):
+    """One process for the whole promise, since FlexAttention's compilation takes most of its time."""
+    result_file, picture = tmp_path / "result.json", tmp_path / "result.png"
+    flags = ["--mask", "conv:3:clip", "--dtype", "float32", "--batch", "2"]
+    if importlib.util.find_spec("matplotlib"):
+        flags += ["--plot", str(picture)]
+    run = bench(*TINY, *flags, "--json", str(result_file))
+    assert run.returncode == 0, run.stdout + run.stderr
+    if importlib.util.find_spec("matplotlib"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(result_file.read_text())
+    assert report["benchmark"] == "attention" and report["complete"] is True
+    assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
+    assert str(tmp_path) not in result_file.read_text() and "--json result.json" in report["command"]
+    assert [case["pass"] for case in report["cases"]] == ["forward", "forward+backward"]
+    for case in report["cases"]:
+        assert case["complete"] and case["mask"].startswith("conv_mask(text_len=6, grid=(3, 5), kernel_size=3")
+        assert (case["seq_len"], case["batch"], case["heads"], case["head_dim"]) == (21, 2, 2, 16)
+        check_case(case, run.stdout)
+
+
+def check_case(case, printed):
+    entries = {entry["name"]: entry for entry in case["contenders"]}
+    assert tuple(entries) == CONTENDERS
+    for name, entry in entries.items():
+        assert name in printed
+        if entry["status"] == "not run":  # FlexAttention: no compiler here, or no backward on a CPU
+            assert name.startswith("FlexAttention") and f"{name}: not run ({entry['reason']})" in printed
+            continue
+        assert 0 < entry["q1_s"] <= entry["median_s"] <= entry["q3_s"] and entry["repetitions"] >= 3
+        assert entry["ratio"] == pytest.approx(entry["median_s"] / entries["dalle_fast"]["median_s"])
+        tensors = ["out"] if case["pass"] == "forward" else ["out", "grad_query", "grad_key", "grad_value"]
+        assert list(entry["error"]) == tensors
+        assert all(0 < e["max_abs"] < 1e-5 and 0 < e["rms_relative"] < 1e-5 for e in entry["error"].values())
+        assert entry["extra_bytes"] is None or 0 <= entry["extra_bytes"] < 64 << 20
+    assert entries["dalle_fast"]["exact"] is True
+    if case["pass"] == "forward+backward":
+        assert entries["FlexAttention, block 128"]["status"] == "not run"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--grid", "0x3"], "argument --grid: expected ROWSxCOLUMNS or one integer, such as 32x48 or 32, got '0x3'"),
+        (["--grid", "4x4x4"], "argument --grid: expected ROWSxCOLUMNS"),
+        (["--grid", "50000"], "argument --grid, --text-len or --mask: text_len + rows * columns must be below 2**31"),
+        (["--text-len", "-1"], "argument --text-len: expected an integer of at least 0, got '-1'"),
+        (["--heads", "two"], "argument --heads: expected an integer of at least 1, got 'two'"),
+        (["--mask", "diagonal"], "argument --mask: expected row, axial_row, column, causal or conv"),
+        (["--mask", "conv:4"], "kernel_size must be odd, got 4"),
+        (["--mask", "row:3"], "got 'row:3'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--pass", "backward"], "argument --pass: invalid choice: 'backward'"),
+        (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
+        (["--seconds", "0"], "argument --seconds: expected a positive number of seconds, got '0'"),
+        (["--json", "no/such/folder/a.json"], "argument --json: expected a file in an existing folder"),
+        (["--json", "a.txt"], "argument --json: expected a file name ending in .json, got 'a.txt'"),
+        (["--plot", "a.jpeg"], "argument --plot: expected a file name ending in .png, got 'a.jpeg'"),
+    ],
+)
+def test_a_bad_flag_is_named(modules, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        modules[1].parse(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults(modules, capsys):
+    with pytest.raises(SystemExit) as stop:
+        modules[1].parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for value in ("32", "256", "16", "row, column, conv:11", "auto"):
+        assert f"(default: {value})" in text
+    assert "default: None" not in text and "default: False" not in text
+
+
+def test_the_default_cases_are_the_papers(modules):
+    _, attn_bench = modules
+    args = attn_bench.parse(["--device", "cpu"])
+    assert {case.shape for case in args.cases} == {(1, 16, 1280, 64)}
+    kinds = {(case.mask.rule, case.dtype, case.pass_) for case in args.cases}
+    masks = ("row", "column", "conv_flat")
+    assert kinds >= {(mask, dtype, "forward") for mask in masks for dtype in ("float32", "bfloat16")}
+    assert kinds >= {(mask, "float32", "forward+backward") for mask in ("row", "column")}
+
+
+def test_an_inexact_result_fails(modules, monkeypatch, capsys):
+    """The verdict has teeth: an output that is off by a little more than rounding is refused, NaN too."""
+    _, attn_bench = modules
+    real = attn_bench.build_eager
+    flags = [*TINY, "--mask", "row", "--dtype", "float32", "--pass", "forward", "--device", "cpu"]
+
+    def build_flex(*_, **__):
+        raise attn_bench.NotRun("left out of this test")
+
+    monkeypatch.setattr(attn_bench, "build_flex", build_flex)
+    monkeypatch.setattr(attn_bench, "measure_memory", lambda *_: dict.fromkeys(CONTENDERS, 0))
+    for offset, code in ((0.0, 0), (1e-5, 1), (math.nan, 1)):
+
+        def build_ours(case, device, *, impl, offset=offset):
+            return lambda *qkv: real(case, device)(*qkv) + offset
+
+        monkeypatch.setattr(attn_bench, "build_ours", build_ours)
+        assert attn_bench.main(flags) == code
+        printed = capsys.readouterr()
+        assert ("TOO INEXACT" in printed.out) == bool(code)
+        assert ("too inexact: row, forward" in printed.err) == bool(code)
+        assert "FlexAttention, block 128: not run (left out of this test)" in printed.out
+
+
+def test_the_oracle_is_the_mask(modules):
+    """Against torch's own attention in float64, on all heads and, with little to spend, on the first and the last."""
+    _, attn_bench = modules
+    mask = attn_bench.conv_mask(5, (4, 6), 3)
+    case = attn_bench.Case(mask, "float32", attn_bench.FORWARD_BACKWARD, 2, 3, 8)
+    inputs = attn_bench.make_inputs(case, "cpu")
+    qkv = [x.detach().double().requires_grad_() for x in inputs[:3]]
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask.to_dense())
+    exact = (out.detach(), *torch.autograd.grad(out, qkv, inputs[3].double()))
+    for pairs, block, heads in ((1 << 26, 1 << 25, [0, 1, 2, 3, 4, 5]), (2 * mask.seq_len**2, 64, [0, 5])):
+        attn_bench.ORACLE_PAIRS, before = pairs, attn_bench.ORACLE_PAIRS
+        attn_bench.BLOCK_PAIRS, block_before = block, attn_bench.BLOCK_PAIRS
+        try:
+            oracle = attn_bench.Oracle(case, inputs)
+            assert oracle.heads == heads
+            errors = oracle.errors(exact)
+        finally:
+            attn_bench.ORACLE_PAIRS, attn_bench.BLOCK_PAIRS = before, block_before
+        assert attn_bench.worst(errors, "max_abs") < 1e-13
+        off = [x + 1e-3 * (x == x[-1, -1, -1, -1]) for x in exact]
+        assert all(e["max_abs"] == pytest.approx(1e-3) for e in oracle.errors(off).values())
+
+
+def test_memory_is_what_a_call_takes(modules):
+    harness, _ = modules
+    found = harness.isolated(take_memory, {size: (size,) for size in (0, 8, 40)}, workers=2)
+    if any(isinstance(extra, harness.NotRun) for extra in found.values()):
+        pytest.skip(f"this system cannot say: {found[0]}")
+    for size, extra in found.items():
+        assert extra / harness.MIB == pytest.approx(size, abs=1.5)
+
+
+def take_memory(mebibytes):
+    sys.path.insert(0, str(SCRIPT.parent))
+    import harness
+
+    def call(scratch):
+        scratch = torch.ones(scratch, dtype=torch.uint8)
+        return torch.ones(16 << 20, dtype=torch.uint8), len(scratch)
+
+    call(1)  # loads code
+    return harness.cpu_extra_bytes(lambda: call(mebibytes << 20))
+
+
+def test_a_process_that_dies_is_reported(modules):
+    harness, _ = modules
+    found = harness.isolated(die, {"killed": ("kill",), "raises": ("raise",), "fine": ("",)}, workers=2)
+    assert isinstance(found["killed"], harness.Died) and "-9" in str(found["killed"])
+    assert isinstance(found["raises"], harness.NotRun) and "ValueError: no" in str(found["raises"])
+    assert found["fine"] == "lives"
+
+
+def die(how):
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        raise ValueError("no")
+    return "lives"
+
+
+def test_timing_takes_turns(modules):
+    harness, _ = modules
+    calls = []
+    timings = harness.time_interleaved(
+        {"slow": lambda: (calls.append("slow"), time.sleep(0.01)), "fast": lambda: calls.append("fast")},
+        device="cpu", seconds=1e-3, min_rounds=5,
+    )  # fmt: skip
+    assert all(sorted(calls[n : n + 2]) == ["fast", "slow"] for n in range(0, 10, 2)) and len(calls) == 10
+    assert timings["slow"].median >= 0.01 > timings["fast"].median and timings["fast"].repetitions == 5
+
+
+def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_path):
+    _, attn_bench = modules
+    results = []
+
+    def measure(case, *_):
+        if len(results) == 1:
+            raise KeyboardInterrupt
+        results.append(case)
+        entry = {"name": "eager", "peer": "eager", "status": "ok", "ratio": 2.0, "median_s": 2.0}
+        entry |= {
+            "q1_s": 2.0,
+            "q3_s": 2.0,
+            "repetitions": 3,
+            "error": {"out": {"max_abs": 1.0, "rms_relative": 1.0}},
+            "extra_bytes": 0,
+        }
+        ours = entry | {"name": "dalle_fast", "peer": "dalle_fast", "median_s": 1.0, "ratio": 1.0, "exact": True}
+        ratios = {"eager": {"ratio": 2.0, "contender": "eager"}}
+        return {"name": case.name, "complete": True, "pairs_of_causal": 0.5, "heads_checked": "1 of 1",
+                "contenders": [ours, entry], "ratios": ratios}  # fmt: skip
+
+    monkeypatch.setattr(attn_bench, "measure_case", measure)
+    path = tmp_path / "r.json"
+    assert attn_bench.main([*TINY, "--mask", "row", "--mask", "column", "--json", str(path), "--device", "cpu"]) == 130
+    assert "2.00x" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["complete"] is False and len(report["cases"]) == 1
+
+
+def test_json_is_whole_or_absent(modules, tmp_path):
+    harness, _ = modules
+    path = tmp_path / "a.json"
+    harness.write_json(path, {"x": math.nan, "y": [1.5, math.inf]})
+    assert json.loads(path.read_text()) == {"x": None, "y": [1.5, None]}
+    with pytest.raises(TypeError):
+        harness.write_json(path, {"x": object()})
+    assert json.loads(path.read_text())["y"] == [1.5, None] and list(tmp_path.iterdir()) == [path]

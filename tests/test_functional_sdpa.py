@@ -1,0 +1,136 @@
+"""`F.scaled_dot_product_attention` is torch's, and takes an AttentionMask where torch takes a matrix."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as torch_F
+
+import dalle_fast.nn.functional as F
+from dalle_fast.masks import column_mask, conv_mask, row_mask
+
+MASK = conv_mask(5, (3, 7), 3)
+S, D = MASK.seq_len, 16
+
+
+def assert_same(query, key, value, **options):
+    dense = MASK.to_dense(seq_len=query.shape[-2])
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    actual = F.scaled_dot_product_attention(*leaves, attn_mask=MASK, **options)
+    expected = torch_F.scaled_dot_product_attention(*leaves, attn_mask=dense, **options)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    incoming = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(actual, leaves, incoming), torch.autograd.grad(expected, leaves, incoming)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_signature_is_torchs():
+    names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
+    parameters = inspect.signature(F.scaled_dot_product_attention).parameters
+    assert list(parameters) == names
+    assert [p.default for p in parameters.values()][3:] == [None, 0.0, False, None, False]
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (2, 2, 1, 3), (0, 3), (2, 0, 3)])
+def test_any_leading_dimensions(make, leading):
+    assert_same(*make((*leading, S, D)))
+    assert_same(*(x[..., :9, :] for x in make((*leading, S, D))), scale=0.3)
+
+
+def test_leading_dimensions_broadcast(make):
+    q = make((2, 3, S, D), count=1)[0]
+    k, v = make((1, 3, S, D), seed=1, count=2)
+    assert_same(q, k, v)
+    assert_same(make((2, 4, 3, S, D), count=1)[0], *make((4, 1, S, D), seed=1, count=2))
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2,), (2, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (6, 1), (4, 4)])
+def test_grouped_heads(make, leading, heads, kv_heads):
+    q = make((*leading, heads, S, D), count=1)[0]
+    k, v = make((*leading, kv_heads, S, D), seed=1, count=2)
+    assert_same(q, k, v, enable_gqa=True)
+
+
+def test_grouped_heads_are_not_copied(make, monkeypatch):
+    """Key heads reach the operation with stride 0 over their group, and packed ones no larger than they were."""
+    seen = []
+    original = F.attention.sparse_attention
+
+    def spy(query, key, value, *args, **options):
+        seen.extend((key, value))
+        return original(query, key, value, *args, **options)
+
+    monkeypatch.setattr(F.attention, "sparse_attention", spy)
+    q, (k, v) = make((2, 6, S, D), count=1)[0], make((2, 2, S, D), seed=1, count=2)
+    packed = make((2, S, 2, 2, D), seed=2, count=1)[0].permute(2, 0, 3, 1, 4)
+    for keys in ((k, v), packed.unbind()):
+        seen.clear()
+        F.scaled_dot_product_attention(q, *keys, MASK, enable_gqa=True)
+        assert len(seen) == 2
+        for x in seen:
+            assert x.shape[1] == 3 and x.stride(1) == 0
+            assert x.untyped_storage().nbytes() <= packed.numel() * 4
+    assert seen[0].untyped_storage().nbytes() <= packed.numel() * 4  # packed: copied once at most, never per group
+    seen.clear()
+    F.scaled_dot_product_attention(q, k.contiguous(), v, MASK, enable_gqa=True)
+    assert seen[0].data_ptr() == k.data_ptr() and seen[1].data_ptr() == v.data_ptr()
+
+
+def test_everything_else_goes_to_torch(make, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch_F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or "torch's")
+    q, k, v = make((2, 3, S, D))
+    dense = MASK.to_dense()
+    assert F.scaled_dot_product_attention(q, k, v, dense, 0.25, False, scale=0.5, enable_gqa=True) == "torch's"
+    assert F.scaled_dot_product_attention(q, k, v, is_causal=True) == "torch's"
+
+    def named(args, keywords):
+        signature = inspect.signature(F.scaled_dot_product_attention)
+        bound = signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        return list(bound.arguments.values())
+
+    first, second = (named(*call) for call in calls)
+    assert all(a is b for a, b in zip(first[:4], (q, k, v, dense))) and first[4:] == [0.25, False, 0.5, True]
+    assert all(a is b for a, b in zip(second[:4], (q, k, v, None))) and second[4:] == [0.0, True, None, False]
+
+
+def test_torch_paths_still_compute(make):
+    q, k, v = make((2, 3, S, D))
+    for options in ({"is_causal": True}, {"attn_mask": MASK.to_dense()}, {"scale": 0.2}, {}):
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(q, k, v, **options), torch_F.scaled_dot_product_attention(q, k, v, **options)
+        )
+    assert F.scaled_dot_product_attention(q, k[:, :, :4], v[:, :, :4]).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout_p": 0.1}, "dropout_p must be 0 with an AttentionMask, got 0.1"),
+        ({"is_causal": True}, "is_causal must be False with an AttentionMask"),
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+    ],
+)
+def test_bad_options(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        F.scaled_dot_product_attention(*make((2, 3, S, D)), MASK, **options)
+
+
+def test_bad_shapes(make):
+    q, k, v = make((2, 6, S, D))
+    with pytest.raises(ValueError, match=r"must broadcast"):
+        F.scaled_dot_product_attention(q, k[:, :3], v, MASK)
+    with pytest.raises(ValueError, match=r"enable_gqa.*6, 4"):
+        F.scaled_dot_product_attention(q, k[:, :4], v[:, :4], MASK, enable_gqa=True)
+    with pytest.raises(ValueError, match=r"key must have"):
+        F.scaled_dot_product_attention(q, k[:, :, :-1], v[:, :, :-1], MASK)
+    with pytest.raises(ValueError, match=r"query must have at least 2 dimensions"):
+        F.scaled_dot_product_attention(q[0, 0, 0], k, v, MASK)
+    with pytest.raises(TypeError, match="query must be a tensor, got NoneType"):
+        F.scaled_dot_product_attention(None, k, v, MASK)
+    for mask in (row_mask(4, (3, 7)), column_mask(1, 2)):
+        with pytest.raises(ValueError, match="query must have at most the mask's"):
+            F.scaled_dot_product_attention(q, k, v, mask)

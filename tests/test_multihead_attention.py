@@ -1,0 +1,282 @@
+"""`fnn.MultiheadAttention` takes the place of `torch.nn.MultiheadAttention`, inside torch's own layers too.
+
+B batch, S sequence, E embedding, H heads, T text.
+"""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast.masks import column_mask, conv_mask, row_mask
+
+MASK = column_mask(5, (3, 7))
+B, S, E, H = 3, MASK.seq_len, 32, 4
+
+
+def pair(mask=MASK, **options):
+    """torch's module and ours with its weights; biases are not zero, as those of a trained module."""
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(E, H, **options)
+    for name, parameter in theirs.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ours = fnn.MultiheadAttention(E, H, **options, mask=mask)
+    assert str(ours.load_state_dict(theirs.state_dict())) == "<All keys matched successfully>"
+    return theirs, ours
+
+
+def assert_same(theirs, ours, *qkv, mask=MASK, keywords=None, **options):
+    """Outputs, weights and gradients of both, theirs with the dense mask."""
+    length = qkv[0].shape[1 if theirs.batch_first and qkv[0].dim() == 3 else 0]
+    results = []
+    for module, extra in ((theirs, {"attn_mask": ~mask.to_dense(seq_len=length)}), (ours, keywords or {})):
+        leaves = {id(x): x.detach().clone().requires_grad_() for x in qkv}  # what is one tensor stays one
+        out, weights = module(*(leaves[id(x)] for x in qkv), need_weights=True, **options, **extra)
+        incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        parameters = [parameter for _, parameter in sorted(module.named_parameters())]
+        results.append((out, weights, *torch.autograd.grad(out, [*leaves.values(), *parameters], incoming)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
+
+
+def inputs(batch_first, length=S, sizes=(E, E, E)):
+    generator = torch.Generator().manual_seed(3)
+    shape = (B, length) if batch_first else (length, B)
+    return [torch.randn(*shape, size, generator=generator) for size in sizes]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_outputs_weights_and_gradients(batch_first, bias, average):
+    modules = pair(batch_first=batch_first, bias=bias)
+    q, k, v = inputs(batch_first)
+    assert_same(*modules, q, q, q, average_attn_weights=average)
+    assert_same(*modules, q, k, k, average_attn_weights=average)
+    assert_same(*modules, q, k, v, average_attn_weights=average)
+    short = inputs(batch_first, 11)[0]
+    assert_same(*modules, short, short, short, average_attn_weights=average)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_unbatched(batch_first):
+    modules = pair(batch_first=batch_first)
+    x, y = inputs(True)[0][:2]
+    assert_same(*modules, x, x, x)
+    assert_same(*modules, x, y, y, average_attn_weights=False)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_other_feature_sizes(batch_first):
+    modules = pair(batch_first=batch_first, kdim=24, vdim=40)
+    assert_same(*modules, *inputs(batch_first, sizes=(E, 24, 40)))
+
+
+@pytest.mark.parametrize("mask", [row_mask(5, (3, 7)), conv_mask(5, (3, 7), 3)], ids=repr)
+def test_a_mask_per_call(mask):
+    theirs, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    assert_same(theirs, ours, x, x, x, mask=mask, keywords={"attn_mask": mask})
+    ours.mask = None
+    assert_same(theirs, ours, x, x, x, mask=mask, keywords={"attn_mask": mask})
+    ours.mask = mask
+    assert_same(theirs, ours, x, x, x, mask=mask)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_text_lengths(batch_first):
+    """The same as torch's key_padding_mask over the text, where every query still sees a key."""
+    theirs, ours = pair(batch_first=batch_first)
+    x = inputs(batch_first)[0]
+    lengths = torch.tensor([1, 5, 3])
+    padding = (torch.arange(S) >= lengths[:, None]) & (torch.arange(S) < 5)
+    expected, weights = theirs(x, x, x, attn_mask=~MASK.to_dense(), key_padding_mask=padding)
+    out, our_weights = ours(x, x, x, text_lengths=lengths, need_weights=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(our_weights, weights, rtol=1e-4, atol=2e-5)
+    one = x[0] if batch_first else x[:, 0]
+    expected = theirs(one, one, one, attn_mask=~MASK.to_dense(), key_padding_mask=padding[0])[0]
+    torch.testing.assert_close(ours(one, one, one, text_lengths=lengths[0])[0], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_constructor_parameters_and_initialisation_are_torchs():
+    ours, theirs = (inspect.signature(c.__init__).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention))
+    assert list(ours) == [*theirs, "mask"]
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    assert ours["mask"].kind is inspect.Parameter.KEYWORD_ONLY
+    calls = [inspect.signature(c.forward).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention)]
+    assert list(calls[0])[: len(calls[1])] == list(calls[1])
+    for options in ({}, {"kdim": 8, "vdim": 9}, {"bias": False}, {"dtype": torch.float64}):
+        torch.manual_seed(7)
+        theirs = torch.nn.MultiheadAttention(E, H, **options).state_dict()
+        torch.manual_seed(7)
+        ours = fnn.MultiheadAttention(E, H, **options, mask=MASK).state_dict()
+        assert list(theirs) == list(ours) and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_without_a_mask_it_is_torchs(monkeypatch):
+    theirs, ours = pair(None, batch_first=True, dropout=0.5)
+    q, k, v = inputs(True)
+    padding = torch.arange(S) >= torch.tensor([3, 9, S])[:, None]
+    dense = torch.ones(S, S).tril() == 0
+    for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}, {"attn_mask": dense, "is_causal": True}):
+        for training in (True, False):
+            for qkv in ((q, q, q), (q, k, v)):
+                results = []
+                for module in (theirs.train(training), ours.train(training)):
+                    torch.manual_seed(1)
+                    results.append(module(*qkv, **options))
+                (a, wa), (b, wb) = results
+                assert torch.equal(a, b) and (wa is wb is None or torch.equal(wa, wb))
+    assert repr(ours) == repr(theirs) and ours._qkv_same_embed_dim
+
+
+def test_weights_only_where_asked_for():
+    _, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    assert ours(x, x, x)[1] is None and ours(x, x, x, need_weights=False)[1] is None
+    assert ours(x, x, x, need_weights=True)[1].shape == (B, S, S)
+    assert ours(x, x, x, None, True, None, False)[1].shape == (B, H, S, S)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_packed_projection_is_read_in_place(monkeypatch, batch_first):
+    from dalle_fast.nn import attention as module
+
+    seen = []
+    original = module.attention.sparse_attention
+    monkeypatch.setattr(
+        module.attention, "sparse_attention", lambda *a, **k: seen.append(a[:3]) or original(*a, **k)
+    )
+    _, ours = pair(batch_first=batch_first)
+    x = inputs(batch_first)[0]
+    ours(x, x, x)
+    q, k, v = seen[0]
+    assert q.shape == k.shape == v.shape == (B, H, S, E // H)
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == E * 4 and q.stride(-2) % (3 * E) == 0
+
+
+# -- torch's own layers ----------------------------------------------------------------------------------------------
+
+
+def layer(mask, **options):
+    torch.manual_seed(0)
+    made = torch.nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True, **options)
+    attention = fnn.MultiheadAttention(E, H, batch_first=True, mask=mask)
+    attention.load_state_dict(made.self_attn.state_dict())
+    return made, attention
+
+
+def remade(module, how):
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(module))
+    return copy.deepcopy(module) if how == "deepcopy" else module
+
+
+@pytest.mark.parametrize("how", ["plain", "deepcopy", "pickle"])
+def test_encoder_layer_does_not_drop_the_mask(how):
+    """In eval mode without gradients torch's layer computes attention itself, from this module's weights."""
+    ours, attention = layer(MASK)
+    theirs = copy.deepcopy(ours).eval()
+    ours.self_attn = attention
+    ours = remade(ours.eval(), how)
+    x = inputs(True)[0]
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            masked, free = theirs(x, src_mask=~MASK.to_dense()), theirs(x)
+            torch.testing.assert_close(ours(x), masked, rtol=1e-4, atol=2e-5)
+            assert (masked - free).abs().max() > 0.01
+    assert ours.self_attn.mask == MASK
+    ours.self_attn.mask = None  # and without a mask torch's fast path is torch's again
+    with torch.no_grad():
+        assert ours.self_attn._qkv_same_embed_dim and torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("swapped", ["before", "after"])
+def test_encoder_does_not_drop_the_mask(swapped):
+    """In every layer, whether the attention was put in before the encoder was made or after."""
+    first, attention = layer(MASK)
+    theirs = torch.nn.TransformerEncoder(copy.deepcopy(first), 2, enable_nested_tensor=False).eval()
+    if swapped == "before":
+        first.self_attn = attention
+        ours = torch.nn.TransformerEncoder(first, 2, enable_nested_tensor=False).eval()
+    else:
+        ours = torch.nn.TransformerEncoder(first, 2).eval()
+        for each in ours.layers:
+            each.self_attn = copy.deepcopy(attention)
+    x = inputs(True)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x, mask=~MASK.to_dense()), rtol=1e-4, atol=5e-5)
+        with pytest.raises((TypeError, ValueError), match="text_lengths"):
+            ours(x, src_key_padding_mask=torch.arange(S).expand(B, S) >= 20)
+
+
+def test_compiled_encoder_layer():
+    ours, attention = layer(MASK)
+    theirs = copy.deepcopy(ours).eval()
+    ours.self_attn = attention
+    ours.eval()
+    x = inputs(True)[0]
+    with torch.no_grad():
+        out = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(out, theirs(x, src_mask=~MASK.to_dense()), rtol=1e-4, atol=2e-5)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attn_mask": ~MASK.to_dense()}, ValueError, "attn_mask must be None or an AttentionMask"),
+        ({"key_padding_mask": torch.zeros(B, S, dtype=torch.bool)}, ValueError, "key_padding_mask must be None.*text_len"),
+        ({"text_lengths": torch.tensor([1, 2])}, ValueError, r"text_lengths must have shape \(3,\), got \(2,\)"),
+        ({"text_lengths": torch.tensor([1, 2, 6])}, ValueError, "text_lengths must be from 0 to .* 5"),
+        ({"text_lengths": [1, 2, 3]}, TypeError, "text_lengths must be an integer tensor"),
+        ({"query": torch.randn(B, S, E + 1)}, ValueError, r"query must have shape \(3, 26, 32\), got \(3, 26, 33\)"),
+        ({"key": torch.randn(B, S - 1, E)}, ValueError, r"key must have shape \(3, 26, 32\), got \(3, 25, 32\)"),
+        ({"value": torch.randn(1, S, E)}, ValueError, "value must have shape"),
+        ({"query": torch.randn(B, 1, S, E)}, ValueError, "query must have 2 or 3 dimensions"),
+        ({"query": torch.ones(B, S, E, dtype=torch.long)}, TypeError, "query must be a floating-point tensor"),
+        ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+    ],
+)
+def test_bad_call(options, error, message):
+    _, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    with pytest.raises(error, match=message):
+        ours(**{"query": x, "key": x, "value": x, **options})
+
+
+def test_bad_module():
+    with pytest.raises(TypeError, match="mask must be an AttentionMask"):
+        fnn.MultiheadAttention(E, H, mask=MASK.to_dense())
+    for name in ("add_bias_kv", "add_zero_attn"):
+        with pytest.raises(ValueError, match=name):
+            fnn.MultiheadAttention(E, H, **{name: True}, mask=MASK)
+        x = inputs(False)[0]
+        with pytest.raises(ValueError, match=name):
+            fnn.MultiheadAttention(E, H, **{name: True})(x, x, x, attn_mask=MASK)
+
+
+def test_dropout_is_refused_not_ignored():
+    ours = fnn.MultiheadAttention(E, H, dropout=0.1, mask=MASK)
+    x = inputs(False)[0]
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        ours(x, x, x)
+    assert ours.eval()(x, x, x)[0].shape == x.shape
+
+
+def test_text_lengths_need_a_mask():
+    x = inputs(False)[0]
+    with pytest.raises(ValueError, match="text_lengths needs an AttentionMask"):
+        fnn.MultiheadAttention(E, H)(x, x, x, text_lengths=torch.ones(B, dtype=torch.long))
+
+
+def test_repr_shows_the_mask():
+    assert f"mask={MASK!r}" in repr(fnn.MultiheadAttention(E, H, mask=MASK))
