@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from dalle_fast.ops.attention.triton import configs, primitives
 from dalle_fast.testing import every_mask
 
-CONV = [(1, 1), (3, 1), (5, 1), (11, 1), (3, 2), (5, 3)]  # (kernel size, dilation)
+CONV = [(1, 1), (3, 1), (5, 1), (9, 1), (11, 1), (3, 2), (5, 3)]  # (kernel size, dilation)
 
 
 # -- how much ----------------------------------------------------------------------------------------------------------

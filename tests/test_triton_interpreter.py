@@ -104,8 +104,8 @@ def test_rule_equals_the_masks(rule):
         mask = every_mask(T, grid, K, d)[rule]
         S = mask.seq_len
         dense = torch.full((S, S), -1, dtype=torch.int8)
-        blocks = triton.cdiv(S, 16)
-        _dense_mask_kernel[(blocks, blocks)](dense, S, configs.mask_numbers(mask, "raster", 16), 16)
+        blocks = triton.cdiv(S, 32)
+        _dense_mask_kernel[(blocks, blocks)](dense, S, configs.mask_numbers(mask, "raster", 16), 32)
         assert torch.equal(dense, mask.to_dense().to(torch.int8)), mask
         compared += 1
     assert compared >= 15
@@ -204,8 +204,8 @@ def test_patch_walk(edges, grid, S):
 @interpreted
 def test_patch_walk_of_the_table():
     mask = conv_mask(20, (16, 64), 11)
-    assert configs.tiles_for("forward", mask, (8, 0), 16, 4)[1].WALK == configs.WALKS.index("patch")
-    check(mask, inputs(1, 1, mask.seq_len, 16), backward=False)
+    assert configs.tiles_for("forward", mask, (8, 0), 16, 2)[1].WALK == configs.WALKS.index("patch")
+    check(mask, inputs(1, 1, mask.seq_len, 16, dtype=torch.float16), backward=False)
 
 
 @interpreted
@@ -223,7 +223,7 @@ def test_text_lengths(rule, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("scale", [-0.4, 0.0, 3])
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1])
 def test_any_scale(scale):
     mask = row_mask(20, (3, 5))
     check(mask, inputs(1, 1, mask.seq_len, 16), scale=scale, tiles=tiny(mask))
