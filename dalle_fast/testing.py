@@ -20,6 +20,7 @@ __all__ = [
     "eager_attention",
     "every_mask",
     "gradient_terms",
+    "lse_terms",
     "nan_poisoned",
 ]
 
@@ -76,6 +77,16 @@ def eager_attention(query, key, value, mask, *, scale=None, text_lengths=None):
     logits = logits.masked_fill(~attends & ~blind, -torch.inf).masked_fill(blind, 0)
     lse = torch.logsumexp(logits, -1).masked_fill(blind[..., 0], -torch.inf)
     return torch.softmax(logits, -1).masked_fill(blind, 0) @ value, lse
+
+
+def lse_terms(query, key, *, scale=None):
+    """How large the terms are that lse is added up from, float64 (B, H, S): the products in its largest logit, and 1.
+
+    A logit of terms that cancel has the rounding of the terms, and the sum of exponentials is rounded before its
+    logarithm is taken: both stay when lse itself is near zero.
+    """
+    logits = query.detach().double().abs() @ key.detach().double().abs().mT
+    return (logits * abs(query.shape[-1] ** -0.5 if scale is None else scale)).amax(-1) + 1
 
 
 def gradient_terms(query, key, value, mask, grad_out, grad_lse=None, *, scale=None, text_lengths=None):

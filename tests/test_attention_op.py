@@ -35,7 +35,9 @@ def test_opcheck(server, make, dtype, requires_grad):
         torch.library.opcheck(FORWARD, (*qkv, text_lengths, *rest))
         with torch.no_grad():
             out, lse = FORWARD(*qkv, text_lengths, *rest)
-        grad_out = make((S, B, D, H), dtype, server.device, count=1)[0].permute(1, 3, 0, 2).requires_grad_(requires_grad)
+        grad_out = (
+            make((S, B, D, H), dtype, server.device, count=1)[0].permute(1, 3, 0, 2).requires_grad_(requires_grad)
+        )
         for grad_lse in (None, torch.ones_like(lse)):
             torch.library.opcheck(BACKWARD, (grad_out, grad_lse, *qkv, out, lse, text_lengths, *rest))
 
@@ -166,6 +168,24 @@ def test_func_grad_and_vmap(server, make):
     torch.testing.assert_close(per_sample, expected[0])
 
 
+def test_func_second_derivative(make):
+    x = make((1, 1, 3, 2), torch.float64, count=1)[0]
+
+    def loss(x):
+        return sparse_attention(x, x, x, row_mask(1, (1, 2)), impl="reference").pow(2).sum()
+
+    expected = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(x), expected)
+    torch.testing.assert_close(torch.func.hessian(loss)(x), expected)
+
+
+def test_forward_mode_is_refused_not_wrong(make):
+    """A kernel without a forward-mode derivative must not return a zero one."""
+    q, k, v = make((1, 2, S, D))
+    with pytest.raises(NotImplementedError, match="forward-mode.*impl='cpu'"):
+        torch.func.jvp(lambda x: sparse_attention(x, k, v, MASK, impl="cpu"), (q,), (q,))
+
+
 def test_checkpoint(server, make):
     leaves = [x.requires_grad_() for x in make((B, H, S, D), device=server.device)]
     expected = torch.autograd.grad(server(*leaves, MASK).square().sum(), leaves)
@@ -180,11 +200,13 @@ def test_checkpoint(server, make):
 def test_auto_warns_once_where_only_the_reference_serves(make):
     op._warn_once.cache_clear()
     qkv = make((1, 1, S, D), torch.float64)
-    with pytest.warns(UserWarning, match="dense reference.*float64") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         out = sparse_attention(*qkv, MASK)
         sparse_attention(*qkv, MASK)
         sparse_attention(*qkv, column_mask(5, (3, 7)))
-    assert len(caught) == 1
+    assert [warning.category for warning in caught] == [UserWarning]
+    assert "dense reference" in str(caught[0].message) and "float64" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         op._warn_once.cache_clear()

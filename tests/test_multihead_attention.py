@@ -104,7 +104,9 @@ def test_text_lengths(batch_first):
 
 
 def test_constructor_parameters_and_initialisation_are_torchs():
-    ours, theirs = (inspect.signature(c.__init__).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention))
+    ours, theirs = (
+        inspect.signature(c.__init__).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention)
+    )
     assert list(ours) == [*theirs, "mask"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
     assert ours["mask"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -123,7 +125,12 @@ def test_without_a_mask_it_is_torchs(monkeypatch):
     q, k, v = inputs(True)
     padding = torch.arange(S) >= torch.tensor([3, 9, S])[:, None]
     dense = torch.ones(S, S).tril() == 0
-    for options in ({}, {"need_weights": False}, {"key_padding_mask": padding}, {"attn_mask": dense, "is_causal": True}):
+    for options in (
+        {},
+        {"need_weights": False},
+        {"key_padding_mask": padding},
+        {"attn_mask": dense, "is_causal": True},
+    ):
         for training in (True, False):
             for qkv in ((q, q, q), (q, k, v)):
                 results = []
@@ -149,9 +156,7 @@ def test_one_packed_projection_is_read_in_place(monkeypatch, batch_first):
 
     seen = []
     original = module.attention.sparse_attention
-    monkeypatch.setattr(
-        module.attention, "sparse_attention", lambda *a, **k: seen.append(a[:3]) or original(*a, **k)
-    )
+    monkeypatch.setattr(module.attention, "sparse_attention", lambda *a, **k: seen.append(a[:3]) or original(*a, **k))
     _, ours = pair(batch_first=batch_first)
     x = inputs(batch_first)[0]
     ours(x, x, x)
@@ -234,7 +239,11 @@ def test_compiled_encoder_layer():
     ("options", "error", "message"),
     [
         ({"attn_mask": ~MASK.to_dense()}, ValueError, "attn_mask must be None or an AttentionMask"),
-        ({"key_padding_mask": torch.zeros(B, S, dtype=torch.bool)}, ValueError, "key_padding_mask must be None.*text_len"),
+        (
+            {"key_padding_mask": torch.zeros(B, S, dtype=torch.bool)},
+            ValueError,
+            "key_padding_mask must be None.*text_len",
+        ),
         ({"text_lengths": torch.tensor([1, 2])}, ValueError, r"text_lengths must have shape \(3,\), got \(2,\)"),
         ({"text_lengths": torch.tensor([1, 2, 6])}, ValueError, "text_lengths must be from 0 to .* 5"),
         ({"text_lengths": [1, 2, 3]}, TypeError, "text_lengths must be an integer tensor"),

@@ -13,6 +13,8 @@
 namespace dalle_fast {
 namespace {
 
+constexpr int64_t kSerialWork = 1 << 14;  // tiles x head size: some 20 microseconds of one core
+
 // One aligned allocation for all threads, made before they start: an exception must not leave a parallel region.
 class Scratch {
 public:
@@ -36,6 +38,8 @@ void run(Kernel kernel, const AttentionArgs& a, const std::vector<AttentionTask>
          int threads) {
     const int64_t count = a.B * a.H * int64_t(per_head.size());
     if (count == 0 || a.layout.seq_len == 0) return;
+    // Waking threads costs more than a few tiles do.
+    if (a.B * a.H * a.layout.num_tiles * a.D < kSerialWork) threads = 1;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
     const Scratch scratch(scratch_bytes, threads);
 #if defined(_OPENMP)

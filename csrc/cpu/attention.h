@@ -25,6 +25,7 @@ struct Visit {
 struct AttentionLayout {
     int32_t seq_len, num_text_blocks, num_blocks, num_text_panels, num_panels;
     int32_t image_window;         // the most image panels from the first to the last that a block visits, at least 1
+    int64_t num_tiles;            // of 8 x 16 pairs that are computed, for one head
     const int32_t* query_token;   // (num_blocks * kBlock) token of a query slot
     const int32_t* key_token;     // (num_panels * kPanel) token of a key slot
     const int32_t* block_visits;  // (num_blocks + 1) where a block's visits begin

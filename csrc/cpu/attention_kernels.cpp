@@ -18,6 +18,7 @@ constexpr int NV = kPanel / VW;              // vectors in a panel
 constexpr int PANELS = VW == 16 ? 2 : 1;     // panels whose scores of a block fit the register file at once
 constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
 constexpr int COLS = 2;                      // ... and its vectors
+constexpr int kBlocksPerSum = 8;             // blocks of queries whose shares of dK and dV are summed on their own
 constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -555,7 +556,8 @@ void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch)
 // same order, so splitting a head between threads does not change a bit.
 template <class T>
 struct BackwardScratch {
-    float *delta, *keys, *values, *key_rows, *grad_key, *grad_value, *query, *grad_out, *tile_p, *tile_ds, *grad_query;
+    float *delta, *keys, *values, *key_rows, *grad_key, *grad_value, *total_key, *total_value, *query, *grad_out, *tile_p,
+        *tile_ds, *grad_query;
 
     static bool in_place(const AttentionArgs& a) { return sizeof(T) == 4 && a.D == padded(a.D); }
 
@@ -567,6 +569,8 @@ struct BackwardScratch {
         key_rows = arena.take<float>(kPanel * Dp);
         grad_key = arena.take<float>(kPanel * Dp);
         grad_value = arena.take<float>(kPanel * Dp);
+        total_key = arena.take<float>(kPanel * Dp);
+        total_value = arena.take<float>(kPanel * Dp);
         query = arena.take<float>(kBlock * Dp);
         grad_out = arena.take<float>(kBlock * Dp);
         tile_p = arena.take<float>(kBlock * kPanel);
@@ -675,7 +679,19 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
         transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.values));
         load_panel(a.key, s.key_rows);
         transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.keys));
-        for (int64_t x = 0; x < kPanel * Dp; ++x) s.grad_key[x] = s.grad_value[x] = 0;
+        // A text key is seen by every query after it: sums of sums keep the rounding of such long sums small.
+        int blocks_summed = 0;
+        const auto flush = [&] {
+            for (int64_t x = 0; x < kPanel * Dp; x += VW) {
+                store(s.total_key + x, load(s.total_key + x) + load(s.grad_key + x));
+                store(s.total_value + x, load(s.total_value + x) + load(s.grad_value + x));
+                store(s.grad_key + x, Vec{});
+                store(s.grad_value + x, Vec{});
+            }
+            blocks_summed = 0;
+        };
+        for (int64_t x = 0; x < kPanel * Dp; ++x)
+            s.grad_key[x] = s.grad_value[x] = s.total_key[x] = s.total_value[x] = 0;
 
         for (int32_t x = layout.panel_visits[panel]; x < layout.panel_visits[panel + 1]; ++x) {
             const Visit visit = layout.blocks_of_panel[x];
@@ -722,17 +738,19 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
                 if (t.for_key) {
                     add_product(grad_key_rows, kPanel, s.tile_ds, 1, kPanel, query, 0xff, Dp);
                     add_product(grad_value_rows, kPanel, s.tile_p, 1, kPanel, grad_out, 0xff, Dp);
+                    if (++blocks_summed == kBlocksPerSum) flush();
                 }
             }
         }
-        if (t.for_key)
-            for (int k = 0; k < kPanel; ++k)
-                if (key_tokens[k] >= 0) {
-                    store_row(grad_key_rows[k], 1, row_of<T>(a.grad_key, t.batch, t.head, key_tokens[k]),
-                              a.grad_key.stride_d, D);
-                    store_row(grad_value_rows[k], 1, row_of<T>(a.grad_value, t.batch, t.head, key_tokens[k]),
-                              a.grad_value.stride_d, D);
-                }
+        if (!t.for_key) continue;
+        flush();
+        for (int k = 0; k < kPanel; ++k)
+            if (key_tokens[k] >= 0) {
+                store_row(s.total_key + k * Dp, 1, row_of<T>(a.grad_key, t.batch, t.head, key_tokens[k]),
+                          a.grad_key.stride_d, D);
+                store_row(s.total_value + k * Dp, 1, row_of<T>(a.grad_value, t.batch, t.head, key_tokens[k]),
+                          a.grad_value.stride_d, D);
+            }
     }
     if (t.for_query && !in_place)
         for (int32_t slot = t.block_begin * kBlock; slot < t.block_end * kBlock; ++slot)

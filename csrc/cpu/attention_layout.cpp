@@ -109,6 +109,7 @@ AttentionLayoutStorage::AttentionLayoutStorage(const Mask& m, int32_t seq_len) :
             }
     }
     block_visits_.push_back(int32_t(panels_of_block_.size()));
+    for (const Visit& visit : panels_of_block_) num_tiles_ += visit.count;
 
     std::vector<std::vector<Visit>> by_panel(num_panels);
     for (int32_t block = 0; block < num_blocks; ++block)
@@ -132,6 +133,7 @@ AttentionLayout AttentionLayoutStorage::view() const {
     layout.num_text_panels = num_text_panels_;
     layout.num_panels = int32_t(panel_visits_.size()) - 1;
     layout.image_window = image_window_;
+    layout.num_tiles = num_tiles_;
     layout.query_token = query_token_.data();
     layout.key_token = key_token_.data();
     layout.block_visits = block_visits_.data();
@@ -141,12 +143,6 @@ AttentionLayout AttentionLayoutStorage::view() const {
     static_assert(sizeof(bits_[0]) == sizeof(uint16_t[kBlock]), "an array is its elements");
     layout.bits = reinterpret_cast<const uint16_t(*)[kBlock]>(bits_.data());
     return layout;
-}
-
-int64_t AttentionLayoutStorage::num_tiles() const {
-    int64_t tiles = 0;
-    for (const Visit& visit : panels_of_block_) tiles += visit.count;
-    return tiles;
 }
 
 int64_t AttentionLayoutStorage::num_bytes() const {

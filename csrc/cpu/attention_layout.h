@@ -15,11 +15,12 @@ public:
     AttentionLayoutStorage(const Mask& mask, int32_t seq_len);
 
     AttentionLayout view() const;
-    int64_t num_tiles() const;  // tiles of 8 x 16 pairs that the kernels compute
+    int64_t num_tiles() const { return num_tiles_; }
     int64_t num_bytes() const;
 
 private:
     int32_t seq_len_, num_text_blocks_, num_text_panels_, image_window_ = 1;
+    int64_t num_tiles_ = 0;
     std::vector<int32_t> query_token_, key_token_, block_visits_, panel_visits_;
     std::vector<Visit> panels_of_block_, blocks_of_panel_;
     std::vector<std::array<uint16_t, kBlock>> bits_;
