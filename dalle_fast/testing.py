@@ -93,13 +93,16 @@ def gradient_terms(query, key, value, mask, grad_out, grad_lse=None, *, scale=No
     """How large the terms are whose sums the gradients are: the same sums of absolute values, float64.
 
     The terms of grad_query and grad_key cancel: with one visible key eager attention is exact, and an implementation
-    that adds up in another order is off by some of their last digits.
+    that adds up in another order is off by some of their last digits. Probabilities that are computed again, from an
+    lse that was kept in float32, also carry its rounding.
     """
     q, k, v, do = (x.detach().double().abs() for x in (query, key, value, grad_out))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     identity = torch.eye(query.shape[-2], dtype=torch.float64, device=query.device).expand(*query.shape[:-1], -1)
     options = {"scale": scale, "text_lengths": text_lengths}
     p = attention_oracle(query.detach(), key.detach(), identity, mask, **options)[0]
+    float32_eps, eps = torch.finfo(torch.float32).eps, torch.finfo(query.dtype).eps
+    p = p * (1 + lse_terms(query, key, scale=scale)[..., None] * min(1, float32_eps / eps)) if p.numel() else p
     dp = do @ v.mT
     delta = (p * dp).sum(-1) + (0 if grad_lse is None else grad_lse.detach().double().abs())
     ds = abs(scale) * p * (dp + delta[..., None])

@@ -264,7 +264,6 @@ class _AttentionBackward(_SingleLevelFunction):
         grad_out, grad_lse, query, key, value, text_lengths = ctx.saved_tensors
         mask, scale = ctx.rest
         mask = AttentionMask.decode(mask)
-        text_lengths = _canonical_lengths(text_lengths, mask.text_len)
 
         def gradients(grad_out, query, key, value, grad_lse=None):
             return reference.backward(grad_out, grad_lse, query, key, value, None, None, text_lengths, mask, scale)
