@@ -36,7 +36,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
 # What a matrix product on tensor cores looks like in machine code.
-TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\b[HG]GMMA\b|\bHGMMA\b", 100: r"\bUTC[A-Z]*MMA\b|\bHMMA\b"}
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC[A-Z]*MMA\b|\bHMMA\b"}
 MASKS = {
     "row": row_mask(256, 32),
     "column": column_mask(256, 32),

@@ -30,7 +30,7 @@ from dalle_fast.ops.attention.triton.primitives import (
 
 __all__ = ["attention_backward"]
 
-_DELTA_ROWS = 64  # rows per program of the delta kernel, which is bound by memory
+_DELTA_ROWS = 32  # rows per program of the delta kernel, which is bound by memory
 
 
 @triton.jit(do_not_specialize=["num_heads", "seq_len"])

@@ -55,20 +55,26 @@ class MaskNumbers(NamedTuple):
 
 
 # (architecture, padded head size, bytes per element, walk) -> tiles of (forward, dQ, dK/dV). An architecture is the
-# major compute capability; 9 stands for newer ones too. `image` is the largest that is tried: see `tiles_for`.
+# major compute capability: 10 is data-center Blackwell, and 8 stands for all that is neither 9 nor 10. `image` is the
+# largest that is tried: see `tiles_for`.
 # Before compute capability 9, products of 64 rows keep only 4 warps busy, and their operands live in registers: the
 # steps are shorter there. float32 products run on the ordinary cores and need short steps everywhere.
 _NARROW_8 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 1))
 _NARROW_9 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2))
+_NARROW_10 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 1))
 _WIDE_8 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 2))
 _WIDE_9 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
+_WIDE_10 = (Tiles(64, 32, 32, 4, 1), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
 _NARROW_FLOAT32 = (Tiles(32, 32, 32, 4, 2), Tiles(32, 32, 32, 4, 2), Tiles(32, 16, 16, 4, 1))
-_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1))
+_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1))
 _BY_SIZE = {
     (8, 2): {16: _NARROW_8, 32: _NARROW_8, 64: _NARROW_8, 128: _WIDE_8},
     (9, 2): {16: _NARROW_9, 32: _NARROW_9, 64: _NARROW_9, 128: _WIDE_9},
-    (8, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
-    (9, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
+    (10, 2): {16: _NARROW_10, 32: _NARROW_10, 64: _NARROW_10, 128: _WIDE_10},
+    **{
+        (architecture, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32}
+        for architecture in (8, 9, 10)
+    },
 }
 TILES = {
     (architecture, head_size, size, walk): tiles
@@ -100,7 +106,7 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
     Returns:
         (Tiles, MaskNumbers).
     """
-    architecture = 9 if capability[0] >= 9 else 8
+    architecture = capability[0] if capability[0] in (9, 10) else 8  # 12 has mma.sync and 99 KiB, like 8.6
     choices = []
     for walk in _walks(mask):
         tiles = TILES[architecture, padded_head_size(head_size), size, walk][KERNELS.index(kernel)]
