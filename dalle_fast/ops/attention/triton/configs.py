@@ -65,16 +65,17 @@ _NARROW_10 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32
 _WIDE_8 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 2))
 _WIDE_9 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
 _WIDE_10 = (Tiles(64, 32, 32, 4, 1), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
-_NARROW_FLOAT32 = (Tiles(32, 32, 32, 4, 2), Tiles(32, 32, 32, 4, 2), Tiles(32, 16, 16, 4, 1))
-_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1))
+_NARROW_FLOAT32_8 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1), Tiles(16, 16, 16, 4, 1))
+_NARROW_FLOAT32 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1))
+_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1))
+_WIDE_FLOAT32_10 = (Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 2))
 _BY_SIZE = {
     (8, 2): {16: _NARROW_8, 32: _NARROW_8, 64: _NARROW_8, 128: _WIDE_8},
     (9, 2): {16: _NARROW_9, 32: _NARROW_9, 64: _NARROW_9, 128: _WIDE_9},
     (10, 2): {16: _NARROW_10, 32: _NARROW_10, 64: _NARROW_10, 128: _WIDE_10},
-    **{
-        (architecture, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32}
-        for architecture in (8, 9, 10)
-    },
+    (8, 4): {16: _NARROW_FLOAT32_8, 32: _NARROW_FLOAT32_8, 64: _NARROW_FLOAT32_8, 128: _WIDE_FLOAT32},
+    (9, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
+    (10, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32_10},
 }
 TILES = {
     (architecture, head_size, size, walk): tiles
