@@ -225,6 +225,7 @@ def test_text_lengths(rule, dtype):
 @interpreted
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 1])
 def test_any_scale(scale):
+    # An open limit: at scale 3 (12 times the usual) dQ missed this bound in float32, 2.64e-5 against 2.21e-5.
     mask = row_mask(20, (3, 5))
     check(mask, inputs(1, 1, mask.seq_len, 16), scale=scale, tiles=tiny(mask))
 
