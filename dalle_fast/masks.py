@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import operator
 
-__all__ = ["AttentionMask", "row_mask", "column_mask", "conv_mask", "causal_mask"]
+__all__ = ["AttentionMask", "causal_mask", "column_mask", "conv_mask", "row_mask"]
 
 # The order is part of the ABI: csrc/mask.h and triton/primitives.py use the same numbers.
 RULES = ("causal", "row", "axial_row", "column", "conv_flat", "conv_clip", "conv_torus", "conv_corner")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import column_mask, row_mask
 from dalle_fast.nn.functional import sparse_attention
-from dalle_fast.ops.attention import op
+from dalle_fast.ops import choice
 from dalle_fast.testing import attention_oracle
 
 MASK = row_mask(5, (3, 7))
@@ -198,7 +198,7 @@ def test_checkpoint(server, make):
 
 
 def test_auto_warns_once_where_only_the_reference_serves(make):
-    op._warn_once.cache_clear()
+    choice._warn_once.cache_clear()
     qkv = make((1, 1, S, D), torch.float64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -209,7 +209,7 @@ def test_auto_warns_once_where_only_the_reference_serves(make):
     assert "dense reference" in str(caught[0].message) and "float64" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        op._warn_once.cache_clear()
+        choice._warn_once.cache_clear()
         assert torch.equal(sparse_attention(*qkv, MASK, impl="reference"), out)
 
 

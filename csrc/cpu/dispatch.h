@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "codebook.h"
 
 namespace dalle_fast {
 
@@ -17,5 +18,6 @@ std::vector<std::string> instruction_sets();
 const char* instruction_set();
 
 const AttentionKernels& attention_kernels();
+const CodebookKernels& codebook_kernels();
 
 }  // namespace dalle_fast

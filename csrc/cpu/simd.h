@@ -7,13 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define DF_INLINE static inline __attribute__((always_inline))
 #define DF_NOINLINE static __attribute__((noinline))
 #define DF_INLINE_MEMBER inline __attribute__((always_inline))
+#define DF_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {

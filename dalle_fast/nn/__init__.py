@@ -2,5 +2,6 @@
 
 from dalle_fast.nn import functional
 from dalle_fast.nn.attention import MultiheadAttention
+from dalle_fast.nn.codebook import GumbelCodebook
 
-__all__ = ["MultiheadAttention", "functional"]
+__all__ = ["GumbelCodebook", "MultiheadAttention", "functional"]

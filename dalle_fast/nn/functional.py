@@ -1,6 +1,7 @@
-"""Functions: sparse attention, and torch's `scaled_dot_product_attention` that also takes an `AttentionMask`.
+"""Functions: sparse attention, and torch's `scaled_dot_product_attention` that also takes an `AttentionMask`; the
+codebook operation.
 
-B batch, H heads, S sequence, D head size, T text.
+B batch, H heads, S sequence, D head size, T text. Of codebooks: K codes, Din size of hidden, D size of an embedding.
 """
 
 from __future__ import annotations
@@ -9,8 +10,20 @@ import torch
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops import attention
+from dalle_fast.ops import codebook as codebook_ops
+from dalle_fast.ops.codebook import GumbelCodebookOutput
 
-__all__ = ["scaled_dot_product_attention", "sparse_attention"]
+__all__ = [
+    "GumbelCodebookOutput",
+    "codebook_argmax",
+    "codebook_cross_entropy",
+    "codebook_sample",
+    "gumbel_codebook",
+    "gumbel_softmax",
+    "noise_seed",
+    "scaled_dot_product_attention",
+    "sparse_attention",
+]
 
 
 def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
@@ -126,3 +139,137 @@ def _to_4d(x, leading):
     x = x.expand(*batch, *x.shape[-3:])
     x = x.flatten(0, -4) if batch else x[None]
     return x.expand(-1, heads, -1, -1)
+
+
+def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=None, impl="auto"):
+    """Gumbel-softmax over a codebook: softmax((hidden @ weight.T + bias + gumbel) / tau) @ codebook.
+
+    What a discrete VAE does between encoder and decoder (Ramesh et al. 2021, section 2.1; Jang et al. 2016), without a
+    tensor of size (..., K) in memory, forward or backward: noise and probabilities are computed again. Noise is float32
+    and a function of (seed, row, code) alone. Differentiable in hidden, weight, bias and codebook, and bit-repeatable.
+    Under autocast these four are cast to autocast's dtype.
+
+    Args:
+        hidden: (..., Din); float32, float16, bfloat16, or float64 on the reference. It may have no rows.
+        weight: (K, Din). bias: (K,) or None. codebook: (K, D). Of hidden's dtype and device.
+        tau: the softmax's temperature, a positive number, or a tensor without dimensions that needs no gradient. A
+            tensor on a GPU is not looked at.
+        hard: take codebook[codes], with the gradient of the soft embedding in hidden, weight and bias
+            (straight-through; Bengio et al. 2013).
+        seed: of the noise. An integer from 0 to 2^63 - 1 or an int64 tensor without dimensions numbers the rows; an
+            int64 tensor (...) is a seed for each row, which makes the noise of a row independent of its batch. None
+            draws one from torch's generator, and on the ranks of a process group different ones.
+        impl: "auto" takes the fastest implementation that serves the call and warns once when that is the dense
+            reference; "reference", "cpu" or "cuda" take that one or raise.
+
+    Returns:
+        GumbelCodebookOutput: embedding (..., D) in hidden's dtype; kl (...) float32 (float64 for float64), in nats, of
+        p = softmax(hidden @ weight.T + bias), without noise, to uniform: sum(p * (log p + log K)), at most rounding
+        below 0; codes (...) int64, the argmax of the noisy logits. A row that holds NaN or infinity has NaN in
+        embedding and kl and some code from 0 to K - 1; other rows do not notice it.
+
+    Raises:
+        TypeError: an argument is not of the right kind or dtype.
+        ValueError: an argument has the wrong shape, device or value, or `impl` cannot serve it (with every reason).
+    """
+    return codebook_ops.gumbel_codebook(hidden, weight, bias, codebook, tau, hard=hard, seed=seed, impl=impl)
+
+
+def codebook_argmax(hidden, weight, bias=None, *, code_range=None, impl="auto"):
+    """The largest logit's code: argmax(hidden @ weight.T + bias), the first of equals. Not differentiable.
+
+    Args:
+        hidden, weight, bias, impl: as in `gumbel_codebook`.
+        code_range: (start, stop) restricts it to these codes, as if the others did not exist; None means all K.
+
+    Returns:
+        codes (...) int64, from 0 to K - 1 even where logits are NaN.
+
+    Raises:
+        TypeError, ValueError: as `gumbel_codebook`.
+    """
+    return codebook_ops.codebook_argmax(hidden, weight, bias, code_range=code_range, impl=impl)
+
+
+def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, code_range=None, impl="auto"):
+    """An exact sample of softmax((hidden @ weight.T + bias) / temperature), by the Gumbel-max method (Gumbel 1954).
+
+    It is argmax(logits + temperature * noise) with the noise of 32 random bits in float32. Not differentiable.
+
+    Args:
+        hidden, weight, bias, seed, impl: as in `gumbel_codebook`.
+        temperature: a number from 0, which means argmax, or a tensor without dimensions.
+        code_range: (start, stop) restricts it to these codes, as if the others did not exist: the code `start` has the
+            noise of code 0. None means all K.
+
+    Returns:
+        codes (...) int64, from 0 to K - 1 even where logits are NaN.
+
+    Raises:
+        TypeError, ValueError: as `gumbel_codebook`.
+    """
+    return codebook_ops.codebook_sample(
+        hidden, weight, bias, temperature=temperature, seed=seed, code_range=code_range, impl=impl
+    )
+
+
+def codebook_cross_entropy(
+    hidden, weight, bias, target, *, reduction="mean", ignore_index=-100, code_range=None, impl="auto"
+):
+    """`torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target)` without the logits in memory.
+
+    Differentiable once, in hidden, weight and bias. With reduction "mean" or "sum" the forward pass also makes the
+    gradients that are needed, up to their common factor.
+
+    Args:
+        hidden, weight, bias, impl: as in `gumbel_codebook`.
+        target: (...) int64, codes from 0 to K - 1 or ignore_index. On a CPU others raise; elsewhere, where a look would
+            wait for the device, they give NaN in the loss.
+        reduction: "none", "mean" (over the targets that are not ignored; NaN if there are none) or "sum".
+        ignore_index: rows with this target have loss 0 and no gradient.
+        code_range: (start, stop): logits and targets of these codes only, as if the others did not exist, as for the
+            text or the image part of a joint vocabulary. None means all K.
+
+    Returns:
+        The loss in nats, float32 (float64 for float64): (...) with reduction "none", else a scalar.
+
+    Raises:
+        TypeError, ValueError: as `gumbel_codebook`.
+    """
+    return codebook_ops.codebook_cross_entropy(
+        hidden, weight, bias, target, reduction=reduction, ignore_index=ignore_index, code_range=code_range, impl=impl
+    )
+
+
+def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
+    """`torch.nn.functional.gumbel_softmax` in one pass over memory, with float32 noise whatever the logits' dtype.
+
+    Args:
+        logits: any shape with at least one dimension; float32, float16, bfloat16, or float64 on the reference.
+        tau: temperature, a positive number.
+        hard: return one-hot vectors, with the gradient of the soft ones (straight-through).
+        eps: has no effect, as in torch.
+        dim: the dimension of the codes.
+        seed: of the noise, as in `gumbel_codebook` but one for all rows: an integer, a tensor without dimensions, or
+            None.
+        impl: as in `gumbel_codebook`.
+
+    Returns:
+        A tensor of logits' shape and dtype.
+
+    Raises:
+        TypeError, ValueError: as `gumbel_codebook`.
+    """
+    return codebook_ops.gumbel_softmax(logits, tau, hard, eps, dim, seed=seed, impl=impl)
+
+
+def noise_seed(seed, *, step=0, rank=0):
+    """One integer for `seed=` from a run's seed, a step and a rank: no two triples give the same, nor the same noise.
+
+    Args:
+        seed: from 0 to 2^20 - 1. step: from 0 to 2^32 - 1. rank: from 0 to 2^11 - 1.
+
+    Raises:
+        TypeError, ValueError: a value that is no integer or out of its range.
+    """
+    return codebook_ops.noise_seed(seed, step=step, rank=rank)

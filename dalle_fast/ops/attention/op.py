@@ -14,7 +14,6 @@ import functools
 import importlib
 import math
 import numbers
-import warnings
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -23,13 +22,14 @@ from torch.autograd.function import _SingleLevelFunction
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention import reference
+from dalle_fast.ops.choice import check_impl, choose
 
 MAX_HEAD_DIM = 128
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
-_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}  # by device type, the fastest first; the reference comes after them
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
+_NAME_AND_COST = ("sparse_attention", "holds S x S logits in memory")
 
 
 def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
@@ -59,8 +59,7 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     """Raise TypeError or ValueError for what no implementation takes; returns the scale."""
     if not isinstance(mask, AttentionMask):
         raise TypeError(f"mask must be an AttentionMask (see dalle_fast.masks), got {type(mask).__name__}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    check_impl(impl)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -125,39 +124,13 @@ def _canonical_lengths(text_lengths, T):
 @functools.cache
 def _implementation(name):
     """The module that is called `name`; those but the reference are imported when first asked for."""
+    if name == "cuda":
+        return ['there are no CUDA C++ kernels for attention; impl="triton" serves CUDA tensors']
     return reference if name == "reference" else importlib.import_module(f"dalle_fast.ops.attention.{name}")
 
 
-def _why_not(name, query, key, value, mask) -> list[str]:
-    if name == "cuda":
-        return ['there are no CUDA C++ kernels for attention; impl="triton" serves CUDA tensors']
-    return _implementation(name).why_not(query, key, value, mask)
-
-
 def _choose(impl, query, key, value, mask):
-    """The implementation that serves: the named one or none, or for "auto" the fastest that can."""
-    if impl != "auto":
-        if reasons := _why_not(impl, query, key, value, mask):
-            raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
-        return _implementation(impl)
-    refusals = []
-    for name in _AUTO.get(query.device.type, ()):
-        reasons = _why_not(name, query, key, value, mask)
-        if not reasons:
-            return _implementation(name)
-        refusals.append(f"{name}: {'; '.join(reasons)}")
-    _warn_once(" | ".join(refusals) or f"no faster implementation for {query.device.type} tensors")
-    return reference
-
-
-@functools.cache
-def _warn_once(reasons):
-    warnings.warn(
-        "sparse_attention runs on the dense reference, which holds S x S logits in memory, because nothing faster "
-        f'serves this call ({reasons}); impl="reference" asks for it and silences this warning',
-        UserWarning,
-        stacklevel=2,
-    )
+    return choose(_NAME_AND_COST, impl, query.device, _implementation, _AUTO, query, key, value, mask)
 
 
 # -- the operations ----------------------------------------------------------------------------------------------------

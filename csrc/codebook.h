@@ -1,0 +1,90 @@
+// What happens to one chunk of rows of logits, once they are there: the interface that the CPU's and CUDA's kernels
+// have in common. The products before and after it are the vendor's (dalle_fast/ops/codebook/chunked.py).
+//
+// R rows of the chunk, K codes. Plain structures only: this header is compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace dalle_fast {
+
+enum class CodebookDType : int32_t { float32, float16, bfloat16 };
+
+// hidden @ weight.T for R rows, to which the kernels add the bias.
+struct LogitRows {
+    int64_t R, K;
+    float* logits;      // (R, K), contiguous
+    const float* bias;  // (K) or null
+};
+
+// Noise is a function of (seed, row, code) alone.
+struct NoiseRows {
+    const int64_t* seed;  // (1), or (R) where every row has its own
+    bool seed_per_row;    // then the row's number is 0, else first_row + r
+    int64_t first_row;
+};
+
+// What the forward pass keeps of a row for the backward pass. With t = logit + bias + noise:
+// p = exp(logit + bias - max_logit) / sum, y = exp((t - max_noisy) / tau) / sum_noisy. The maxima are apart from the
+// sums because a log-sum-exp of logits of 10^4 over a small tau would have no digits left.
+struct GumbelStats {
+    float max_logit, sum, max_noisy, sum_noisy;
+};
+
+struct GumbelForward {
+    LogitRows x;
+    NoiseRows noise;
+    const float* tau;      // (1)
+    void* weights;         // (R, K) contiguous: exp((t - max_noisy) / tau), not normalised; null: not wanted.
+    CodebookDType dtype;   // of weights; with float32 it may be x.logits
+    GumbelStats* stats;    // (R)
+    float* kl;             // (R) sum_k p_k (ln p_k + ln K)
+    int64_t* codes;        // (R) argmax of t, the first of equals; in [0, K) whatever the logits are
+};
+
+struct GumbelBackward {
+    LogitRows x;
+    NoiseRows noise;
+    const float* tau;
+    const GumbelStats* stats;
+    const float* kl;
+    const float* grad_kl;       // (R) or null
+    float* grad_weights;        // (R, K) contiguous: grad_embedding @ codebook.T
+    void* weights;              // (R, K) contiguous: y; null: not wanted. With float32 it may be grad_weights
+    void* grad_logits;          // (R, K) contiguous. With float32 it may be x.logits
+    CodebookDType dtype;        // of weights and grad_logits
+};
+
+// codes = argmax(logit + bias + temperature * noise); without noise where temperature is null.
+struct SampleRows {
+    LogitRows x;
+    NoiseRows noise;
+    const float* temperature;  // (1) or null
+    int64_t* codes;            // (R)
+};
+
+// loss = -log softmax(logit + bias)[target], 0 where the target is ignore_index; grad_logits of
+// sum_r row_weight[r] * loss[r].
+struct CrossEntropyRows {
+    LogitRows x;
+    const int64_t* target;    // (R)
+    int64_t ignore_index;
+    float* loss;              // (R)
+    const float* row_weight;  // (R), or (1) for all rows
+    bool weight_per_row;
+    void* grad_logits;        // (R, K) contiguous; null: not wanted. With float32 it may be x.logits
+    CodebookDType dtype;      // of grad_logits
+};
+
+// torch.nn.functional.gumbel_softmax over the last dimension, `rows.x` aside.
+struct GumbelSoftmaxRows {
+    int64_t R, K;
+    const void* logits;   // (R, K) contiguous
+    void* out;            // (R, K) contiguous
+    CodebookDType dtype;  // of both
+    NoiseRows noise;
+    float tau;
+    int64_t* codes;       // (R) argmax, or null
+};
+
+}  // namespace dalle_fast

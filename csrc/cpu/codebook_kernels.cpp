@@ -1,0 +1,393 @@
+// Rows of logits on the CPU, for one instruction set: see ../codebook.h for what each kernel computes.
+//
+// A row of 8,192 floats lies in the first-level cache while a kernel passes over it. Every pass goes by blocks of 64
+// codes, the codes of 16 Philox counters; what is left of K behind the last whole block goes through a padded copy.
+#include <cmath>
+#include <limits>
+
+#include "../gumbel.h"
+#include "../philox.h"
+#include "codebook.h"
+#include "simd.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+namespace {
+
+constexpr int kVecs = kNoiseBlock / VW;  // vectors in a block
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+typedef uint32_t WordVec __attribute__((vector_size(VW * 4)));
+typedef uint64_t WideVec __attribute__((vector_size(VW * 4)));
+
+// -- noise ------------------------------------------------------------------------------------------------------------
+
+struct VectorPhilox {
+    typedef WideVec Wide;
+    static DF_INLINE_MEMBER WideVec low_product(WideVec x, uint32_t m) {
+#if defined(__AVX512F__)
+        return (WideVec)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+        return (WideVec)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
+#elif defined(__SSE2__)
+        return (WideVec)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(m));
+#else
+        return (x & 0xffffffffu) * uint64_t(m);
+#endif
+    }
+};
+
+struct VectorLanes {
+    typedef Vec Float;
+    typedef IntVec Int;
+    typedef WordVec Word;
+    static DF_INLINE_MEMBER Vec from_word(WordVec x) { return __builtin_convertvector(x, Vec); }
+    static DF_INLINE_MEMBER Vec from_int(IntVec x) { return __builtin_convertvector(x, Vec); }
+    static DF_INLINE_MEMBER IntVec bits_of(Vec x) { return (IntVec)x; }
+    static DF_INLINE_MEMBER Vec of_bits(IntVec x) { return (Vec)x; }
+};
+
+// The noise of one row.
+struct RowNoise {
+    uint64_t row;
+    uint32_t key_low, key_high;
+
+    RowNoise(const NoiseRows& n, int64_t r)
+        : row(n.seed_per_row ? 0 : uint64_t(n.first_row + r)) {
+        const uint64_t seed = uint64_t(n.seed[n.seed_per_row ? r : 0]);
+        key_low = uint32_t(seed);
+        key_high = uint32_t(seed >> 32);
+    }
+
+    // The noise of the codes [64 * block, 64 * block + 64).
+    DF_INLINE_MEMBER void fill(int64_t block, Vec (&noise)[kVecs]) const {
+        constexpr int kParts = kNoiseLanes / VW;  // of a block's counters, one lane each
+        for (int part = 0; part < kParts; ++part) {
+            const uint32_t first = uint32_t(block * kNoiseLanes + part * VW);
+            WideVec even;  // every other counter, one in a lane of 64 bits
+            for (int lane = 0; lane < VW / 2; ++lane) even[lane] = 2 * lane;
+            const WideVec zero{}, low = zero + row, high = zero + (row >> 32);
+            even += first;
+            const auto e = philox4x32_10<VectorPhilox>({{even, low, high, zero}}, key_low, key_high);
+            const auto o = philox4x32_10<VectorPhilox>({{even + 1, low, high, zero}}, key_low, key_high);
+            for (int w = 0; w < 4; ++w) {
+                const WideVec words = (e.word[w] & 0xffffffffu) | (o.word[w] << 32);
+                noise[w * kParts + part] = gumbel_noise<VectorLanes>((WordVec)words);
+            }
+        }
+    }
+};
+
+// -- passes over a row ------------------------------------------------------------------------------------------------
+
+// Calls f(block, valid) for every block of 64 codes; `valid` is 64, or what is left of K.
+template <class F>
+DF_INLINE void for_each_block(int64_t K, F&& f) {
+    const int64_t whole = K / kNoiseBlock;
+    for (int64_t block = 0; block < whole; ++block) f(block, kNoiseBlock);
+    if (K % kNoiseBlock) f(whole, int(K % kNoiseBlock));
+}
+
+template <class T>
+DF_INLINE void load_block(const T* from, int valid, float padding, Vec (&to)[kVecs]) {
+    if (valid == kNoiseBlock) {
+        for (int v = 0; v < kVecs; ++v) to[v] = load_as_float(from + v * VW);
+        return;
+    }
+    float copy[kNoiseBlock];
+    for (int x = 0; x < kNoiseBlock; ++x) copy[x] = x < valid ? to_float(from[x]) : padding;
+    for (int v = 0; v < kVecs; ++v) to[v] = load(copy + v * VW);
+}
+
+template <class T>
+DF_INLINE void store_block(const Vec (&from)[kVecs], int valid, T* to) {
+    if (valid == kNoiseBlock) {
+        for (int v = 0; v < kVecs; ++v) store_from_float(to + v * VW, from[v]);
+        return;
+    }
+    float copy[kNoiseBlock];
+    for (int v = 0; v < kVecs; ++v) store(copy + v * VW, from[v]);
+    for (int x = 0; x < valid; ++x) from_float(copy[x], to + x);
+}
+
+// Logits with their bias; padding is -inf.
+DF_INLINE void load_logits(const LogitRows& x, const float* row, int64_t block, int valid, Vec (&z)[kVecs]) {
+    load_block(row + block * kNoiseBlock, valid, -kInfinity, z);
+    if (!x.bias) return;
+    Vec bias[kVecs];
+    load_block(x.bias + block * kNoiseBlock, valid, 0, bias);
+    for (int v = 0; v < kVecs; ++v) z[v] += bias[v];
+}
+
+DF_INLINE float sum_of(const Vec (&parts)[kVecs]) {
+    Vec sum = parts[0];
+    for (int v = 1; v < kVecs; ++v) sum += parts[v];
+    return horizontal_sum(sum);
+}
+
+DF_INLINE float max_of(const Vec (&parts)[kVecs]) {
+    Vec most = parts[0];
+    for (int v = 1; v < kVecs; ++v) most = max(most, parts[v]);
+    return horizontal_max(most);
+}
+
+// The largest value and the first code that has it. NaN is passed over.
+class Argmax {
+public:
+    Argmax() {
+        for (int v = 0; v < kVecs; ++v) best_[v] = splat(-kInfinity);
+        for (int v = 0; v < kVecs; ++v) block_[v] = IntVec{};
+    }
+
+    DF_INLINE_MEMBER void see(int64_t block, const Vec (&values)[kVecs]) {
+        for (int v = 0; v < kVecs; ++v) {
+            const auto more = values[v] > best_[v];
+            block_[v] = more ? IntVec{} + int32_t(block) : block_[v];
+            best_[v] = more ? values[v] : best_[v];
+        }
+    }
+
+    float value() const { return max_of(best_); }
+
+    int64_t code() const {
+        const float most = value();
+        int64_t first = std::numeric_limits<int64_t>::max();
+        for (int v = 0; v < kVecs; ++v)
+            for (int x = 0; x < VW; ++x) {
+                const int64_t code = int64_t(block_[v][x]) * kNoiseBlock + v * VW + x;
+                // A lane that saw nothing above -inf stands for the first block, where it may lie behind the last code.
+                if (best_[v][x] == most && most > -kInfinity && code < first) first = code;
+            }
+        return first == std::numeric_limits<int64_t>::max() ? 0 : first;
+    }
+
+private:
+    Vec best_[kVecs];
+    IntVec block_[kVecs];
+};
+
+float max_logit(const LogitRows& x, const float* row) {
+    Vec most[kVecs];
+    for (int v = 0; v < kVecs; ++v) most[v] = splat(-kInfinity);
+    for_each_block(x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+        Vec z[kVecs];
+        load_logits(x, row, block, valid, z);
+        for (int v = 0; v < kVecs; ++v) most[v] = max(z[v], most[v]);
+    });
+    return max_of(most);
+}
+
+DF_INLINE float inverse(float tau) {
+    const float most = std::numeric_limits<float>::max();
+    const float inverse = 1 / tau;
+    return inverse > most ? most : inverse;  // the largest logit, 0 after subtraction, stays 0
+}
+
+// Turns t into weights exp((t - max) / tau) and returns their sum.
+template <class T>
+float exponentiate(const float* t, int64_t K, float most, float inverse_tau, T* weights) {
+    const float factor = std::fmin(inverse_tau * kLog2e, std::numeric_limits<float>::max());
+    Vec sum[kVecs] = {};
+    for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+        Vec w[kVecs];
+        load_block(t + block * kNoiseBlock, valid, -kInfinity, w);
+        for (int v = 0; v < kVecs; ++v) {
+            w[v] = exp2((w[v] - most) * factor);
+            sum[v] += w[v];
+        }
+        if (weights) store_block(w, valid, weights + block * kNoiseBlock);
+    });
+    return sum_of(sum);
+}
+
+DF_INLINE void add_noise(const RowNoise& noise, int64_t block, float scale, Vec (&z)[kVecs]) {
+    Vec g[kVecs];
+    noise.fill(block, g);
+    for (int v = 0; v < kVecs; ++v) z[v] += g[v] * scale;
+}
+
+template <class T>
+DF_INLINE T* row_of(void* rows, int64_t r, int64_t K) {
+    return rows ? static_cast<T*>(rows) + r * K : nullptr;
+}
+
+// -- kernels ----------------------------------------------------------------------------------------------------------
+
+void gumbel_forward(const GumbelForward& a, int64_t begin, int64_t end, float* noisy) {
+    const int64_t K = a.x.K;
+    for (int64_t r = begin; r < end; ++r) {
+        const float* logits = a.x.logits + r * K;
+        const RowNoise noise(a.noise, r);
+        const float most = max_logit(a.x, logits);
+        Vec sum[kVecs] = {}, weighted[kVecs] = {};
+        Argmax argmax;
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec z[kVecs];
+            load_logits(a.x, logits, block, valid, z);
+            for (int v = 0; v < kVecs; ++v) {
+                // -inf has the weight 0, and 0 * -inf must not become NaN.
+                const Vec below = max(splat(-88.f), z[v] - most), e = exp2(below * kLog2e);
+                sum[v] += e;
+                weighted[v] += e * below;
+            }
+            add_noise(noise, block, 1, z);
+            argmax.see(block, z);
+            store_block(z, valid, noisy + block * kNoiseBlock);
+        });
+        const double total = sum_of(sum);
+        a.kl[r] = float(sum_of(weighted) / total - std::log(total) + std::log(double(K)));
+        a.codes[r] = argmax.code();
+        const float most_noisy = argmax.value();
+        const float sum_noisy = exponentiate(noisy, K, most_noisy, inverse(*a.tau), row_of<float>(a.weights, r, K));
+        a.stats[r] = {most, float(total), most_noisy, sum_noisy};
+    }
+}
+
+void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float* weights) {
+    const int64_t K = a.x.K;
+    const float inverse_tau = inverse(*a.tau);
+    const float factor = std::fmin(inverse_tau * kLog2e, std::numeric_limits<float>::max());
+    for (int64_t r = begin; r < end; ++r) {
+        const float* logits = a.x.logits + r * K;
+        const float* grad_weights = a.grad_weights + r * K;
+        float* grad_logits = row_of<float>(a.grad_logits, r, K);
+        const RowNoise noise(a.noise, r);
+        const GumbelStats stats = a.stats[r];
+        const float inverse_sum = 1 / stats.sum_noisy;
+        const float grad_kl = a.grad_kl ? a.grad_kl[r] / stats.sum : 0;
+        const float entropy = float(std::log(double(K)) - std::log(double(stats.sum)) - double(a.kl[r]));
+        Vec dots[kVecs] = {};
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec z[kVecs], grad[kVecs], of_kl[kVecs];
+            load_logits(a.x, logits, block, valid, z);
+            load_block(grad_weights + block * kNoiseBlock, valid, 0, grad);
+            for (int v = 0; v < kVecs; ++v) {
+                const Vec below = max(splat(-88.f), z[v] - stats.max_logit);
+                of_kl[v] = grad_kl * exp2(below * kLog2e) * (below + entropy);
+            }
+            add_noise(noise, block, 1, z);
+            for (int v = 0; v < kVecs; ++v) {
+                z[v] = exp2((z[v] - stats.max_noisy) * factor) * inverse_sum;
+                dots[v] += z[v] * grad[v];
+            }
+            store_block(z, valid, weights + block * kNoiseBlock);
+            store_block(of_kl, valid, grad_logits + block * kNoiseBlock);
+        });
+        const float dot = sum_of(dots);
+        float* kept = row_of<float>(a.weights, r, K);
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec y[kVecs], grad[kVecs], of_kl[kVecs];
+            load_block(weights + block * kNoiseBlock, valid, 0, y);
+            load_block(grad_weights + block * kNoiseBlock, valid, 0, grad);
+            load_block(grad_logits + block * kNoiseBlock, valid, 0, of_kl);
+            for (int v = 0; v < kVecs; ++v) of_kl[v] += y[v] * (grad[v] - dot) * inverse_tau;
+            store_block(of_kl, valid, grad_logits + block * kNoiseBlock);
+            if (kept) store_block(y, valid, kept + block * kNoiseBlock);
+        });
+    }
+}
+
+void sample(const SampleRows& a, int64_t begin, int64_t end, float*) {
+    const float temperature = a.temperature ? *a.temperature : 0;
+    for (int64_t r = begin; r < end; ++r) {
+        const float* logits = a.x.logits + r * a.x.K;
+        Argmax argmax;
+        if (temperature == 0) {
+            for_each_block(a.x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+                Vec z[kVecs];
+                load_logits(a.x, logits, block, valid, z);
+                argmax.see(block, z);
+            });
+        } else {
+            const RowNoise noise(a.noise, r);
+            for_each_block(a.x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+                Vec z[kVecs];
+                load_logits(a.x, logits, block, valid, z);
+                add_noise(noise, block, temperature, z);
+                argmax.see(block, z);
+            });
+        }
+        a.codes[r] = argmax.code();
+    }
+}
+
+void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* weights) {
+    const int64_t K = a.x.K;
+    for (int64_t r = begin; r < end; ++r) {
+        const float* logits = a.x.logits + r * K;
+        float* grad_logits = row_of<float>(a.grad_logits, r, K);
+        const int64_t target = a.target[r];
+        if (target == a.ignore_index) {
+            a.loss[r] = 0;
+            if (grad_logits) std::memset(grad_logits, 0, size_t(K) * sizeof(float));
+            continue;
+        }
+        const float most = max_logit(a.x, logits);
+        const float of_target = logits[target] + (a.x.bias ? a.x.bias[target] : 0);
+        Vec sums[kVecs] = {};
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec z[kVecs];
+            load_logits(a.x, logits, block, valid, z);
+            for (int v = 0; v < kVecs; ++v) {
+                z[v] = exp2((z[v] - most) * kLog2e);
+                sums[v] += z[v];
+            }
+            if (grad_logits) store_block(z, valid, weights + block * kNoiseBlock);
+        });
+        const double sum = sum_of(sums);
+        a.loss[r] = float(std::log(sum) - double(of_target - most));
+        if (!grad_logits) continue;
+        const float weight = a.row_weight[a.weight_per_row ? r : 0];
+        const float factor = float(weight / sum);
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec e[kVecs];
+            load_block(weights + block * kNoiseBlock, valid, 0, e);
+            for (int v = 0; v < kVecs; ++v) e[v] *= factor;
+            store_block(e, valid, grad_logits + block * kNoiseBlock);
+        });
+        grad_logits[target] -= weight;
+    }
+}
+
+template <class T>
+void gumbel_softmax_rows(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, float* noisy) {
+    const int64_t K = a.K;
+    for (int64_t r = begin; r < end; ++r) {
+        const T* logits = static_cast<const T*>(a.logits) + r * K;
+        T* out = static_cast<T*>(a.out) + r * K;
+        const RowNoise noise(a.noise, r);
+        Argmax argmax;
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec z[kVecs];
+            load_block(logits + block * kNoiseBlock, valid, -kInfinity, z);
+            add_noise(noise, block, 1, z);
+            argmax.see(block, z);
+            store_block(z, valid, noisy + block * kNoiseBlock);
+        });
+        if (a.codes) a.codes[r] = argmax.code();
+        const float sum = exponentiate(noisy, K, argmax.value(), inverse(a.tau), noisy);
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec y[kVecs];
+            load_block(noisy + block * kNoiseBlock, valid, 0, y);
+            for (int v = 0; v < kVecs; ++v) y[v] /= sum;
+            store_block(y, valid, out + block * kNoiseBlock);
+        });
+    }
+}
+
+void gumbel_softmax(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, float* scratch) {
+    switch (a.dtype) {
+        case CodebookDType::float32: return gumbel_softmax_rows<float>(a, begin, end, scratch);
+        case CodebookDType::float16: return gumbel_softmax_rows<Half>(a, begin, end, scratch);
+        case CodebookDType::bfloat16: return gumbel_softmax_rows<BFloat16>(a, begin, end, scratch);
+    }
+}
+
+}  // namespace
+
+extern const CodebookKernels codebook_kernels;
+const CodebookKernels codebook_kernels = {gumbel_forward, gumbel_backward, sample, cross_entropy, gumbel_softmax};
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

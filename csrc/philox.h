@@ -1,0 +1,58 @@
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and which of its words belongs to
+// which code. One text for scalars on host and device and for vectors on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace dalle_fast {
+
+// What the text below needs of a lane type. `Wide` has 64 bits a lane, of which the low half counts.
+struct ScalarPhilox {
+    typedef uint64_t Wide;
+    DALLE_FAST_INLINE uint64_t low_product(uint64_t x, uint32_t m) { return uint64_t(uint32_t(x)) * m; }
+};
+
+template <class Wide>
+struct PhiloxWords {
+    Wide word[4];
+};
+
+// (key_low, key_high) are the seed's halves.
+template <class Lanes>
+DALLE_FAST_INLINE PhiloxWords<typename Lanes::Wide> philox4x32_10(const PhiloxWords<typename Lanes::Wide>& counter,
+                                                                  uint32_t key_low, uint32_t key_high) {
+    typedef typename Lanes::Wide Wide;
+    Wide a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int round = 0; round < 10; ++round) {
+        const Wide p = Lanes::low_product(a, 0xD2511F53u), q = Lanes::low_product(c, 0xCD9E8D57u);
+        a = (q >> 32) ^ b ^ uint64_t(key_low);
+        b = q;
+        c = (p >> 32) ^ d ^ uint64_t(key_high);
+        d = p;
+        key_low += 0x9E3779B9u;
+        key_high += 0xBB67AE85u;
+    }
+    return {{a, b, c, d}};
+}
+
+// A counter holds (which 4 codes, row low, row high, 0). Its 4 words serve 4 codes that lie 16 apart, so that 16
+// neighbouring lanes or threads with 16 neighbouring counters serve 64 neighbouring codes without an exchange.
+// The definition in Python is noise_words in dalle_fast/ops/codebook/noise.py.
+constexpr int kNoiseBlock = 64;  // codes
+constexpr int kNoiseLanes = 16;  // counters of a block
+
+DALLE_FAST_INLINE uint32_t noise_counter(int64_t code) {
+    return uint32_t(code / kNoiseBlock * kNoiseLanes + code % kNoiseLanes);
+}
+DALLE_FAST_INLINE int noise_word(int64_t code) { return int(code % kNoiseBlock / kNoiseLanes); }
+
+DALLE_FAST_INLINE PhiloxWords<uint64_t> philox_words(uint64_t seed, uint64_t row, uint32_t counter) {
+    return philox4x32_10<ScalarPhilox>({{counter, row, row >> 32, 0}}, uint32_t(seed), uint32_t(seed >> 32));
+}
+
+}  // namespace dalle_fast

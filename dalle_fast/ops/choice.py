@@ -1,0 +1,60 @@
+"""Which implementation of an operation serves a call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def check_impl(impl):
+    """Raise ValueError where `impl` is no name of an implementation."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def choose(operation, impl, device, load, automatic, *tensors):
+    """The implementation that serves: the named one or none, or for "auto" the fastest that can.
+
+    Args:
+        operation: the operation's name and what it costs on the reference, for the warning when "auto" lands there.
+        impl: one of IMPLS.
+        device: the tensors' device.
+        load: from a name to the implementation, whose `why_not(*tensors)` lists every reason why it cannot serve; or
+            to a list of reasons, where there is no such implementation.
+        automatic: by device type, the names that "auto" tries, the fastest first. The reference comes after them.
+
+    Raises:
+        ValueError: the named implementation cannot serve, with every reason.
+    """
+    if impl != "auto":
+        serving, reasons = _try(load, impl, tensors)
+        if reasons:
+            raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
+        return serving
+    refusals = []
+    for name in automatic.get(device.type, ()):
+        serving, reasons = _try(load, name, tensors)
+        if not reasons:
+            return serving
+        refusals.append(f"{name}: {'; '.join(reasons)}")
+    _warn_once(*operation, " | ".join(refusals) or f"no faster implementation for {device.type} tensors")
+    return load("reference")
+
+
+def _try(load, name, tensors):
+    implementation = load(name)
+    if isinstance(implementation, list):
+        return None, implementation
+    return implementation, implementation.why_not(*tensors)
+
+
+@functools.cache
+def _warn_once(operation, cost, reasons):
+    warnings.warn(
+        f"{operation} runs on the dense reference, which {cost}, because nothing faster serves this call ({reasons}); "
+        'impl="reference" asks for it and silences this warning',
+        UserWarning,
+        stacklevel=2,
+    )

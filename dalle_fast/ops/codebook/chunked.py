@@ -1,0 +1,141 @@
+"""The codebook operation by chunks of rows, for CPU and CUDA alike.
+
+Of N rows only as many are worked on at a time as keep their float32 logits in cache: the vendor's matrix product makes
+the logits of a chunk, one kernel of ours does to them all there is to do, and the vendor's products take the result.
+Nothing of size (N, K) exists. What differs by device is in `rows`, a module: `cpu` or `cuda`.
+
+N rows, R rows of a chunk, K codes, I size of hidden, D size of an embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Bytes of one (R, K) float32 buffer; the forward pass has one or two of them, the backward pass two or three. Less makes
+# the products slower (they pack `weight` once for every chunk), more falls out of cache: benchmarks/codebook_bench.py.
+CHUNK_BYTES = 8 << 20
+MIN_ROWS = 16
+
+
+def chunk_rows(num_codes):
+    """R for K codes: at least MIN_ROWS and a multiple of it."""
+    return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
+
+
+class Chunked:
+    """The implementation interface of `reference`, by the row kernels of one device."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.why_not = rows.why_not
+
+    def gumbel_codebook(self, hidden, weight, bias, codebook, tau, seed, seed_per_row, hard):
+        N, D = hidden.shape[0], codebook.shape[1]
+        embedding = hidden.new_empty(N, D)
+        kl, codes = _row_results(hidden, (), torch.float32), _row_results(hidden, (), torch.int64)
+        stats = _row_results(hidden, (4,), torch.float32)
+        product, weight, table = self.rows.product, self.rows.operand(weight), self.rows.operand(codebook)
+        bias = _float32(bias)
+        for chunk in _chunks(N, weight.shape[0]):
+            logits = product(hidden[chunk], weight)
+            weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
+                logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
+                seed_per_row=seed_per_row,
+            )  # fmt: skip
+            if not hard:
+                embedding[chunk] = product(weights, table.T) / stats[chunk, 3:]
+        if hard:
+            torch.index_select(codebook, 0, codes, out=embedding)
+        return embedding, kl, codes, stats
+
+    def gumbel_codebook_backward(
+        self, grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard,
+        needs,
+    ):  # fmt: skip
+        sums = _Gradients(self.rows, hidden, weight, bias, needs)
+        grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
+        bias, grad_kl = _float32(bias), _float32(grad_kl)
+        product, table, weight = self.rows.product, self.rows.operand(codebook), self.rows.operand(weight)
+        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+            of_embedding = grad_embedding[chunk].contiguous()
+            grad_logits, weights = self.rows.gumbel_backward(
+                product(hidden[chunk], weight), bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, stats[chunk],
+                kl[chunk], None if grad_kl is None else grad_kl[chunk], product(of_embedding, table), hidden.dtype,
+                needs[3] and not hard, seed_per_row=seed_per_row,
+            )  # fmt: skip
+            sums.add(chunk, grad_logits, weight)
+            if needs[3] and not hard:
+                self.rows.accumulate(grad_codebook, weights, of_embedding)
+        if needs[3] and hard:
+            grad_codebook.index_add_(0, codes, grad_embedding.float())
+        return *sums.result(), grad_codebook.to(codebook.dtype) if needs[3] else None
+
+    def sample(self, hidden, weight, bias, temperature, seed, seed_per_row):
+        codes = _row_results(hidden, (), torch.int64)
+        weight, bias = self.rows.operand(weight), _float32(bias)
+        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+            seeds = _seeds(seed, seed_per_row, chunk)
+            logits = self.rows.product(hidden[chunk], weight)
+            codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
+        return codes
+
+    def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
+        loss = _row_results(hidden, (), torch.float32)
+        sums = _Gradients(self.rows, hidden, weight, bias, needs)
+        weight, bias, row_weight = self.rows.operand(weight), _float32(bias), _float32(row_weight)
+        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+            of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
+            logits = self.rows.product(hidden[chunk], weight)
+            loss[chunk], grad_logits = self.rows.cross_entropy(
+                logits, bias, target[chunk], ignore_index, of_rows, hidden.dtype
+            )
+            if grad_logits is not None:
+                sums.add(chunk, grad_logits, weight)
+        return loss, *sums.result()
+
+    def gumbel_softmax(self, logits, tau, seed):
+        return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
+
+
+class _Gradients:
+    """Adds up the gradients of hidden, weight and bias over chunks, in float32."""
+
+    def __init__(self, rows, hidden, weight, bias, needs):
+        self.rows, self.hidden, self.weight, self.bias, self.needs = rows, hidden, weight, bias, needs
+        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.of_weight = torch.zeros(weight.shape, device=weight.device) if needs[1] else None
+        self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
+
+    def add(self, chunk, grad_logits, weight):
+        if self.needs[0]:
+            self.of_hidden[chunk] = self.rows.product(grad_logits, weight.T)
+        if self.needs[1]:
+            self.rows.accumulate(self.of_weight, grad_logits, self.hidden[chunk])
+        if self.needs[2]:
+            self.of_bias += grad_logits.sum(0, dtype=torch.float32)
+
+    def result(self):
+        """In the dtype of the tensors they belong to; None for those that are not needed."""
+        return (
+            self.of_hidden,
+            self.of_weight.to(self.weight.dtype) if self.needs[1] else None,
+            self.of_bias.to(self.bias.dtype) if self.needs[2] else None,
+        )
+
+
+def _chunks(num_rows, num_codes):
+    step = chunk_rows(num_codes)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(num_rows, start + step))
+
+
+def _seeds(seed, seed_per_row, chunk):
+    return seed[chunk] if seed_per_row else seed
+
+
+def _row_results(hidden, shape, dtype):
+    return torch.empty((hidden.shape[0], *shape), dtype=dtype, device=hidden.device)
+
+
+def _float32(x):
+    return None if x is None else x.float().contiguous()

@@ -1,0 +1,129 @@
+"""Row kernels of the codebook operation on the CPU: `csrc/cpu/codebook_kernels.cpp`. See `chunked` for who calls them.
+
+R rows, K codes, I size of hidden, D size of an embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_fast import _extension
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
+CONVERTED_BYTES = 16 << 20  # a float32 copy of a 16-bit operand may be as large; else parts of it are made as needed
+
+
+def why_not(tensors) -> list[str]:
+    """Every reason why this implementation cannot serve these tensors (by name, None allowed); empty if it can."""
+    reasons = []
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            reasons.append(f"it needs CPU tensors, got {name} on {tensor.device}")
+            break
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            reasons.append(f"it computes in float32, float16 or bfloat16, got {name} of {tensor.dtype}")
+            break
+    if missing := _extension.why_missing():
+        reasons.append(missing)
+    return reasons
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+# float32 throughout: on the CPUs where it was measured (see CONTRIBUTING.md) the product of bfloat16 matrices is slower
+# than converting them, and its result would be rounded to bfloat16.
+
+
+def operand(tensor):
+    """`tensor` as the products of many chunks take it best: in float32, unless that copy would be large."""
+    return tensor.float() if 4 * tensor.numel() <= CONVERTED_BYTES else tensor
+
+
+def product(a, b):
+    """a (R, I) @ b (J, I).T -> (R, J) in float32."""
+    a = a.float()
+    if b.dtype == torch.float32:
+        return torch.mm(a, b.T)
+    out = torch.empty(a.shape[0], b.shape[0])
+    if b.stride(0) >= b.stride(1):  # parts of rows of what lies in memory: of b
+        step = _part(b.shape[1])
+        for start in range(0, b.shape[0], step):
+            torch.mm(a, b[start : start + step].float().T, out=out[:, start : start + step])
+        return out
+    step = _part(b.shape[0])
+    for start in range(0, b.shape[1], step):
+        stop = start + step
+        out.addmm_(a[:, start:stop], b[:, start:stop].float().T, beta=0 if start == 0 else 1)
+    return out
+
+
+def _part(width):
+    return max(1, CONVERTED_BYTES // 2 // (4 * width))
+
+
+def accumulate(total, a, b):
+    """total (J, I) += a (R, J).T @ b (R, I), in float32."""
+    total.addmm_(a.T, b.float())
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, *, seed_per_row):
+    """Consumes logits. Returns weights (R, K) not normalised, or None; stats (R, 4); kl (R,); codes (R,)."""
+    R, K = logits.shape
+    stats, kl, codes = logits.new_empty(R, 4), logits.new_empty(R), logits.new_empty(R, dtype=torch.int64)
+    _extension.native().gumbel_forward(
+        R, K, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
+        logits.data_ptr() if want_weights else 0, stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return logits if want_weights else None, stats, kl, codes
+
+
+def gumbel_backward(
+    logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights, dtype, want_weights, *, seed_per_row
+):
+    """Consumes logits and grad_weights. Returns grad_logits (R, K) and weights (R, K), normalised, or None."""
+    _extension.native().gumbel_backward(
+        *logits.shape, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
+        stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(),
+        grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return logits, grad_weights if want_weights else None
+
+
+def sample(logits, bias, seed, first_row, temperature, *, seed_per_row):
+    """Returns codes (R,): argmax of logits + bias + temperature * noise, without noise where temperature is None."""
+    codes = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    _extension.native().sample(
+        *logits.shape, logits.data_ptr(), _address(bias), _address(seed), seed_per_row, first_row,
+        _address(temperature), codes.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
+def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype):
+    """Consumes logits. Returns loss (R,) and grad_logits (R, K) of sum(row_weight * loss), None without row_weight."""
+    loss = logits.new_empty(logits.shape[0])
+    _extension.native().cross_entropy(
+        *logits.shape, logits.data_ptr(), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
+        _address(row_weight), row_weight is not None and len(row_weight) > 1,
+        0 if row_weight is None else logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, None if row_weight is None else logits
+
+
+def gumbel_softmax(logits, seed, tau, want_codes):
+    """softmax((logits + noise) / tau) of contiguous logits (R, K), in their dtype, and codes (R,) or None."""
+    out = torch.empty_like(logits)
+    codes = logits.new_empty(logits.shape[0], dtype=torch.int64) if want_codes else None
+    _extension.native().gumbel_softmax(
+        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], seed.data_ptr(), tau, _address(codes),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, codes
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,537 @@
+"""The codebook operation as torch operations: arguments checked once, then one of the implementations.
+
+Rows of any leading shape are flattened here; the operations below see `hidden` (N, I), and every number that may change
+from call to call without a new graph (seed, tau, temperature) as a tensor on its device. Which implementation serves is
+decided when real tensors arrive, so that a compiled graph holds one opaque operation.
+
+N rows, K codes, I size of hidden, D size of an embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from dalle_fast.ops.choice import check_impl, choose
+from dalle_fast.ops.codebook import chunked, reference
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
+_COST = "holds logits of every row and code in memory"
+
+
+class GumbelCodebookOutput(NamedTuple):
+    """What `gumbel_codebook` returns: embedding (..., D), kl (...) and codes (...)."""
+
+    embedding: torch.Tensor
+    kl: torch.Tensor
+    codes: torch.Tensor
+
+
+# -- the face ----------------------------------------------------------------------------------------------------------
+
+
+def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=None, impl="auto"):
+    """See `dalle_fast.nn.functional.gumbel_codebook`, the public name of this function."""
+    _check_product(hidden, weight, bias, impl, codebook=codebook)
+    if not isinstance(hard, bool):
+        raise TypeError(f"hard must be True or False, got {hard!r}")
+    tau = _number("tau", tau, hidden, positive=True)
+    seed, seed_per_row = _seed(seed, hidden)
+    hidden, weight, bias, codebook = _autocast(hidden, weight, bias, codebook)
+    shape, hidden = hidden.shape[:-1], _rows(hidden)
+    embedding, kl, codes, _ = _ops.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl)
+    return GumbelCodebookOutput(embedding.view(*shape, embedding.shape[-1]), kl.view(shape), codes.view(shape))
+
+
+def codebook_argmax(hidden, weight, bias=None, *, code_range=None, impl="auto"):
+    """See `dalle_fast.nn.functional.codebook_argmax`."""
+    _check_product(hidden, weight, bias, impl)
+    start, weight, bias = _restrict(weight, bias, code_range)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    codes = _ops.codebook_sample(_rows(hidden), weight, bias, None, None, False, impl)
+    return _offset(codes, start).view(hidden.shape[:-1])
+
+
+def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, code_range=None, impl="auto"):
+    """See `dalle_fast.nn.functional.codebook_sample`."""
+    _check_product(hidden, weight, bias, impl)
+    temperature = _number("temperature", temperature, hidden, positive=False)
+    seed, seed_per_row = _seed(seed, hidden)
+    start, weight, bias = _restrict(weight, bias, code_range)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    codes = _ops.codebook_sample(_rows(hidden), weight, bias, temperature, seed, seed_per_row, impl)
+    return _offset(codes, start).view(hidden.shape[:-1])
+
+
+def codebook_cross_entropy(
+    hidden, weight, bias, target, *, reduction="mean", ignore_index=-100, code_range=None, impl="auto"
+):
+    """See `dalle_fast.nn.functional.codebook_cross_entropy`."""
+    _check_product(hidden, weight, bias, impl)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    start, weight, bias = _restrict(weight, bias, code_range)
+    _check_target(target, hidden, start, weight.shape[0], ignore_index)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    counted = target.reshape(-1) != ignore_index
+    # Out of every range, so that a target that is moved down to the range's start cannot become ignore_index.
+    target = (target.reshape(-1) - start).where(counted, -1)
+    rows = _rows(hidden)
+    if reduction == "none":
+        return _ops.codebook_cross_entropy(rows, weight, bias, target, -1, impl).view(hidden.shape[:-1])
+    row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
+    loss, *_ = _ops.codebook_cross_entropy_reduced(rows, weight, bias, target, row_weight.view(1), -1, needs, impl)
+    return loss
+
+
+def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
+    """See `dalle_fast.nn.functional.gumbel_softmax`."""
+    check_impl(impl)
+    _check_tensor("logits", logits)
+    if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"dim must be a dimension of logits {tuple(logits.shape)}, got {dim}")
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {tuple(logits.shape)}")
+    tau = _plain_number("tau", tau, positive=True)
+    moved = logits.movedim(dim, -1)
+    seed, _ = _seed(seed, moved, per_row=False)
+    shape, rows = moved.shape, moved.reshape(-1, moved.shape[-1])
+    soft, codes = _ops.gumbel_softmax(rows, tau, seed, impl)
+    if hard:
+        soft = torch.zeros_like(soft).scatter_(-1, codes[:, None], 1) - soft.detach() + soft
+    return soft.view(shape).movedim(-1, dim)
+
+
+def noise_seed(seed, *, step=0, rank=0):
+    """See `dalle_fast.nn.functional.noise_seed`."""
+    for name, value, limit in (("seed", seed, 1 << 20), ("step", step, 1 << 32), ("rank", rank, 1 << 11)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
+    return (seed << 11 | rank) << 32 | step
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def _check_product(hidden, weight, bias, impl, **codebook):
+    """What hidden @ weight.T + bias needs, and the codebook where there is one."""
+    check_impl(impl)
+    _check_tensor("hidden", hidden)
+    others = {"weight": weight, **codebook} if bias is None else {"weight": weight, "bias": bias, **codebook}
+    for name, tensor in others.items():
+        _check_tensor(name, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
+        if tensor.dtype != hidden.dtype and (tensor.dtype == torch.float64 or _autocast_dtype(hidden) is None):
+            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have shape (..., Din), got a tensor without dimensions")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (K, {hidden.shape[-1]}) with K > 0, got {tuple(weight.shape)}")
+    K = weight.shape[0]
+    if bias is not None and bias.shape != (K,):
+        raise ValueError(f"bias must have shape ({K},), got {tuple(bias.shape)}")
+    for name, tensor in codebook.items():
+        if tensor.dim() != 2 or tensor.shape[0] != K:
+            raise ValueError(f"{name} must have shape ({K}, D), got {tuple(tensor.shape)}")
+
+
+def _check_target(target, hidden, start, num_codes, ignore_index):
+    """The range is looked at on a CPU only: elsewhere a look would wait for the device."""
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target must be an int64 tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor, got {target.dtype}")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    if target.device != hidden.device:
+        raise ValueError(f"target must be on hidden's device {hidden.device}, got {target.device}")
+    if target.device.type != "cpu" or _is_traced(target):
+        return
+    wrong = ((target < start) | (target >= start + num_codes)) & (target != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"target must be from {start} to {start + num_codes - 1} or ignore_index ({ignore_index}), "
+            f"got {int(target[wrong][0])}"
+        )
+
+
+def _restrict(weight, bias, code_range):
+    """The range's first code, and the rows of weight and bias that belong to it."""
+    if code_range is None:
+        return 0, weight, bias
+    K = weight.shape[0]
+    try:
+        start, stop = code_range
+    except (TypeError, ValueError):
+        raise TypeError(f"code_range must be a pair (start, stop) or None, got {code_range!r}") from None
+    for value in (start, stop):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"code_range must be a pair of integers, got {code_range!r}")
+    if not 0 <= start < stop <= K:
+        raise ValueError(f"code_range must satisfy 0 <= start < stop <= {K}, got ({start}, {stop})")
+    return start, weight[start:stop], None if bias is None else bias[start:stop]
+
+
+def _offset(codes, start):
+    return codes + start if start else codes
+
+
+def _plain_number(name, value, *, positive):
+    """`value` as a float: finite, and above 0 or at least 0."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
+    return float(value)
+
+
+def _number(name, value, hidden, *, positive):
+    """`value` as a tensor (1,) on hidden's device. A tensor that is elsewhere than on a CPU is not looked at."""
+    if not isinstance(value, torch.Tensor):
+        value = _plain_number(name, value, positive=positive)
+        # Below 1e-37 it would be 0 or have an infinite inverse in float32.
+        return torch.full((1,), max(value, 1e-37) if value else 0.0, dtype=_wide(hidden), device=hidden.device)
+    if value.dim() != 0 or not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be a number or a floating-point tensor without dimensions, "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: none is computed for it; pass {name}.detach()")
+    if value.device.type == "cpu" and not _is_traced(value):
+        _plain_number(name, value, positive=positive)
+    return value.to(hidden.device, _wide(hidden), non_blocking=True).reshape(1)
+
+
+def _is_traced(tensor):
+    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def _seed(seed, hidden, per_row=True):
+    """(int64 tensor, whether every row has its own)."""
+    leading, device = hidden.shape[:-1], hidden.device
+    if seed is None:
+        drawn = torch.empty(1, dtype=torch.int64, device=device).random_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            drawn += torch.distributed.get_rank()  # ranks whose generators are in the same state draw the same
+        return drawn, False
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an integer or an int64 tensor, got {seed.dtype}")
+        shapes = f"() or {tuple(leading)}" if per_row else "()"
+        if seed.dim() and not (per_row and seed.shape == leading):
+            raise ValueError(f"seed must have shape {shapes}, got {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on hidden's device {device}, got {seed.device}")
+        return seed.reshape(-1).contiguous(), seed.dim() > 0
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an integer, an int64 tensor or None, got {seed!r}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be from 0 to 2^63 - 1, got {seed}")
+    return torch.full((1,), int(seed), dtype=torch.int64, device=device), False
+
+
+def _autocast_dtype(tensor):
+    """The dtype that autocast asks for here, or None; as torch's own operations, it leaves float64 alone."""
+    device_type = tensor.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+def _autocast(hidden, *others):
+    dtype = _autocast_dtype(hidden)
+    if dtype is None:
+        return hidden, *others
+    return tuple(None if x is None else x.to(dtype) for x in (hidden, *others))
+
+
+def _one(hidden):
+    return torch.ones((), dtype=_wide(hidden), device=hidden.device)
+
+
+def _rows(hidden):
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+# -- who serves --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _implementation(name):
+    if name == "reference":
+        return reference
+    if name == "triton":
+        return ['there are no Triton kernels for the codebook; impl="cuda" serves CUDA tensors']
+    return chunked.Chunked(importlib.import_module(f"dalle_fast.ops.codebook.{name}"))
+
+
+def _serving(operation, impl, **tensors):
+    first = next(iter(tensors.values()))
+    return choose((operation, _COST), impl, first.device, _implementation, _AUTO, tensors)
+
+
+def _current_device(tensor):
+    """Kernels are launched on the current device, which need not be the tensors': make it so."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+# -- the operations ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dalle_fast", "FRAGMENT")
+_ops = torch.ops.dalle_fast
+
+
+def _operation(schema, fake):
+    """Register the decorated function as the operation `schema` for every device; `_serving` knows who serves which."""
+
+    def register(kernel):
+        name = schema.split("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+        def below(*args, **kwargs):
+            with _current_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
+                return kernel(*args, **kwargs)
+
+        _library.impl(name, below, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dalle_fast::{name}", fake, lib=_library)
+        return f"dalle_fast::{name}"
+
+    return register
+
+
+def _wide(tensor):
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _present(grads, like):
+    """An operation returns tensors only: an empty one stands for a gradient that was not wanted."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _wanted(grads, needs):
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _fake_gradients(needs, *tensors):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else tensors[0].new_empty(0)
+        for need, x in zip(needs, tensors, strict=True)
+    )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("the codebook operation has no second derivative")
+
+
+def _gumbel_codebook_fake(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl):
+    N = hidden.shape[0]
+    return (
+        hidden.new_empty(N, codebook.shape[1]),
+        hidden.new_empty(N, dtype=_wide(hidden)),
+        hidden.new_empty(N, dtype=torch.int64),
+        hidden.new_empty(N, 4, dtype=_wide(hidden)),
+    )
+
+
+@_operation(
+    "gumbel_codebook(Tensor hidden, Tensor weight, Tensor? bias, Tensor codebook, Tensor tau, Tensor seed, "
+    "bool seed_per_row, bool hard, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gumbel_codebook_fake,
+)
+def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl):
+    serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
+    return serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
+
+
+@_operation(
+    "gumbel_codebook_backward(Tensor grad_embedding, Tensor? grad_kl, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor codebook, Tensor tau, Tensor seed, Tensor kl, Tensor codes, Tensor stats, bool seed_per_row, bool hard, "
+    "bool[4] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_embedding, grad_kl, hidden, weight, bias, codebook, *rest: _fake_gradients(
+        rest[-2], hidden, weight, bias, codebook
+    ),
+)
+def _gumbel_codebook_backward(
+    grad_embedding,
+    grad_kl,
+    hidden,
+    weight,
+    bias,
+    codebook,
+    tau,
+    seed,
+    kl,
+    codes,
+    stats,
+    seed_per_row,
+    hard,
+    needs,
+    impl,
+):
+    serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
+    grads = serving.gumbel_codebook_backward(
+        grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard, needs
+    )
+    return _present(grads, hidden)
+
+
+def _gumbel_codebook_setup(ctx, inputs, output):
+    hidden, weight, bias, codebook, tau, seed, *ctx.rest = inputs
+    _, kl, codes, stats = output
+    ctx.mark_non_differentiable(codes, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, codebook, tau, seed, kl, codes, stats)
+
+
+def _gumbel_codebook_autograd(ctx, grad_embedding, grad_kl, grad_codes, grad_stats):
+    if grad_embedding is None and grad_kl is None:
+        return (None,) * 9
+    hidden, weight, bias, codebook, tau, seed, kl, codes, stats = ctx.saved_tensors
+    if grad_embedding is None:
+        grad_embedding = hidden.new_zeros(hidden.shape[0], codebook.shape[1])
+    needs = list(ctx.needs_input_grad[:4])
+    grads = _ops.gumbel_codebook_backward(
+        grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, ctx.rest[0], ctx.rest[1],
+        needs, ctx.rest[2],
+    )  # fmt: skip
+    return *_wanted(grads, needs), None, None, None, None, None
+
+
+@_operation(
+    "codebook_sample(Tensor hidden, Tensor weight, Tensor? bias, Tensor? temperature, Tensor? seed, bool seed_per_row, "
+    "str impl) -> Tensor",
+    lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=torch.int64),
+)
+def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl):
+    operation = "codebook_argmax" if temperature is None else "codebook_sample"
+    serving = _serving(operation, impl, hidden=hidden, weight=weight, bias=bias)
+    return serving.sample(hidden, weight, bias, temperature, seed, seed_per_row)
+
+
+@_operation(
+    "codebook_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, str impl) "
+    "-> Tensor",
+    lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)),
+)
+def _codebook_cross_entropy(hidden, weight, bias, target, ignore_index, impl):
+    serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
+    return serving.cross_entropy(hidden, weight, bias, target, ignore_index, None, (False,) * 3)[0]
+
+
+@_operation(
+    "codebook_cross_entropy_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, "
+    "int ignore_index, bool[3] needs, str impl) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, target, row_weight, ignore_index, needs, impl: _fake_gradients(
+        needs, hidden, weight, bias
+    ),
+)
+def _codebook_cross_entropy_backward(hidden, weight, bias, target, row_weight, ignore_index, needs, impl):
+    serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
+    grads = serving.cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs)[1:]
+    return _present(grads, hidden)
+
+
+def _cross_entropy_setup(ctx, inputs, output):
+    hidden, weight, bias, target, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, bias, target)
+
+
+def _cross_entropy_autograd(ctx, grad_loss):
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _ops.codebook_cross_entropy_backward(*ctx.saved_tensors, grad_loss, ctx.rest[0], needs, ctx.rest[1])
+    return *_wanted(grads, needs), None, None, None
+
+
+# The reduced loss has the same weight for every row, so its gradients are known up to a factor while the logits are at
+# hand: one product less than computing the logits again in the backward pass.
+@_operation(
+    "codebook_cross_entropy_reduced(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, "
+    "int ignore_index, bool[3] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda hidden, weight, bias, target, row_weight, ignore_index, needs, impl: (
+        hidden.new_empty((), dtype=_wide(hidden)),
+        *_fake_gradients(needs, hidden, weight, bias),
+    ),
+)
+def _codebook_cross_entropy_reduced(hidden, weight, bias, target, row_weight, ignore_index, needs, impl):
+    serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
+    row_weight = row_weight.to(_wide(hidden))
+    weight_or_none = row_weight if any(needs) else None
+    loss, *grads = serving.cross_entropy(hidden, weight, bias, target, ignore_index, weight_or_none, needs)
+    return (loss.sum() * row_weight[0], *_present(grads, hidden))
+
+
+def _cross_entropy_reduced_setup(ctx, inputs, output):
+    ctx.needs = inputs[6]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _cross_entropy_reduced_autograd(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 8
+    grads = tuple((grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors)
+    return *_wanted(grads, ctx.needs), None, None, None, None, None
+
+
+@_operation(
+    "gumbel_softmax(Tensor logits, float tau, Tensor seed, str impl) -> (Tensor, Tensor)",
+    lambda logits, *rest: (
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+    ),
+)
+def _gumbel_softmax(logits, tau, seed, impl):
+    return _serving("gumbel_softmax", impl, logits=logits).gumbel_softmax(logits, tau, seed)
+
+
+def _gumbel_softmax_setup(ctx, inputs, output):
+    ctx.tau = inputs[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0])
+
+
+def _gumbel_softmax_autograd(ctx, grad_soft, _):
+    if grad_soft is None:
+        return (None,) * 4
+    (soft,) = ctx.saved_tensors
+    return torch._softmax_backward_data(grad_soft, soft, -1, soft.dtype) / ctx.tau, None, None, None
+
+
+def _differentiable(name, backward, setup):
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+
+
+_differentiable(_gumbel_codebook, _gumbel_codebook_autograd, _gumbel_codebook_setup)
+_differentiable(_codebook_cross_entropy, _cross_entropy_autograd, _cross_entropy_setup)
+_differentiable(_codebook_cross_entropy_reduced, _cross_entropy_reduced_autograd, _cross_entropy_reduced_setup)
+_differentiable(_gumbel_softmax, _gumbel_softmax_autograd, _gumbel_softmax_setup)
+for _name in (_gumbel_codebook_backward, _codebook_cross_entropy_backward):
+    _differentiable(_name, _no_second_derivative, lambda ctx, inputs, output: None)
