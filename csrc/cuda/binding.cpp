@@ -11,6 +11,8 @@ namespace py = pybind11;
 
 namespace dalle_fast {
 
+void bind_cuda_codebook(py::module_& m);  // codebook_binding.cpp
+
 void bind_cuda(py::module_& m) {
     m.def(
         "cuda_dense_mask",
@@ -22,6 +24,7 @@ void bind_cuda(py::module_& m) {
         py::arg("mask"), py::arg("seq_len"), py::arg("out"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Evaluate a mask (AttentionMask.encode()) for its first seq_len positions into a (seq_len, seq_len) bool tensor\n"
         "of the current device, given by its address, in the stream given by its handle.");
+    bind_cuda_codebook(m);
 }
 
 }  // namespace dalle_fast

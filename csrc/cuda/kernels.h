@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../codebook.h"
 #include "../mask.h"
 
 namespace dalle_fast {
@@ -11,5 +12,15 @@ namespace dalle_fast {
 // Evaluates the rule for the first seq_len positions, on the device and in the stream that are given.
 // out: seq_len x seq_len booleans on the current device, true = attends.
 void cuda_dense_mask(const Mask& mask, int32_t seq_len, bool* out, void* stream);
+
+// The codebook's row kernels, see ../codebook.h for what they compute. All pointers are the current device's, seeds,
+// tau, temperature and row weights included: nothing waits for the device, and a CUDA graph can hold the launch.
+// std::invalid_argument (ValueError) unless 0 <= R < 2^31 and 1 <= K <= 2^30.
+void cuda_gumbel_forward(const GumbelForward& rows, void* stream);
+void cuda_gumbel_backward(const GumbelBackward& rows, void* stream);
+void cuda_sample(const SampleRows& rows, void* stream);
+// A target outside [0, K) that is not ignore_index gives NaN in that row's loss and gradient.
+void cuda_cross_entropy(const CrossEntropyRows& rows, void* stream);
+void cuda_gumbel_softmax(const GumbelSoftmaxRows& rows, void* stream);
 
 }  // namespace dalle_fast
