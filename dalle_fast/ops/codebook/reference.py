@@ -42,7 +42,7 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     codes = noisy.argmax(-1)
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
-    kl = (p * _finite(log_p)).sum(-1) + math.log(z.shape[-1])
+    kl = (p * (_finite(log_p) + math.log(z.shape[-1]))).sum(-1)  # near uniform, each term is near 0
     largest, largest_noisy = z.amax(-1, keepdim=True), noisy.amax(-1, keepdim=True)
     exponentials = ((noisy - largest_noisy) / tau).exp()
     sum_noisy = exponentials.sum(-1, keepdim=True)
