@@ -200,31 +200,32 @@ def _offset(codes, start):
 
 
 def _plain_number(name, value, *, positive):
-    """`value` as a float: finite, and above 0 or at least 0."""
+    """`value` as a float: finite, and above 0 or at least 0.
+
+    Not below 1e-37, whose inverse is about the largest float32, and not above 1e37, as noise is up to 23 times as large.
+    """
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
-    return float(value)
+    return min(max(float(value), 1e-37), 1e37) if value else 0.0
 
 
 def _number(name, value, hidden, *, positive):
     """`value` as a tensor (1,) on hidden's device. A tensor that is elsewhere than on a CPU is not looked at."""
-    if not isinstance(value, torch.Tensor):
-        value = _plain_number(name, value, positive=positive)
-        # Below 1e-37 it would be 0 or have an infinite inverse in float32.
-        return torch.full((1,), max(value, 1e-37) if value else 0.0, dtype=_wide(hidden), device=hidden.device)
-    if value.dim() != 0 or not value.is_floating_point():
+    is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor and (value.dim() != 0 or not value.is_floating_point()):
         raise TypeError(
             f"{name} must be a number or a floating-point tensor without dimensions, "
             f"got {value.dtype} of shape {tuple(value.shape)}"
         )
-    if value.requires_grad:
+    if is_tensor and value.requires_grad:
         raise ValueError(f"{name} must not require a gradient: none is computed for it; pass {name}.detach()")
-    if value.device.type == "cpu" and not _is_traced(value):
-        _plain_number(name, value, positive=positive)
+    if not is_tensor or (value.device.type == "cpu" and not _is_traced(value)):
+        value = _plain_number(name, value, positive=positive)
+        return torch.full((1,), value, dtype=_wide(hidden), device=hidden.device)
     return value.to(hidden.device, _wide(hidden), non_blocking=True).reshape(1)
 
 
