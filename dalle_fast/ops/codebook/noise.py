@@ -56,13 +56,13 @@ def noise_words(seed, row, num_codes):
     Returns:
         int64 (R, K), values from 0 to 2^32 - 1.
     """
-    code = torch.arange(num_codes, device=row.device)
-    counter = code // NOISE_BLOCK * NOISE_LANES + code % NOISE_LANES
+    num_blocks = -(-num_codes // NOISE_BLOCK)
+    counter = torch.arange(num_blocks * NOISE_LANES, device=row.device)
     seed, row = seed[:, None], row[:, None]
     counters = (counter, row & _MASK, row >> 32 & _MASK, torch.zeros_like(counter))
     words = philox4x32_10(counters, (seed & _MASK, seed >> 32 & _MASK))
-    word = (code % NOISE_BLOCK // NOISE_LANES).expand(words[0].shape)
-    return torch.stack(words).gather(0, word[None])[0]
+    by_block = torch.stack([word.unflatten(-1, (num_blocks, NOISE_LANES)) for word in words], -2)
+    return by_block.flatten(-3)[:, :num_codes]
 
 
 def gumbel_of_words(words, dtype):
