@@ -19,25 +19,32 @@ struct PhiloxWords {
     Wide word[4];
 };
 
-// (key_low, key_high) are the seed's halves.
+// One of ten rounds, with its key.
 template <class Lanes>
-DALLE_FAST_INLINE PhiloxWords<typename Lanes::Wide> philox4x32_10(const PhiloxWords<typename Lanes::Wide>& counter,
-                                                                  uint32_t key_low, uint32_t key_high) {
+DALLE_FAST_INLINE void philox_round(PhiloxWords<typename Lanes::Wide>& x, uint64_t key_low, uint64_t key_high) {
     typedef typename Lanes::Wide Wide;
-    Wide a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
+    const Wide p = Lanes::low_product(x.word[0], 0xD2511F53u), q = Lanes::low_product(x.word[2], 0xCD9E8D57u);
+    x.word[0] = (q >> 32) ^ x.word[1] ^ key_low;
+    x.word[1] = q;
+    x.word[2] = (p >> 32) ^ x.word[3] ^ key_high;
+    x.word[3] = p;
+}
+
+constexpr int kPhiloxRounds = 10;
+
+// What the key's halves grow by from round to round. The first round has the seed's halves.
+constexpr uint32_t kPhiloxKeyLow = 0x9E3779B9u, kPhiloxKeyHigh = 0xBB67AE85u;
+
+DALLE_FAST_INLINE PhiloxWords<uint64_t> philox4x32_10(PhiloxWords<uint64_t> x, uint32_t key_low, uint32_t key_high) {
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-    for (int round = 0; round < 10; ++round) {
-        const Wide p = Lanes::low_product(a, 0xD2511F53u), q = Lanes::low_product(c, 0xCD9E8D57u);
-        a = (q >> 32) ^ b ^ uint64_t(key_low);
-        b = q;
-        c = (p >> 32) ^ d ^ uint64_t(key_high);
-        d = p;
-        key_low += 0x9E3779B9u;
-        key_high += 0xBB67AE85u;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        philox_round<ScalarPhilox>(x, key_low, key_high);
+        key_low += kPhiloxKeyLow;
+        key_high += kPhiloxKeyHigh;
     }
-    return {{a, b, c, d}};
+    return x;
 }
 
 // A counter holds (which 4 codes, row low, row high, 0). Its 4 words serve 4 codes that lie 16 apart, so that 16
@@ -52,7 +59,7 @@ DALLE_FAST_INLINE uint32_t noise_counter(int64_t code) {
 DALLE_FAST_INLINE int noise_word(int64_t code) { return int(code % kNoiseBlock / kNoiseLanes); }
 
 DALLE_FAST_INLINE PhiloxWords<uint64_t> philox_words(uint64_t seed, uint64_t row, uint32_t counter) {
-    return philox4x32_10<ScalarPhilox>({{counter, row, row >> 32, 0}}, uint32_t(seed), uint32_t(seed >> 32));
+    return philox4x32_10({{counter, row, row >> 32, 0}}, uint32_t(seed), uint32_t(seed >> 32));
 }
 
 }  // namespace dalle_fast

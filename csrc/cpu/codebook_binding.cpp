@@ -30,7 +30,7 @@ NoiseRows noise_rows(int64_t seed, bool seed_per_row, int64_t first_row) {
 }
 
 py::array_t<uint32_t> philox_counter_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
-    const auto words = philox4x32_10<ScalarPhilox>({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+    const auto words = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     py::array_t<uint32_t> out(4);
     for (int x = 0; x < 4; ++x) out.mutable_at(x) = uint32_t(words.word[x]);
     return out;

@@ -51,13 +51,14 @@ struct VectorLanes {
 // The noise of one row.
 struct RowNoise {
     uint64_t row;
-    uint32_t key_low, key_high;
+    uint64_t key_low[kPhiloxRounds], key_high[kPhiloxRounds];  // 64 bits wide, so that a load can broadcast them
 
-    RowNoise(const NoiseRows& n, int64_t r)
-        : row(n.seed_per_row ? 0 : uint64_t(n.first_row + r)) {
+    RowNoise(const NoiseRows& n, int64_t r) : row(n.seed_per_row ? 0 : uint64_t(n.first_row + r)) {
         const uint64_t seed = uint64_t(n.seed[n.seed_per_row ? r : 0]);
-        key_low = uint32_t(seed);
-        key_high = uint32_t(seed >> 32);
+        for (int round = 0; round < kPhiloxRounds; ++round) {
+            key_low[round] = uint32_t(seed) + uint32_t(round) * kPhiloxKeyLow;
+            key_high[round] = uint32_t(seed >> 32) + uint32_t(round) * kPhiloxKeyHigh;
+        }
     }
 
     // The noise of the codes [64 * block, 64 * block + 64).
@@ -69,8 +70,11 @@ struct RowNoise {
             for (int lane = 0; lane < VW / 2; ++lane) even[lane] = 2 * lane;
             const WideVec zero{}, low = zero + row, high = zero + (row >> 32);
             even += first;
-            const auto e = philox4x32_10<VectorPhilox>({{even, low, high, zero}}, key_low, key_high);
-            const auto o = philox4x32_10<VectorPhilox>({{even + 1, low, high, zero}}, key_low, key_high);
+            PhiloxWords<WideVec> e = {{even, low, high, zero}}, o = {{even + 1, low, high, zero}};
+            for (int round = 0; round < kPhiloxRounds; ++round) {
+                philox_round<VectorPhilox>(e, key_low[round], key_high[round]);
+                philox_round<VectorPhilox>(o, key_low[round], key_high[round]);
+            }
             for (int w = 0; w < 4; ++w) {
                 const WideVec words = (e.word[w] & 0xffffffffu) | (o.word[w] << 32);
                 noise[w * kParts + part] = gumbel_noise<VectorLanes>((WordVec)words);

@@ -1,25 +1,13 @@
-// The codebook kernels on the host, as a program: what was built with sanitizers cannot be loaded into Python.
-//
-// codebook IN OUT. IN: how many numbers, the numbers, and for each buffer its size in bytes (-1: none, a null pointer;
-// -2 - n: where buffer n is) and its bytes. The first number is the function. OUT: the bytes of all buffers.
+// The row kernels of the codebook on the host. The first number of a request is the function.
 #include "../../csrc/cuda/codebook.cu"
-
-#include <fstream>
-#include <iostream>
+#include "serve.h"
 
 using namespace dalle_fast;
+using serve::buffer;
+using serve::number;
 
 namespace {
 
-std::vector<int64_t> numbers;
-std::vector<void*> buffers;
-size_t next_number, next_buffer;
-
-int64_t number() { return numbers.at(next_number++); }
-template <class T>
-T* buffer() {
-    return static_cast<T*>(buffers.at(next_buffer++));
-}
 CodebookDType dtype() { return CodebookDType(number()); }
 LogitRows logit_rows() {
     const int64_t R = number(), K = number();
@@ -120,36 +108,4 @@ void call() {
 
 }  // namespace
 
-int main(int, char** argv) {
-    std::ifstream in(argv[1], std::ios::binary);
-    const auto read_number = [&] {
-        int64_t x = 0;
-        in.read(reinterpret_cast<char*>(&x), sizeof x);
-        return x;
-    };
-    numbers.resize(size_t(read_number()));
-    for (int64_t& x : numbers) x = read_number();
-    std::vector<std::pair<char*, int64_t>> owned;
-    for (int64_t bytes = read_number(); in; bytes = read_number()) {
-        if (bytes < 0) {
-            buffers.push_back(bytes == -1 ? nullptr : buffers.at(size_t(-2 - bytes)));
-            continue;
-        }
-        char* memory = static_cast<char*>(std::malloc(size_t(bytes)));  // the sanitizer guards its ends
-        in.read(memory, bytes);
-        buffers.push_back(memory);
-        owned.emplace_back(memory, bytes);
-    }
-    try {
-        call();
-    } catch (const std::exception& error) {
-        std::cerr << error.what() << '\n';
-        return 2;
-    }
-    std::ofstream out(argv[2], std::ios::binary);
-    for (const auto& [memory, bytes] : owned) {
-        out.write(memory, bytes);
-        std::free(memory);
-    }
-    return out ? 0 : 3;
-}
+int main() { serve::requests(call); }

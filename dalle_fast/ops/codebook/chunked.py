@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import torch
 
-# Bytes of one (R, K) float32 buffer; the forward pass has one or two of them, the backward pass two or three. Less makes
-# the products slower (they pack `weight` once for every chunk), more falls out of cache: benchmarks/codebook_bench.py.
-CHUNK_BYTES = 8 << 20
+# Bytes of the (R, K) float32 buffers of a chunk together: logits, and in the backward pass the gradient of the softmax's
+# weights too. Less makes the products slower, which read and pack `weight` once for every chunk; more is more memory.
+CHUNK_BYTES = 16 << 20
 MIN_ROWS = 16
 
 
-def chunk_rows(num_codes):
+def chunk_rows(num_codes, buffers):
     """R for K codes: at least MIN_ROWS and a multiple of it."""
-    return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
+    return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes * buffers) // MIN_ROWS * MIN_ROWS)
 
 
 class Chunked:
@@ -36,8 +36,8 @@ class Chunked:
         stats = _row_results(hidden, (4,), torch.float32)
         product, weight, table = self.rows.product, self.rows.operand(weight), self.rows.operand(codebook)
         bias = _float32(bias)
-        for chunk in _chunks(N, weight.shape[0]):
-            logits = product(hidden[chunk], weight)
+        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
+            product(hidden[chunk], weight, out=logits)
             weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
                 logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
                 seed_per_row=seed_per_row,
@@ -56,11 +56,13 @@ class Chunked:
         grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
         bias, grad_kl = _float32(bias), _float32(grad_kl)
         product, table, weight = self.rows.product, self.rows.operand(codebook), self.rows.operand(weight)
-        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+        for chunk, (logits, grad_weights) in self._chunks(hidden, weight, buffers=2):
             of_embedding = grad_embedding[chunk].contiguous()
+            product(hidden[chunk], weight, out=logits)
+            product(of_embedding, table, out=grad_weights)
             grad_logits, weights = self.rows.gumbel_backward(
-                product(hidden[chunk], weight), bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, stats[chunk],
-                kl[chunk], None if grad_kl is None else grad_kl[chunk], product(of_embedding, table), hidden.dtype,
+                logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, stats[chunk],
+                kl[chunk], None if grad_kl is None else grad_kl[chunk], grad_weights, hidden.dtype,
                 needs[3] and not hard, seed_per_row=seed_per_row,
             )  # fmt: skip
             sums.add(chunk, grad_logits, weight)
@@ -73,9 +75,9 @@ class Chunked:
     def sample(self, hidden, weight, bias, temperature, seed, seed_per_row):
         codes = _row_results(hidden, (), torch.int64)
         weight, bias = self.rows.operand(weight), _float32(bias)
-        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
             seeds = _seeds(seed, seed_per_row, chunk)
-            logits = self.rows.product(hidden[chunk], weight)
+            self.rows.product(hidden[chunk], weight, out=logits)
             codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
         return codes
 
@@ -83,9 +85,9 @@ class Chunked:
         loss = _row_results(hidden, (), torch.float32)
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         weight, bias, row_weight = self.rows.operand(weight), _float32(bias), _float32(row_weight)
-        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
             of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
-            logits = self.rows.product(hidden[chunk], weight)
+            self.rows.product(hidden[chunk], weight, out=logits)
             loss[chunk], grad_logits = self.rows.cross_entropy(
                 logits, bias, target[chunk], ignore_index, of_rows, hidden.dtype
             )
@@ -95,6 +97,16 @@ class Chunked:
 
     def gumbel_softmax(self, logits, tau, seed):
         return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
+
+    def _chunks(self, hidden, weight, buffers):
+        """Yield slices of the rows, each with `buffers` float32 tensors (R, K) to work in, the same for every chunk."""
+        N, K = hidden.shape[0], weight.shape[0]
+        step = chunk_rows(K, buffers)
+        memory = self.rows.scratch(buffers * min(step, N) * K, hidden.device)
+        for start in range(0, N, step):
+            chunk = slice(start, min(N, start + step))
+            R = chunk.stop - start
+            yield chunk, memory[: buffers * R * K].view(buffers, R, K).unbind()
 
 
 class _Gradients:
@@ -108,7 +120,11 @@ class _Gradients:
 
     def add(self, chunk, grad_logits, weight):
         if self.needs[0]:
-            self.of_hidden[chunk] = self.rows.product(grad_logits, weight.T)
+            out = self.of_hidden[chunk]
+            if out.dtype == torch.float32:
+                self.rows.product(grad_logits, weight.T, out=out)
+            else:
+                out.copy_(self.rows.product(grad_logits, weight.T))
         if self.needs[1]:
             self.rows.accumulate(self.of_weight, grad_logits, self.hidden[chunk])
         if self.needs[2]:
@@ -121,12 +137,6 @@ class _Gradients:
             self.of_weight.to(self.weight.dtype) if self.needs[1] else None,
             self.of_bias.to(self.bias.dtype) if self.needs[2] else None,
         )
-
-
-def _chunks(num_rows, num_codes):
-    step = chunk_rows(num_codes)
-    for start in range(0, num_rows, step):
-        yield slice(start, min(num_rows, start + step))
 
 
 def _seeds(seed, seed_per_row, chunk):

@@ -5,12 +5,14 @@ R rows, K codes, I size of hidden, D size of an embedding.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
-CONVERTED_BYTES = 16 << 20  # a float32 copy of a 16-bit operand may be as large; else parts of it are made as needed
+CONVERTED_BYTES = 4 << 20  # of a float32 copy of a 16-bit operand; larger ones are converted by parts, when needed
 
 
 def why_not(tensors) -> list[str]:
@@ -29,6 +31,20 @@ def why_not(tensors) -> list[str]:
     return reasons
 
 
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+_memory = threading.local()
+
+
+def scratch(size, device):
+    """`size` floats to work in until this thread asks again. They are kept: the first touch of 16 MB takes some 4 ms."""
+    kept = getattr(_memory, "kept", None)
+    if kept is None or kept.numel() < size:
+        kept = None
+        _memory.kept = kept = torch.empty(size)
+    return kept[:size]
+
+
 # -- products ---------------------------------------------------------------------------------------------------------
 # float32 throughout: on the CPUs where it was measured (see CONTRIBUTING.md) the product of bfloat16 matrices is slower
 # than converting them, and its result would be rounded to bfloat16.
@@ -39,13 +55,13 @@ def operand(tensor):
     return tensor.float() if 4 * tensor.numel() <= CONVERTED_BYTES else tensor
 
 
-def product(a, b):
+def product(a, b, out=None):
     """a (R, I) @ b (J, I).T -> (R, J) in float32."""
     a = a.float()
     if b.dtype == torch.float32:
-        return torch.mm(a, b.T)
-    out = torch.empty(a.shape[0], b.shape[0])
-    if b.stride(0) >= b.stride(1):  # parts of rows of what lies in memory: of b
+        return torch.mm(a, b.T, out=out)
+    out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
+    if b.stride(0) >= b.stride(1):  # parts of what lies together in memory: of its rows
         step = _part(b.shape[1])
         for start in range(0, b.shape[0], step):
             torch.mm(a, b[start : start + step].float().T, out=out[:, start : start + step])
@@ -53,12 +69,12 @@ def product(a, b):
     step = _part(b.shape[0])
     for start in range(0, b.shape[1], step):
         stop = start + step
-        out.addmm_(a[:, start:stop], b[:, start:stop].float().T, beta=0 if start == 0 else 1)
+        torch.addmm(out, a[:, start:stop], b[:, start:stop].float().T, beta=0 if start == 0 else 1, out=out)
     return out
 
 
 def _part(width):
-    return max(1, CONVERTED_BYTES // 2 // (4 * width))
+    return max(1, CONVERTED_BYTES // (4 * width))
 
 
 def accumulate(total, a, b):

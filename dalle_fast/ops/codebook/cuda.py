@@ -43,6 +43,14 @@ def why_not(tensors) -> list[str]:
     return reasons
 
 
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def scratch(size, device):
+    """`size` floats to work in: torch's allocator keeps them for the next call."""
+    return torch.empty(size, device=device)
+
+
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
@@ -51,11 +59,13 @@ def operand(tensor):
     return tensor
 
 
-def product(a, b, dtype=torch.float32):
-    """a (R, I) @ b (J, I).T -> (R, J) in `dtype`, added up in float32 whatever the dtype of a and b."""
-    if a.dtype == dtype:
-        return torch.mm(a, b.t())
-    return torch.mm(a, b.t(), out_dtype=dtype)
+def product(a, b, out=None):
+    """a (R, I) @ b (J, I).T -> (R, J) in float32, added up in float32 whatever the dtype of a and b."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b.t(), out=out)
+    if out is None:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return torch.mm(a, b.t(), out_dtype=torch.float32, out=out)
 
 
 def accumulate(total, a, b):
