@@ -93,7 +93,7 @@ def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs)
     if row_weight is None:
         return loss, None, None, None
     dz = log_p.exp() - torch.nn.functional.one_hot(index, z.shape[-1])
-    dz = (dz.T * (row_weight * counted)).T
+    dz = (dz.T * row_weight.where(counted, 0)).T  # where all are ignored, the mean's weight is infinite
     return loss, *_product_gradients(dz, hidden, weight, bias, needs)
 
 
