@@ -277,7 +277,7 @@ def _one(hidden):
 
 
 def _rows(hidden):
-    return hidden.reshape(-1, hidden.shape[-1])
+    return hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # not -1: Din may be 0
 
 
 # -- who serves --------------------------------------------------------------------------------------------------------
@@ -489,12 +489,14 @@ def _codebook_cross_entropy_reduced(hidden, weight, bias, target, row_weight, ig
 
 def _cross_entropy_reduced_setup(ctx, inputs, output):
     ctx.needs = inputs[6]
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
-def _cross_entropy_reduced_autograd(ctx, grad_loss, *_):
+def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
+    # The saved gradients are outputs, so a derivative of what was made from them arrives here and is not lost.
+    if any(grad is not None for grad in of_gradients):
+        _no_second_derivative(ctx)
     if grad_loss is None:
         return (None,) * 8
     grads = tuple((grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors)
