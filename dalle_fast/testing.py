@@ -1,23 +1,32 @@
 """What tests hold implementations against: an oracle in float64, and tolerances that are measured, not chosen.
 
-The oracle is short enough to be trusted by eye and uses none of the code it judges but the masks.
+The oracles are short enough to be trusted by eye and use none of the code they judge but the masks and the noise's
+definition.
 
-B batch, H heads, S sequence, D head size, T text.
+B batch, H heads, S sequence, D head size, T text. Of codebooks: N rows, K codes, I size of hidden, D size of an
+embedding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 
 from dalle_fast.masks import AttentionMask, causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.ops.codebook import noise as _noise
 
 __all__ = [
     "SMALL_MASKS",
     "assert_as_exact_as_eager",
     "attention_oracle",
+    "codebook_gradient_terms",
+    "codebook_noise",
+    "codebook_oracle",
+    "codebook_terms",
     "eager_attention",
+    "eager_codebook",
     "every_mask",
     "gradient_terms",
     "lse_terms",
@@ -107,6 +116,106 @@ def gradient_terms(query, key, value, mask, grad_out, grad_lse=None, *, scale=No
     delta = (p * dp).sum(-1) + (0 if grad_lse is None else grad_lse.detach().double().abs())
     ds = abs(scale) * p * (dp + delta[..., None])
     return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def codebook_noise(seed, num_rows, num_codes):
+    """The noise of rows 0 to N - 1 under `seed`, or of row 0 under each of N seeds (N,): float64 (N, K)."""
+    seed = torch.as_tensor(seed)
+    if seed.dim():
+        return _noise.gumbel_noise(seed.cpu(), torch.zeros(1, dtype=torch.int64), num_codes, torch.float64)
+    return _noise.gumbel_noise(seed.cpu()[None], torch.arange(num_rows), num_codes, torch.float64)
+
+
+def codebook_oracle(hidden, weight, bias, codebook, tau, noise, *, hard=False):
+    """Dense Gumbel-softmax over a codebook in float64: the truth. Differentiable.
+
+    Args:
+        hidden (N, I), weight (K, I), bias (K,) or None, codebook (K, D): any float dtype; taken as they are.
+        tau: a number. noise: (N, K), see `codebook_noise`. hard: straight-through.
+
+    Returns:
+        embedding (N, D) and kl (N,) in float64, codes (N,).
+    """
+    wide = [None if x is None else x.double() for x in (hidden, weight, bias, codebook)]
+    return eager_codebook(*wide, tau, noise.double(), hard=hard)
+
+
+def eager_codebook(hidden, weight, bias, codebook, tau, noise, *, hard=False):
+    """The same expressions in the dtype of the tensors: what a user would write without this package."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    noisy = logits + noise
+    soft, codes = torch.softmax(noisy / tau, -1), noisy.argmax(-1)
+    if hard:
+        one_hot = torch.nn.functional.one_hot(codes, len(weight)).to(soft.dtype)
+        soft = one_hot - soft.detach() + soft
+    log_p = torch.log_softmax(logits, -1)
+    kl = (log_p.exp() * (log_p.masked_fill(log_p.isneginf(), 0) + math.log(len(weight)))).sum(-1)
+    return soft @ codebook, kl, codes
+
+
+def _codebook_parts(hidden, weight, bias, tau, noise):
+    """What the terms of the codebook operation are made of, in float64.
+
+    Returns:
+        y and p, softmaxes with and without noise, nowhere below what makes 2^-126 of them, where an exponential may
+        stop instead of at 0; log p, 0 where p is; how large the terms are that noisy logits and
+        logits are added up from; and in units of hidden's eps the relative rounding of y and of p, given float32
+        logits, at most all of them.
+    """
+    h, w = hidden.detach().double(), weight.detach().double()
+    b = torch.zeros(len(w), dtype=h.dtype, device=h.device) if bias is None else bias.detach().double()
+    logits = h @ w.T + b
+    y, log_p = torch.softmax((logits + noise) / tau, -1), torch.log_softmax(logits, -1)
+    p = log_p.exp()
+    log_p = log_p.masked_fill(p == 0, 0)
+    sizes = h.abs() @ w.abs().T + b.abs().masked_fill(b.isinf(), 0) + 1
+    noisy_sizes = sizes + noise.abs()
+    eps = torch.finfo(hidden.dtype).eps
+    ratio = min(1.0, torch.finfo(torch.float32).eps / eps)
+    of_y = ratio * (noisy_sizes + (y * noisy_sizes).sum(-1, keepdim=True)) / tau
+    of_p = ratio * (sizes + (p * sizes).sum(-1, keepdim=True))
+    y, p = (x.clamp(min=2**-126 / eps) for x in (y, p))
+    return y, p, log_p, noisy_sizes, sizes, of_y.clamp(max=1 / eps), of_p.clamp(max=1 / eps)
+
+
+def codebook_terms(hidden, weight, bias, codebook, tau, noise):
+    """How large the terms are that the results are added up from, float64: of embedding, kl, and noisy logits (N, K).
+
+    For `assert_as_exact_as_eager`. Probabilities carry the rounding of float32 logits and noise, divided by tau,
+    whatever the dtype; kl is float32 unless hidden is float64.
+    """
+    y, p, log_p, noisy_sizes, sizes, of_y, _ = _codebook_parts(hidden, weight, bias, tau, noise)
+    c, log_K = codebook.detach().double(), math.log(len(weight))
+    embedding = (y * (1 + of_y)) @ c.abs() + (y * of_y).sum(-1, keepdim=True) * (y @ c).abs()
+    kl = (p * (log_p + log_K)).sum(-1, keepdim=True)
+    of_kl = 1 + log_K + (p * (log_p.abs() + (log_p + log_K - kl).abs() * sizes)).sum(-1)
+    return embedding, of_kl, noisy_sizes
+
+
+def codebook_gradient_terms(hidden, weight, bias, codebook, tau, noise, grad_embedding, grad_kl=None, *, hard=False):
+    """The same for the gradients: a list for hidden, weight, bias (None without one) and codebook.
+
+    Sums of the absolute values of what the gradients are sums of, each as wrong as probabilities and logits are.
+    """
+    y, p, log_p, _, _, of_y, of_p = _codebook_parts(hidden, weight, bias, tau, noise)
+    g, c = grad_embedding.detach().double().abs(), codebook.detach().double().abs()
+    dy, wobbly = g @ c.T, y * (1 + of_y)
+    dz = (wobbly * (dy + (y * dy).sum(-1, keepdim=True)) + y * (wobbly * dy).sum(-1, keepdim=True)) / tau
+    if grad_kl is not None:
+        log_K = math.log(len(weight))
+        kl = (p * (log_p + log_K)).sum(-1, keepdim=True)
+        dz = dz + grad_kl.detach().double().abs()[:, None] * p * ((log_p.abs() + log_K + kl.abs() + 1) * (1 + of_p))
+    of_codebook = wobbly.T @ g
+    if hard:
+        with torch.no_grad():
+            codes = codebook_oracle(hidden, weight, bias, codebook, tau, noise)[2]
+        of_codebook = torch.zeros_like(c).index_add_(0, codes, g)
+    return [
+        dz @ weight.detach().double().abs(),
+        dz.T @ hidden.detach().double().abs(),
+        None if bias is None else dz.sum(0),
+        of_codebook,
+    ]
 
 
 def assert_as_exact_as_eager(name, actual, eager, exact, *, factor=2.0, terms=None):

@@ -1,15 +1,16 @@
-"""What the tests share: who serves attention on this machine, inputs, and the parity data beside the repository.
+"""What the tests share: who serves each operation on this machine, inputs, and the parity data beside the repository.
 
 B batch, H heads, S sequence, D head size, T text.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
-from dalle_fast.nn.functional import sparse_attention
+from dalle_fast.nn import functional as F
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 
@@ -22,7 +23,7 @@ class Server:
     device: str
 
     def __call__(self, *args, **keywords):
-        return sparse_attention(*args, impl=self.impl, **keywords)
+        return F.sparse_attention(*args, impl=self.impl, **keywords)
 
 
 # "cpu" is here whether it was built or not: tests must not pass because the kernels are missing. Triton's interpreter
@@ -34,6 +35,30 @@ if torch.cuda.is_available():
 
 @pytest.fixture(params=SERVERS, ids=lambda server: server.impl)
 def server(request):
+    return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookServer:
+    """An implementation of the codebook operation, and the device its tensors live on.
+
+    Its attributes are the functions: `serve.codebook_argmax(hidden, weight)`.
+    """
+
+    impl: str
+    device: str
+
+    def __getattr__(self, name):
+        return functools.partial(getattr(F, name), impl=self.impl)
+
+
+CODEBOOK_SERVERS = [CodebookServer("reference", "cpu"), CodebookServer("cpu", "cpu")]
+if torch.cuda.is_available():
+    CODEBOOK_SERVERS.append(CodebookServer("cuda", "cuda"))
+
+
+@pytest.fixture(params=CODEBOOK_SERVERS, ids=lambda serve: serve.impl)
+def serve(request):
     return request.param
 
 
