@@ -116,7 +116,8 @@ def _attention_fwd_kernel(
     nothing = row_sum == 0.0
     row_sum = tl.where(nothing, 1.0, row_sum)
     out = acc / row_sum[:, None]
-    lse = tl.where(nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    # Two products, because their sum is one fused multiply-add: the backward pass lives on the last bits of lse.
+    lse = tl.where(nothing, float("-inf"), row_max * LN2 + tl.log2(row_sum) * LN2)
     first_row = head.to(tl.int64) * seq_len
     store_tile(out_ptr, first_row, q_pos, q_valid, out, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + first_row + q_pos, lse, mask=q_valid)
