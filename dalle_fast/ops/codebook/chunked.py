@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import torch
 
-# Bytes of the (R, K) float32 buffers of a chunk together: logits, and in the backward pass the gradient of the softmax's
-# weights too. Less makes the products slower, which read and pack `weight` once for every chunk; more is more memory.
+# Bytes of the float32 buffers (R, K) of a chunk together: the logits, and in the backward pass the gradient of the
+# softmax's weights too. Less makes the products slower, which read and pack `weight` once for every chunk. 16-bit tensors
+# get half of it, as there is more to hold beside: float32 copies of parts of them, float32 sums of their gradients.
 CHUNK_BYTES = 16 << 20
 MIN_ROWS = 16
 
 
-def chunk_rows(num_codes, buffers):
+def chunk_rows(num_codes, dtype, buffers):
     """R for K codes: at least MIN_ROWS and a multiple of it."""
-    return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes * buffers) // MIN_ROWS * MIN_ROWS)
+    size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
+    return max(MIN_ROWS, size // (4 * num_codes * buffers) // MIN_ROWS * MIN_ROWS)
 
 
 class Chunked:
@@ -34,16 +36,16 @@ class Chunked:
         embedding = hidden.new_empty(N, D)
         kl, codes = _row_results(hidden, (), torch.float32), _row_results(hidden, (), torch.int64)
         stats = _row_results(hidden, (4,), torch.float32)
-        product, weight, table = self.rows.product, self.rows.operand(weight), self.rows.operand(codebook)
+        product = self.rows.product
         bias = _float32(bias)
-        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
+        for chunk, (logits,) in self._chunks(hidden, weight):
             product(hidden[chunk], weight, out=logits)
             weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
                 logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
                 seed_per_row=seed_per_row,
             )  # fmt: skip
             if not hard:
-                embedding[chunk] = product(weights, table.T) / stats[chunk, 3:]
+                embedding[chunk] = product(weights, codebook.T) / stats[chunk, 3:]
         if hard:
             torch.index_select(codebook, 0, codes, out=embedding)
         return embedding, kl, codes, stats
@@ -55,11 +57,11 @@ class Chunked:
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
         bias, grad_kl = _float32(bias), _float32(grad_kl)
-        product, table, weight = self.rows.product, self.rows.operand(codebook), self.rows.operand(weight)
+        product = self.rows.product
         for chunk, (logits, grad_weights) in self._chunks(hidden, weight, buffers=2):
             of_embedding = grad_embedding[chunk].contiguous()
             product(hidden[chunk], weight, out=logits)
-            product(of_embedding, table, out=grad_weights)
+            product(of_embedding, codebook, out=grad_weights)
             grad_logits, weights = self.rows.gumbel_backward(
                 logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, stats[chunk],
                 kl[chunk], None if grad_kl is None else grad_kl[chunk], grad_weights, hidden.dtype,
@@ -74,8 +76,8 @@ class Chunked:
 
     def sample(self, hidden, weight, bias, temperature, seed, seed_per_row):
         codes = _row_results(hidden, (), torch.int64)
-        weight, bias = self.rows.operand(weight), _float32(bias)
-        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
+        bias = _float32(bias)
+        for chunk, (logits,) in self._chunks(hidden, weight):
             seeds = _seeds(seed, seed_per_row, chunk)
             self.rows.product(hidden[chunk], weight, out=logits)
             codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
@@ -84,8 +86,8 @@ class Chunked:
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
         loss = _row_results(hidden, (), torch.float32)
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
-        weight, bias, row_weight = self.rows.operand(weight), _float32(bias), _float32(row_weight)
-        for chunk, (logits,) in self._chunks(hidden, weight, buffers=1):
+        bias, row_weight = _float32(bias), _float32(row_weight)
+        for chunk, (logits,) in self._chunks(hidden, weight):
             of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
             self.rows.product(hidden[chunk], weight, out=logits)
             loss[chunk], grad_logits = self.rows.cross_entropy(
@@ -98,10 +100,10 @@ class Chunked:
     def gumbel_softmax(self, logits, tau, seed):
         return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
 
-    def _chunks(self, hidden, weight, buffers):
+    def _chunks(self, hidden, weight, buffers=1):
         """Yield slices of the rows, each with `buffers` float32 tensors (R, K) to work in, the same for every chunk."""
         N, K = hidden.shape[0], weight.shape[0]
-        step = chunk_rows(K, buffers)
+        step = chunk_rows(K, hidden.dtype, buffers)
         memory = self.rows.scratch(buffers * min(step, N) * K, hidden.device)
         for start in range(0, N, step):
             chunk = slice(start, min(N, start + step))

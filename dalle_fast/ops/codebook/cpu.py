@@ -12,7 +12,7 @@ import torch
 from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
-CONVERTED_BYTES = 4 << 20  # of a float32 copy of a 16-bit operand; larger ones are converted by parts, when needed
+CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand
 
 
 def why_not(tensors) -> list[str]:
@@ -33,26 +33,27 @@ def why_not(tensors) -> list[str]:
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
-_memory = threading.local()
+_kept = threading.local()
 
 
 def scratch(size, device):
     """`size` floats to work in until this thread asks again. They are kept: the first touch of 16 MB takes some 4 ms."""
-    kept = getattr(_memory, "kept", None)
-    if kept is None or kept.numel() < size:
-        kept = None
-        _memory.kept = kept = torch.empty(size)
-    return kept[:size]
+    return _keep("rows", size)
+
+
+def _keep(name, size):
+    memory = getattr(_kept, name, None)
+    if memory is None or memory.numel() < size:
+        memory = None
+        setattr(_kept, name, None)  # both gone before there is a larger one
+        memory = torch.empty(size)
+        setattr(_kept, name, memory)
+    return memory[:size]
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
 # float32 throughout: on the CPUs where it was measured (see CONTRIBUTING.md) the product of bfloat16 matrices is slower
 # than converting them, and its result would be rounded to bfloat16.
-
-
-def operand(tensor):
-    """`tensor` as the products of many chunks take it best: in float32, unless that copy would be large."""
-    return tensor.float() if 4 * tensor.numel() <= CONVERTED_BYTES else tensor
 
 
 def product(a, b, out=None):
@@ -62,19 +63,22 @@ def product(a, b, out=None):
         return torch.mm(a, b.T, out=out)
     out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
     if b.stride(0) >= b.stride(1):  # parts of what lies together in memory: of its rows
-        step = _part(b.shape[1])
-        for start in range(0, b.shape[0], step):
-            torch.mm(a, b[start : start + step].float().T, out=out[:, start : start + step])
-        return out
-    step = _part(b.shape[0])
-    for start in range(0, b.shape[1], step):
-        stop = start + step
-        torch.addmm(out, a[:, start:stop], b[:, start:stop].float().T, beta=0 if start == 0 else 1, out=out)
+        for part in _parts(*b.shape):
+            torch.mm(a, _converted(b[part]).T, out=out[:, part])
+    else:
+        for part in _parts(b.shape[1], b.shape[0]):
+            torch.addmm(out, a[:, part], _converted(b[:, part].T), beta=0 if part.start == 0 else 1, out=out)
     return out
 
 
-def _part(width):
-    return max(1, CONVERTED_BYTES // (4 * width))
+def _parts(count, width):
+    """Slices of `count` rows of `width` floats that take CONVERTED_BYTES each."""
+    step = max(1, CONVERTED_BYTES // (4 * max(1, width)))
+    return [slice(start, min(count, start + step)) for start in range(0, max(1, count), step)]
+
+
+def _converted(part):
+    return _keep("part", part.numel()).view(part.shape).copy_(part)
 
 
 def accumulate(total, a, b):

@@ -54,11 +54,6 @@ def scratch(size, device):
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
-def operand(tensor):
-    """`tensor` as the products of many chunks take it best: as it is."""
-    return tensor
-
-
 def product(a, b, out=None):
     """a (R, I) @ b (J, I).T -> (R, J) in float32, added up in float32 whatever the dtype of a and b."""
     if a.dtype == torch.float32:
@@ -136,6 +131,48 @@ def gumbel_softmax(logits, seed, tau, want_codes):
         _address(codes), _stream(),
     )  # fmt: skip
     return out, codes
+
+
+# -- without logits in memory -----------------------------------------------------------------------------------------
+
+# Who samples and who computes a loss without gradients where both could: "chunked" (the vendor's product, then a kernel
+# above) or "streaming" (below). Neither was measured on a GPU yet: chunked is the default because its product is.
+SMALL_DIN = {"sample": "chunked", "cross_entropy": "chunked"}
+MAX_STREAMED_DIN = 512
+
+
+def can_stream(hidden, weight):
+    """Can the two functions below take these? 16-bit and contiguous, Din a multiple of 8 and small."""
+    return (
+        hidden.dtype in (torch.float16, torch.bfloat16)
+        and hidden.shape[1] <= MAX_STREAMED_DIN
+        and hidden.shape[1] % 8 == 0
+        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    )
+
+
+def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
+    """Returns codes (N,) as `sample` does, of hidden (N, I) and weight (K, I)."""
+    codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+    _extension.native().cuda_codebook_sample_streaming(
+        *_streamed(hidden, weight, bias), _noise(seed, seed_per_row, 0), _address(temperature), codes.data_ptr(),
+        _stream(),
+    )  # fmt: skip
+    return codes
+
+
+def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
+    """Returns loss (N,) as `cross_entropy` does, of hidden (N, I) and weight (K, I)."""
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    _extension.native().cuda_codebook_cross_entropy_streaming(
+        *_streamed(hidden, weight, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _stream()
+    )
+    return loss
+
+
+def _streamed(hidden, weight, bias):
+    sizes = (hidden.shape[0], *weight.shape)
+    return sizes, hidden.data_ptr(), weight.data_ptr(), DTYPES[hidden.dtype], _address(bias)
 
 
 def _in_place_of(x, dtype):
