@@ -38,28 +38,68 @@ class Same:
         self.of = of
 
 
-def run_on_host(program, folder, numbers, buffers):
-    """Run it with these integers and buffers (tensors, None, or Same); returns what is in the tensors afterwards.
+class Host:
+    """A program that serves calls, see tests/simt/serve.h."""
 
-    Every buffer is an allocation of its own, of exactly the tensor's size. Raises RuntimeError with what it printed
-    where it ends with an error, be it one of the sanitizers'.
-    """
-    text = struct.pack(f"<{len(numbers) + 1}q", len(numbers), *numbers)
-    for buffer in buffers:
-        if isinstance(buffer, torch.Tensor):
-            data = buffer.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            text += struct.pack("<q", len(data)) + data
-        else:
-            text += struct.pack("<q", -1 if buffer is None else -2 - buffer.of)
-    (folder / "in").write_bytes(text)
-    run = subprocess.run([program, folder / "in", folder / "out"], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"{program.name} ended with {run.returncode}: {run.stderr}")
-    out, results = bytearray((folder / "out").read_bytes()), []
-    for buffer in buffers:
-        if isinstance(buffer, torch.Tensor):
-            size = buffer.numel() * buffer.element_size()
-            data, out = out[:size], out[size:]
-            results.append(torch.frombuffer(data, dtype=buffer.dtype).view(buffer.shape) if size else buffer.clone())
-    assert not out
-    return results
+    def __init__(self, program):
+        self.program, self.process = program, None
+        self.errors = program.with_suffix(".errors")
+
+    def __call__(self, numbers, *buffers):
+        """Call with these integers and buffers (tensors, None, or Same); returns what is in the tensors afterwards.
+
+        Every buffer is an allocation of its own, of exactly the tensor's size. Raises RuntimeError with the message of
+        an error, be it one of the sanitizers'.
+        """
+        if self.process is None:
+            with self.errors.open("w") as errors:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+                self.process = subprocess.Popen([self.program], **pipes)
+        request = [struct.pack(f"<{len(numbers) + 2}q", len(numbers), len(buffers), *numbers)]
+        for buffer in buffers:
+            if isinstance(buffer, torch.Tensor):
+                data = buffer.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                request += [struct.pack("<q", len(data)), data]
+            else:
+                request.append(struct.pack("<q", -1 if buffer is None else -2 - buffer.of))
+        try:
+            self.process.stdin.write(b"".join(request))
+            self.process.stdin.flush()
+            (length,) = struct.unpack("<q", self._read(8))
+            if length:
+                raise RuntimeError(self._read(length).decode())
+            return [self._read_like(buffer) for buffer in buffers if isinstance(buffer, torch.Tensor)]
+        except (OSError, EOFError):
+            self.close()
+            raise RuntimeError(f"{self.program.name} ended: {self.errors.read_text()}") from None
+
+    def close(self):
+        if self.process is not None:
+            self.process.stdout.close()
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def _read(self, size):
+        data = self.process.stdout.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def _read_like(self, tensor):
+        size = tensor.numel() * tensor.element_size()
+        return torch.frombuffer(bytearray(self._read(size)), dtype=tensor.dtype).view(tensor.shape) if size else tensor
+
+
+@pytest.fixture(scope="module")
+def serve_on_host(tmp_path_factory):
+    """serve_on_host(name): tests/simt/NAME.cpp, compiled and running."""
+    hosts = []
+
+    def serve(name):
+        hosts.append(Host(compile_for_host(name, tmp_path_factory.mktemp("simt"))))
+        return hosts[-1]
+
+    yield serve
+    for host in hosts:
+        host.close()

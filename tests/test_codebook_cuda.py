@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from simt_host import Same, compile_for_host, run_on_host
+from simt_host import Same, serve_on_host  # noqa: F401 (a fixture)
 
 from dalle_fast import _extension
 from dalle_fast.ops.codebook import cuda, noise
@@ -24,11 +24,9 @@ HUGE_ROW = (1 << 40) + (1 << 32) - 2  # with 3 rows the low half of the row's nu
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    """host(numbers, buffers): what is in the buffers after the call."""
-    folder = tmp_path_factory.mktemp("simt")
-    program = compile_for_host("codebook", folder)
-    return lambda numbers, *buffers: run_on_host(program, folder, numbers, buffers)
+def host(serve_on_host):  # noqa: F811
+    """host(numbers, *buffers): what is in the buffers after the call."""
+    return serve_on_host("codebook")
 
 
 def poison(*shape, dtype=torch.float32):

@@ -1,19 +1,22 @@
 // As much of CUDA as csrc/cuda/*.cu needs to be compiled for the host by an ordinary C++ compiler.
 //
 // Blocks run one after another. The threads of a block are fibers, each of which runs until it waits for others; a
-// kernel without barriers is a plain loop. Those that waited go on in one order and, the next time, in the other, so
-// that whoever reads what another thread has yet to write gets something else. Dynamic shared memory has exactly the
-// size of the launch and begins as NaN. A block whose threads wait for others that left or wait elsewhere is an error.
+// kernel without barriers is a plain loop. Of those that waited one warp goes on until it can go no further, then the
+// next one, and the next time in the opposite order: whoever reads what another warp has yet to write, or writes what
+// another has yet to read, gives a wrong result. Dynamic shared memory has exactly the size of the launch and begins as
+// NaN. A block whose threads wait for others that have left or wait elsewhere is an error.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -39,15 +42,20 @@ struct dim3 {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 typedef void* cudaStream_t;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+inline const char* cudaGetErrorName(cudaError_t e) {
+    return e == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "cudaErrorInvalidConfiguration";
+}
+inline const char* cudaGetErrorString(cudaError_t e) {
+    return e == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
 
 namespace simt {
 
 constexpr unsigned kWarp = 32, kWords = 16;
-constexpr size_t kStackBytes = 256 << 10, kMaxShared = 48 << 10;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kMaxShared = 48 << 10, kMaxSharedOnRequest = 99 << 10;  // of the smallest GPU that our code runs on
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "simt: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
@@ -83,6 +91,7 @@ inline unsigned threads_begun;
 inline Meeting block_meeting;
 inline std::vector<Meeting> warp_meetings;
 inline char* dynamic_shared;
+inline std::map<void*, size_t> requested_shared;
 
 inline void pause() {
     Fiber& self = *running;
@@ -133,6 +142,17 @@ inline void wait_at(Meeting& meeting) {
     pause();
 }
 
+// Did anyone go on?
+inline bool resume_all(const std::vector<Fiber*>& warp) {
+    bool any = false;
+    for (Fiber* fiber : warp) {
+        if (fiber->ended || fiber->waits_for->times == fiber->times) continue;
+        resume(*fiber);
+        any = true;
+    }
+    return any;
+}
+
 inline void run_block() {
     block_meeting.size = blockDim.x;
     block_meeting.arrived = 0;
@@ -144,15 +164,14 @@ inline void run_block() {
         if (in_use == fibers.size()) fibers.emplace_back(new Fiber);
         begin(*fibers[in_use++]);
     }
-    for (bool forwards = false;; forwards = !forwards) {
+    std::vector<std::vector<Fiber*>> warps(warp_meetings.size());
+    for (size_t n = 0; n < in_use; ++n)
+        if (!fibers[n]->ended) warps[fibers[n]->thread / kWarp].push_back(fibers[n].get());
+    for (;; std::reverse(warps.begin(), warps.end())) {
         bool all_ended = true, stuck = true;
-        for (size_t n = 0; n < in_use; ++n) {
-            Fiber& fiber = *fibers[forwards ? n : in_use - 1 - n];
-            if (!fiber.ended && fiber.waits_for->times != fiber.times) {
-                resume(fiber);
-                stuck = false;
-            }
-            all_ended &= fiber.ended;
+        for (auto& warp : warps) {
+            while (resume_all(warp)) stuck = false;
+            for (const Fiber* fiber : warp) all_ended &= fiber->ended;
         }
         if (all_ended) return;
         if (stuck) fail("threads wait for others that have left or wait elsewhere");
@@ -194,9 +213,19 @@ T __shfl_xor_sync(unsigned mask, T x, int bits) {
     return simt::from_lane(mask, x, threadIdx.x % simt::kWarp ^ bits);
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || size_t(bytes) > simt::kMaxSharedOnRequest) return cudaErrorInvalidValue;
+    simt::requested_shared[reinterpret_cast<void*>(kernel)] = size_t(bytes);
+    return cudaSuccess;
+}
+
 template <class... Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
-    if (!grid.x || !block.x || block.x > 1024 || shared > simt::kMaxShared) return cudaErrorInvalidConfiguration;
+    const size_t allowed = std::max(simt::kMaxShared, simt::requested_shared[reinterpret_cast<void*>(kernel)]);
+    if (!grid.x || !block.x || block.x > 1024) return cudaErrorInvalidConfiguration;
+    if (shared > allowed) return cudaErrorInvalidValue;
     gridDim = grid;
     blockDim = block;
     const std::unique_ptr<char[]> memory(new char[shared]);
