@@ -237,7 +237,7 @@ def _seed(seed, hidden, per_row=True):
     """(int64 tensor, whether every row has its own)."""
     leading, device = hidden.shape[:-1], hidden.device
     if seed is None:
-        drawn = torch.empty(1, dtype=torch.int64, device=device).random_()
+        drawn = torch.randint((1 << 63) - 1, (1,), device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             drawn += torch.distributed.get_rank()  # ranks whose generators are in the same state draw the same
         return drawn, False
@@ -316,7 +316,8 @@ def _operation(schema, fake):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         def below(*args, **kwargs):
-            with _current_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
+            # no_grad: operations without a derivative come here with autograd at work.
+            with torch.no_grad(), _current_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
                 return kernel(*args, **kwargs)
 
         _library.impl(name, below, "CompositeExplicitAutograd")
