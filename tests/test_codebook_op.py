@@ -1,0 +1,375 @@
+"""The codebook operation is a citizen of torch: opcheck, torch.compile, autocast, checkpoints; the module over it; memory.
+
+N rows, K codes, I size of hidden (Din), D size of an embedding.
+"""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_codebook import SEED, inputs
+from test_codebook_grad import leaves_of
+from torch.autograd import grad
+from torch.utils.checkpoint import checkpoint
+
+import dalle_fast.nn as fnn
+from dalle_fast.nn import functional as F
+from dalle_fast.ops import choice
+from dalle_fast.testing import codebook_noise
+
+OPS = torch.ops.dalle_fast
+N, K, I, D = 20, 70, 6, 5
+
+
+def arguments(device, dtype=torch.float32, requires_grad=False):
+    """hidden, weight, bias, codebook, tau, seed, target, as the operations take them; the first with odd strides."""
+    hidden, weight, bias, codebook = inputs(N, K, I, D, dtype, device)
+    tensors = [hidden.T.contiguous().T, weight.T.contiguous().T, bias, codebook]
+    tensors = [x.detach().requires_grad_(requires_grad) for x in tensors]
+    tau, seed = torch.full((1,), 0.5, device=device), torch.tensor([SEED], device=device)
+    return *tensors, tau, seed, torch.arange(N, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(serve, dtype, requires_grad):
+    """Every forward operation: schema, fakes (with exact strides), autograd registration, tracing."""
+    hidden, weight, bias, codebook, tau, seed, target = arguments(serve.device, dtype, requires_grad)
+    seeds = torch.arange(N, device=serve.device)
+    check, impl = torch.library.opcheck, serve.impl
+    check(OPS.codebook_sample.default, (hidden, weight, bias, tau, seeds, True, impl))
+    check(OPS.codebook_sample.default, (hidden, weight, None, None, None, False, impl))
+    check(OPS.gumbel_softmax.default, (hidden, 0.5, seed, impl))
+    check(OPS.codebook_cross_entropy.default, (hidden, weight, bias, target, -1, impl))
+    check(OPS.gumbel_codebook.default, (hidden, weight, bias, codebook, tau, seed, False, False, impl))
+    check(OPS.gumbel_codebook.default, (hidden, weight, None, codebook, tau, seeds, True, True, impl))
+    # Tracing takes the derivative of every output, and the gradients among them have none.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for needs in ([requires_grad] * 3, [False, requires_grad, False]):
+        rest = target, tau, -1, needs, impl
+        check(OPS.codebook_cross_entropy_reduced.default, (hidden, weight, bias, *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_backward(serve, dtype):
+    hidden, weight, bias, codebook, tau, seed, target = arguments(serve.device, dtype)
+    row_weight = torch.rand(N, device=serve.device)
+    for needs in ([True] * 3, [False, True, False]):
+        rest = target, row_weight, -1, needs, serve.impl
+        torch.library.opcheck(OPS.codebook_cross_entropy_backward.default, (hidden, weight, bias, *rest))
+        torch.library.opcheck(OPS.codebook_cross_entropy_reduced.default, (hidden, weight, bias, *rest))
+    for b, hard in ((bias, False), (None, True)):
+        inputs = hidden, weight, b, codebook, tau, seed
+        embedding, kl, codes, stats = OPS.gumbel_codebook(*inputs, False, hard, serve.impl)
+        for grad_kl, needs in ((None, [True, True, b is not None, True]), (kl.clone(), [False, True, False, False])):
+            rest = kl, codes, stats, False, hard, needs, serve.impl
+            torch.library.opcheck(OPS.gumbel_codebook_backward.default, (embedding.clone(), grad_kl, *inputs, *rest))
+
+
+def test_fakes_have_the_strides_of_the_real(serve):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    hidden, weight, bias, codebook, tau, seed, target = arguments(serve.device)
+    needs, impl = [True] * 4, serve.impl
+
+    def everything(hidden, weight, bias, codebook, tau, seed, target):
+        out = OPS.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, False, False, impl)
+        rest = (hidden, weight, bias, codebook, tau, seed, *out[1:], False, False, needs, impl)
+        out += OPS.gumbel_codebook_backward(out[0], out[1], *rest)
+        out += OPS.codebook_cross_entropy_reduced(hidden, weight, bias, target, tau, -1, needs[:3], impl)
+        return (*out, OPS.codebook_cross_entropy(hidden, weight, bias, target, -1, impl), *OPS.gumbel_softmax(
+            hidden, 0.5, seed, impl
+        ))  # fmt: skip
+
+    real = everything(hidden, weight, bias, codebook, tau, seed, target)
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(x) for x in (hidden, weight, bias, codebook, tau, seed, target)]
+        fake = everything(*tensors)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def test_meta_tensors():
+    tensors = [x.to("meta") for x in inputs(6, K, I, D)]
+    out = F.gumbel_codebook(tensors[0].view(2, 3, I), *tensors[1:], 0.5, seed=1)
+    assert out.embedding.is_meta and out.embedding.shape == (2, 3, D) and out.codes.shape == (2, 3)
+    assert F.codebook_sample(*tensors[:3], seed=1).shape == (6,)
+    target = torch.zeros(6, dtype=torch.int64, device="meta")
+    assert F.codebook_cross_entropy(*tensors[:3], target).shape == ()
+
+
+# -- torch.compile -------------------------------------------------------------------------------------------------------
+
+
+def model(hidden, weight, bias, codebook, tau, seed, target):
+    """All of it: a loss, and codes."""
+    out = F.gumbel_codebook(hidden * 2, weight, bias, codebook, tau, seed=seed)
+    loss = F.codebook_cross_entropy(hidden, weight, bias, target) + out.embedding.sin().sum() + 0.1 * out.kl.mean()
+    loss = loss + F.codebook_cross_entropy(hidden, weight, None, target, reduction="none").square().sum()
+    loss = loss + F.gumbel_softmax(hidden, 0.5, seed=seed).square().sum()
+    with torch.no_grad():
+        codes = F.codebook_sample(hidden, weight, bias, seed=seed), F.codebook_argmax(hidden, weight)
+    return loss, out.codes, *codes
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph(serve, backend):
+    if serve.impl == "reference":
+        pytest.skip("compiled functions name no implementation: auto serves")
+    torch._dynamo.reset()
+    *leaves, _, seed, target = arguments(serve.device, requires_grad=True)
+    tau, seed = torch.tensor(0.5, device=serve.device), seed[0]
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    expected, actual = (f(*leaves, tau, seed, target) for f in (model, compiled))
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(grad(actual[0], leaves), grad(expected[0], leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_graph_for_every_tau_seed_and_batch():
+    """A schedule of tau and a new seed at every step compile nothing again."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        F.gumbel_codebook, backend=(counter := torch._dynamo.testing.CompileCounter()), fullgraph=True, dynamic=True
+    )
+    _, *tensors = inputs(N, K, I, D)
+    for step in range(4):
+        hidden = inputs(N + step, K, I, D)[0]
+        tau, seed = torch.tensor(1.0 - 0.1 * step), torch.tensor(step)
+        actual, expected = (f(hidden, *tensors, tau, seed=seed) for f in (compiled, F.gumbel_codebook))
+        assert torch.equal(actual.embedding, expected.embedding) and torch.equal(actual.codes, expected.codes)
+    assert counter.frame_count == 1
+
+
+def test_seed_none_when_compiled():
+    torch._dynamo.reset()
+    zeros = torch.zeros(50, 1), torch.zeros(1000, 1)
+    compiled = torch.compile(lambda: F.codebook_sample(*zeros), backend="aot_eager", fullgraph=True)
+    assert (compiled() == compiled()).float().mean() < 0.1
+
+
+# -- autocast, checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(serve, dtype):
+    leaves = leaves_of(inputs(N, K, I, D, device=serve.device))
+    half = [x.to(dtype) for x in leaves]
+    target = torch.arange(N, device=serve.device)
+    expected = serve.gumbel_codebook(*half, 0.5, seed=SEED)
+    with torch.autocast(serve.device, dtype):
+        out = serve.gumbel_codebook(*leaves, 0.5, seed=SEED)
+        mixed = serve.gumbel_codebook(half[0], *leaves[1:], 0.5, seed=SEED)
+        loss = serve.codebook_cross_entropy(*leaves[:3], target)
+        codes = serve.codebook_sample(*leaves[:3], seed=SEED), serve.codebook_argmax(*leaves[:3])
+    assert out.embedding.dtype == dtype and out.kl.dtype == loss.dtype == torch.float32
+    for one in (out, mixed):
+        assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
+    assert torch.equal(loss, serve.codebook_cross_entropy(*half[:3], target))
+    assert torch.equal(codes[0], serve.codebook_sample(*half[:3], seed=SEED))
+    assert torch.equal(codes[1], serve.codebook_argmax(*half[:3]))
+    found = grad(out.embedding.sum() + out.kl.sum() + loss, leaves)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() and x.any() for x in found)
+    with torch.autocast(serve.device, dtype, enabled=False):
+        assert serve.gumbel_codebook(*leaves, 0.5).embedding.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    tensors = inputs(N, K, I, D, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.gumbel_codebook(*tensors, 0.5, impl="reference").embedding.dtype == torch.float64
+
+
+def test_checkpoint(serve):
+    """With a seed; and without, where the generator's state is restored."""
+    leaves = leaves_of(inputs(N, K, I, D, device=serve.device))
+    for seed in (SEED, None):
+
+        def loss(*tensors):
+            return serve.gumbel_codebook(*tensors, 0.5, seed=seed).embedding.square().sum()  # noqa: B023
+
+        torch.manual_seed(0)
+        expected = grad(loss(*leaves), leaves)
+        for reentrant in (False, True):
+            torch.manual_seed(0)
+            again = checkpoint(loss, *leaves, use_reentrant=reentrant)
+            if reentrant:
+                for leaf in leaves:
+                    leaf.grad = None
+                again.backward()
+                found = [x.grad for x in leaves]
+            else:
+                found = grad(again, leaves)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_codes_carry_no_graph(serve):
+    """Sampling with parameters that require gradients, outside of no_grad: nothing is recorded."""
+    hidden, weight, bias, _ = leaves_of(inputs(N, K, I, D, device=serve.device))
+    for codes in (serve.codebook_sample(hidden, weight, bias, seed=1), serve.codebook_argmax(hidden, weight, bias)):
+        assert codes.grad_fn is None and not codes.requires_grad
+
+
+# -- the module ----------------------------------------------------------------------------------------------------------
+
+
+def test_module_replaces_convolution_softmax_einsum(monkeypatch):
+    """The usual three lines, with torch's noise replaced by ours: the same embedding, KL and gradients."""
+    torch.manual_seed(0)
+    convolution, embedding = torch.nn.Conv2d(I, K, 1), torch.nn.Embedding(K, D)
+    module = fnn.GumbelCodebook(I, K, D, tau=0.7)
+    module.load_state_dict({**convolution.state_dict(), "codebook": embedding.weight})
+    hidden = torch.randn(2, I, 3, 4)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for hard in (False, True):
+            module.hard = hard
+            x, y = (hidden.contiguous(memory_format=memory_format).requires_grad_() for _ in range(2))
+            out = module(x, seed=SEED)
+            noise = codebook_noise(SEED, 24, K).float().view(2, 3, 4, K).permute(0, 3, 1, 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "exponential_", lambda x: x.copy_((-noise).exp()))  # noqa: B023
+                logits = convolution(y)
+                soft = torch.nn.functional.gumbel_softmax(logits, tau=0.7, dim=1, hard=hard)
+            expected = torch.einsum("bnhw,nd->bdhw", soft, embedding.weight)
+            log_p = torch.log_softmax(logits, 1)
+            kl = torch.nn.functional.kl_div(log_p.new_tensor([1 / K]).log(), log_p, None, None, "none", log_target=True)
+            assert out.embedding.shape == (2, D, 3, 4) and out.kl.shape == out.codes.shape == (2, 3, 4)
+            torch.testing.assert_close(out.embedding, expected)
+            torch.testing.assert_close(out.kl, kl.sum(1))
+            assert torch.equal(out.codes, soft.argmax(1))
+            weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+            ours = (module.weight, module.bias, module.codebook, x)
+            theirs = (convolution.weight, convolution.bias, embedding.weight, y)
+            found = grad((out.embedding * weights).sum() + 0.3 * out.kl.sum(), ours)
+            wanted = grad((expected * weights).sum() + 0.3 * kl.sum(), theirs)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_module_encodes_and_decodes():
+    module = fnn.GumbelCodebook(I, K, D)
+    hidden = torch.randn(2, I, 3, 4)
+    codes = module.encode(hidden)
+    assert torch.equal(codes, torch.nn.functional.conv2d(hidden, module.weight[..., None, None], module.bias).argmax(1))
+    decoded = module.decode(codes)
+    assert decoded.shape == (2, D, 3, 4) and torch.equal(decoded[1, :, 2, 3], module.codebook[codes[1, 2, 3]])
+    for shape in ((5, I), (5, I, 7), (0, I, 2, 2), (1, I, 2, 2, 2)):
+        out = module(torch.randn(shape))
+        assert out.embedding.shape == (shape[0], D, *shape[2:]) and out.codes.shape == (shape[0], *shape[2:])
+    with pytest.raises(ValueError, match=r"hidden must have shape \(B, Din, ...\), got \(6,\)"):
+        module(torch.randn(I))
+
+
+def test_module_copies_pickles_and_says_what_it_is():
+    module = fnn.GumbelCodebook(I, K, D, tau=0.25, hard=True, bias=False)
+    hidden = torch.randn(2, I, 3, 4)
+    expected = module(hidden, seed=1)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(again(hidden, seed=1).embedding, expected.embedding) and again.hard and again.tau == 0.25
+    assert repr(module) == f"GumbelCodebook({I}, {K}, {D}, tau=0.25, hard=True, bias=False)"
+    assert set(module.state_dict()) == {"weight", "codebook"}
+    other = fnn.GumbelCodebook(I, K, D, bias=False)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.codebook, module.codebook)
+    for sizes in ((0, K, D), (I, 0, D), (I, K, 0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            fnn.GumbelCodebook(*sizes)
+    half = fnn.GumbelCodebook(I, K, D, dtype=torch.bfloat16)
+    assert half(hidden.bfloat16()).embedding.dtype == torch.bfloat16
+
+
+def test_module_follows_a_schedule_of_tau():
+    module = fnn.GumbelCodebook(I, K, D)
+    hidden = torch.randn(2, I, 3, 4)
+    seen = []
+    for tau in (1.0, 0.5, torch.tensor(0.5), torch.tensor(0.1)):
+        module.tau = tau
+        seen.append(module(hidden, seed=3).embedding)
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+import torch
+import harness
+from dalle_fast.nn import functional as F
+
+what, impl, device, N, K = sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
+I = D = 64
+measure = harness.cuda_extra_bytes if device == "cuda" else harness.cpu_extra_bytes
+
+def call(N, K):
+    torch.manual_seed(0)
+    hidden, weight, codebook = (torch.randn(s, device=device, requires_grad=True) for s in ((N, I), (K, I), (K, D)))
+    bias = torch.zeros(K, device=device, requires_grad=True)
+    target = torch.zeros(N, dtype=torch.int64, device=device)
+    of_embedding = torch.ones(N, D, device=device)
+    of_kl = torch.ones(N, device=device)
+
+    def forward_backward():
+        if what == "gumbel_codebook":
+            out = F.gumbel_codebook(hidden, weight, bias, codebook, 1.0, seed=0, impl=impl)
+            leaves = hidden, weight, bias, codebook
+            return [*out, *torch.autograd.grad(out[:2], leaves, (of_embedding, of_kl))]
+        if what == "cross_entropy":
+            loss = F.codebook_cross_entropy(hidden, weight, bias, target, impl=impl)
+            return torch.autograd.grad(loss, (hidden, weight, bias))
+        return F.codebook_sample(hidden, weight, bias, seed=0, impl=impl)
+
+    return forward_backward
+
+call(16, 128)()  # threads, libraries and their buffers
+print(measure(call(N, K)))
+"""
+
+
+@pytest.mark.parametrize("what,limit", [("gumbel_codebook", 40e6), ("cross_entropy", 40e6), ("sample", 40e6)])
+def test_extra_memory(serve, what, limit):
+    """Forward and backward at 8,192 rows and codes: below 40 MB, where one tensor (N, K) would be 268 MB."""
+    if serve.impl == "reference":
+        pytest.skip("the reference is dense")
+    benchmarks = str(Path(__file__).resolve().parents[1] / "benchmarks")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([benchmarks, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", MEASURE, what, serve.impl, serve.device, "8192", "8192"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
+    if "NotRun" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < limit
+
+
+# -- who serves ----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_warns_once_where_only_the_reference_serves():
+    choice._warn_once.cache_clear()
+    tensors = inputs(N, K, I, D, torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = F.gumbel_codebook(*tensors, 0.5, seed=1)
+        F.gumbel_codebook(*tensors, 0.5, seed=1)
+        F.codebook_argmax(*tensors[:3])
+    assert [warning.category for warning in caught] == [UserWarning] * 2
+    for warning, name in zip(caught, ("gumbel_codebook", "codebook_argmax"), strict=True):
+        message = str(warning.message)
+        assert name in message and "dense reference" in message and "float64" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice._warn_once.cache_clear()
+        again = F.gumbel_codebook(*tensors, 0.5, seed=1, impl="reference")
+    assert torch.equal(again.embedding, out.embedding)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_on_a_gpu_is_cuda():
+    tensors = inputs(N, K, I, D, device="cuda")
+    a, b = (F.gumbel_codebook(*tensors, 0.5, seed=1, impl=impl) for impl in ("auto", "cuda"))
+    assert torch.equal(a.embedding, b.embedding)
