@@ -204,7 +204,8 @@ def _plain_number(name, value, *, positive):
 
     Not below 1e-37, whose inverse is about the largest float32, and not above 1e37, as noise is up to 23 times as large.
     """
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+    if isinstance(value, torch.Tensor):
+        _check_scalar(name, value)
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
@@ -216,17 +217,22 @@ def _plain_number(name, value, *, positive):
 def _number(name, value, hidden, *, positive):
     """`value` as a tensor (1,) on hidden's device. A tensor that is elsewhere than on a CPU is not looked at."""
     is_tensor = isinstance(value, torch.Tensor)
-    if is_tensor and (value.dim() != 0 or not value.is_floating_point()):
-        raise TypeError(
-            f"{name} must be a number or a floating-point tensor without dimensions, "
-            f"got {value.dtype} of shape {tuple(value.shape)}"
-        )
-    if is_tensor and value.requires_grad:
-        raise ValueError(f"{name} must not require a gradient: none is computed for it; pass {name}.detach()")
+    if is_tensor:
+        _check_scalar(name, value)
     if not is_tensor or (value.device.type == "cpu" and not _is_traced(value)):
         value = _plain_number(name, value, positive=positive)
         return torch.full((1,), value, dtype=_wide(hidden), device=hidden.device)
     return value.to(hidden.device, _wide(hidden), non_blocking=True).reshape(1)
+
+
+def _check_scalar(name, tensor):
+    if tensor.dim() != 0 or not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must be a number or a floating-point tensor without dimensions, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: none is computed for it; pass {name}.detach()")
 
 
 def _is_traced(tensor):
