@@ -59,6 +59,7 @@ def readable(name):
     arguments = found[2] or ""
     words = {"__nv_bfloat16": "bfloat16", "__half": "float16", "Lb1": "kept", "Lb0": "not kept"}
     named = [text for mark, text in words.items() if mark in arguments]
+    named += [text for mark, text in {"6Sample": "sample", "4Loss": "loss"}.items() if mark in name]
     if arguments.startswith("f"):
         named.insert(0, "float32")
     return f"{found[1]} {', '.join(named)}".strip()
