@@ -86,3 +86,13 @@ def test_a_command_is_required():
     run = run_module()
     assert run.returncode == 2
     assert "COMMAND" in run.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error_message():
+    """As `dalle-fast info | head -1`: the pipe is closed before anything is written to it."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "dalle_fast", "info"]
+        done = subprocess.run(command, check=False, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr == ""
