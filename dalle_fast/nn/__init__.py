@@ -3,5 +3,6 @@
 from dalle_fast.nn import functional
 from dalle_fast.nn.attention import MultiheadAttention
 from dalle_fast.nn.codebook import GumbelCodebook
+from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
 
-__all__ = ["GumbelCodebook", "MultiheadAttention", "functional"]
+__all__ = ["DVAEConfig", "DiscreteVAE", "GumbelCodebook", "MultiheadAttention", "functional"]

@@ -1,0 +1,224 @@
+"""The discrete VAE: OpenAI's outputs, the paper's objective, and no logits of all codes.
+
+B batch, C channels, H x W pixels, h x w codes, K codes, D embedding.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+import dalle_fast.nn as fnn
+from dalle_fast.nn.dvae import PRESETS, map_pixels, unmap_pixels
+from dalle_fast.ops.codebook.noise import gumbel_noise
+
+SMALL = fnn.DVAEConfig(image_size=16, downsampling=4, num_codes=70, embedding_dim=6, hidden=8, blocks_per_group=1)
+
+
+def weights_of(golden):
+    return {name[2:]: tensor.float() for name, tensor in golden.items() if name.startswith("w.")}
+
+
+@pytest.fixture
+def openai(golden):
+    encoder, decoder = golden("openai_dvae_encoder"), golden("openai_dvae_decoder")
+    config = fnn.DVAEConfig(image_size=64, num_codes=512, embedding_dim=32, hidden=64)
+    model = fnn.DiscreteVAE(config)
+    model.load_openai(weights_of(encoder), weights_of(decoder))
+    return model, encoder, decoder
+
+
+@torch.no_grad()
+def test_openai_encoder(openai):
+    model, encoder, _ = openai
+    torch.testing.assert_close(map_pixels(encoder["image"]), encoder["mapped"])
+    torch.testing.assert_close(model.encoder(encoder["mapped"]), encoder["z_logits"], rtol=1e-4, atol=1e-3)
+    assert torch.equal(model.encode(encoder["image"]), encoder["z"])
+
+
+@torch.no_grad()
+def test_openai_decoder(openai):
+    model, _, decoder = openai
+    _, _, codebook, shift = model._codebook()
+    statistics = model.decoder((codebook[decoder["z"]] + shift).movedim(-1, 1))
+    torch.testing.assert_close(statistics, decoder["x_stats"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.decode(decoder["z"]), decoder["recon"], rtol=0, atol=2e-5)
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def eager_loss(model, images, tau, beta, seed):
+    """The objective as the paper has it, with all logits, by convolutions of whole one-hot-like maps."""
+    config = model.config
+    logits = model.encoder(map_pixels(images)).movedim(1, -1)
+    B, h, w, K = logits.shape
+    rows = torch.arange(B * h * w)
+    noise = gumbel_noise(torch.tensor([seed]), rows, K, torch.float64).view(logits.shape)
+    relaxed = torch.softmax((logits + noise) / tau, -1)
+    if config.hard:
+        relaxed = one_hot(relaxed.argmax(-1), K) + relaxed - relaxed.detach()
+    mu, log_scale = model.decoder.blocks(relaxed.movedim(-1, 1)).chunk(2, 1)
+    x = map_pixels(images)
+    if config.likelihood == "logit_laplace":
+        log_scale = log_scale.clamp(min=config.min_log_scale)
+        b = log_scale.exp()
+        density = torch.exp(-(torch.logit(x) - mu).abs() / b) / (2 * b * x * (1 - x))
+        reconstruction = -density.log().mean()
+    else:
+        error = (torch.sigmoid(mu) - x).abs()
+        reconstruction = (error if config.likelihood == "l1" else error**2).mean()
+    p = logits.softmax(-1)
+    kl_per_image = (p * (p.log() + math.log(K))).sum((1, 2, 3))
+    return (
+        reconstruction + beta * kl_per_image.mean() / images[0].numel(),
+        reconstruction,
+        kl_per_image.mean() / (h * w),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, hard=True),
+        dataclasses.replace(SMALL, min_log_scale=0.1),
+        dataclasses.replace(SMALL, likelihood="l1", channels=1),
+        dataclasses.replace(SMALL, likelihood="l2", downsampling=1, image_size=3),
+    ],
+    ids=["paper", "hard", "min_log_scale", "l1", "l2"],
+)
+def test_objective_and_gradients_equal_the_eager_ones(config):
+    torch.manual_seed(0)
+    model = fnn.DiscreteVAE(config, impl="reference").double()
+    images = torch.rand(2, config.channels, config.image_size, config.image_size, dtype=torch.float64)
+    out = model(images, tau=0.5, beta=6.6, seed=3)
+    expected = eager_loss(model, images, 0.5, 6.6, 3)
+    # The loss itself is added up in float32: see DiscreteVAE._reconstruction_loss.
+    for actual, exact in zip(out[:3], expected, strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6)
+    parameters = list(model.parameters())
+    actual = torch.autograd.grad(out.loss, parameters, allow_unused=True)
+    exact = torch.autograd.grad(expected[0], parameters, allow_unused=True)
+    for (name, _), a, e in zip(model.named_parameters(), actual, exact, strict=True):
+        scale = e.abs().max().item()
+        torch.testing.assert_close(
+            a, e, rtol=1e-4, atol=1e-4 * scale + 1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_cpu_equals_the_reference():
+    torch.manual_seed(0)
+    model = fnn.DiscreteVAE(SMALL)
+    images = torch.rand(2, 3, 16, 16)
+    out = model(images, tau=0.5, beta=6.6, seed=3)
+    model.impl = "reference"
+    expected = model(images, tau=0.5, beta=6.6, seed=3)
+    for actual, exact in zip(out[:3], expected[:3], strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(out.codes, expected.codes)
+
+
+def test_loss_does_not_depend_on_the_batch():
+    """The paper's division: KL is summed over an image's codes and divided by its pixels, whatever the batch is."""
+    model = fnn.DiscreteVAE(SMALL)
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        one, many = model(image, seed=0), model(image.expand(5, -1, -1, -1), seed=0)
+        beta = model(image, beta=6.6, seed=0).loss - one.loss
+    torch.testing.assert_close(one.kl, many.kl)
+    torch.testing.assert_close(beta, 6.6 * one.kl * 16 / (3 * 16 * 16), rtol=1e-3, atol=1e-6)
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    model = fnn.DiscreteVAE(SMALL)
+    images = (torch.rand(16, 3, 1, 1) > 0.5).float().expand(-1, -1, 16, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(150):
+        out = model(images, tau=0.5, seed=step)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert (model.reconstruct(images) - images).abs().mean() < 0.25
+
+
+# -- the rest of the face ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_images_of_other_sizes():
+    model = fnn.DiscreteVAE(SMALL)
+    images = torch.rand(2, 3, 8, 20)
+    codes = model.encode(images)
+    assert codes.shape == (2, 2, 5) and codes.dtype == torch.int64
+    assert model.decode(codes).shape == images.shape
+    assert torch.equal(model.reconstruct(images), model.decode(codes))
+    assert model(images[:0]).codes.shape == (0, 2, 5)
+
+
+def test_encode_is_the_argmax_of_the_logits():
+    model = fnn.DiscreteVAE(SMALL)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images), model.encoder(map_pixels(images)).argmax(1))
+
+
+def test_pixels_map_there_and_back():
+    x = torch.tensor([0.0, 0.25, 1.0])
+    torch.testing.assert_close(map_pixels(x), torch.tensor([0.1, 0.3, 0.9]))
+    torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
+    assert unmap_pixels(torch.tensor([0.05, 0.95])).tolist() == [0, 1]
+
+
+def test_presets():
+    openai = PRESETS["openai"]
+    assert (openai.num_codes, openai.grid, openai.embedding_dim, openai.widths) == (
+        8192,
+        32,
+        128,
+        [256, 512, 1024, 2048],
+    )
+    for name in PRESETS:
+        with torch.device("meta"):
+            model = fnn.DiscreteVAE(name)
+        assert model.config is PRESETS[name]
+
+
+def test_autocast():
+    model = fnn.DiscreteVAE(SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.rand(2, 3, 16, 16), beta=6.6)
+    assert out.loss.dtype == torch.float32
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: fnn.DiscreteVAE("huge"), ValueError, ["config", "tiny", "huge"]),
+        (lambda m: m(torch.zeros(2, 3, 16, 18)), ValueError, ["images", "multiples of 4", "18"]),
+        (lambda m: m(torch.zeros(2, 1, 16, 16)), ValueError, ["images", "(B, 3, H, W)"]),
+        (lambda m: m.encode(torch.zeros(3, 16, 16)), ValueError, ["images", "(3, 16, 16)"]),
+        (lambda m: m(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), TypeError, ["images", "from 0 to 1", "uint8"]),
+        (lambda m: m(None), TypeError, ["images", "NoneType"]),
+        (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, ["codes", "int64", "float32"]),
+        (lambda m: m.decode(torch.zeros(4, 4, dtype=torch.int64)), ValueError, ["codes", "(B, h, w)", "(4, 4)"]),
+        (lambda m: fnn.DVAEConfig(downsampling=6), ValueError, ["downsampling", "power of two", "6"]),
+        (lambda m: fnn.DVAEConfig(image_size=100), ValueError, ["image_size", "multiple", "100"]),
+        (lambda m: fnn.DVAEConfig(num_codes=0), ValueError, ["num_codes", "positive", "0"]),
+        (lambda m: fnn.DVAEConfig(hidden=6), ValueError, ["hidden", "multiple of 4", "6"]),
+        (lambda m: fnn.DVAEConfig(likelihood="l3"), ValueError, ["likelihood", "logit_laplace", "l3"]),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error) as caught:
+        call(fnn.DiscreteVAE(SMALL))
+    for word in words:
+        assert word in str(caught.value)
