@@ -76,8 +76,10 @@ class Chunked:
         return *sums.result(), grad_codebook.to(codebook.dtype) if needs[3] else None
 
     def sample(self, hidden, weight, bias, temperature, seed, seed_per_row):
-        codes = _row_results(hidden, (), torch.int64)
         bias = _float32(bias)
+        if self.rows.streams("sample", hidden, weight):
+            return self.rows.sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
+        codes = _row_results(hidden, (), torch.int64)
         for chunk, (logits,) in self._chunks(hidden, weight, share=1 / 2):
             seeds = _seeds(seed, seed_per_row, chunk)
             self.rows.product(hidden[chunk], weight, out=logits)
@@ -85,9 +87,11 @@ class Chunked:
         return codes
 
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
-        loss = _row_results(hidden, (), torch.float32)
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         bias, row_weight = _float32(bias), _float32(row_weight)
+        if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
+            return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
+        loss = _row_results(hidden, (), torch.float32)
         for chunk, (logits,) in self._chunks(hidden, weight, share=1 if any(needs) else 1 / 2):
             of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
             self.rows.product(hidden[chunk], weight, out=logits)

@@ -141,8 +141,13 @@ SMALL_DIN = {"sample": "chunked", "cross_entropy": "chunked"}
 MAX_STREAMED_DIN = 512
 
 
+def streams(operation, hidden, weight):
+    """Does `operation` run as one of the two functions below?"""
+    return SMALL_DIN[operation] == "streaming" and can_stream(hidden, weight)
+
+
 def can_stream(hidden, weight):
-    """Can the two functions below take these? 16-bit and contiguous, Din a multiple of 8 and small."""
+    """Can they take these? 16-bit and contiguous, Din a multiple of 8 and small."""
     return (
         hidden.dtype in (torch.float16, torch.bfloat16)
         and hidden.shape[1] <= MAX_STREAMED_DIN
