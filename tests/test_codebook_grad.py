@@ -467,3 +467,12 @@ def test_backward_has_the_forwards_noise(serve):
         out = serve.gumbel_codebook(*zeros, None, codebook, 1e-9, seed=seed)
         (found,) = grad(out.embedding.sum(), codebook)
         torch.testing.assert_close(found[:, 0], torch.bincount(out.codes, minlength=K).float(), rtol=0, atol=1e-30)
+
+
+def test_at_a_vanishing_tau_only_the_codebook_has_gradients(serve, make):
+    """There the softmax is one-hot, and what an exponential leaves instead of 0 must not come back through 1 / tau."""
+    hidden, weight, codebook = (x.requires_grad_() for x in make((200, 8), device=serve.device))
+    embedding = serve.gumbel_codebook(hidden[:5], weight, None, codebook, 1e-37, seed=1).embedding
+    grads = torch.autograd.grad(embedding.sum(), (hidden, weight, codebook))
+    assert not grads[0].any() and not grads[1].any()
+    torch.testing.assert_close(grads[2].sum(), torch.tensor(40.0, device=serve.device))
