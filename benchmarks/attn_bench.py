@@ -14,26 +14,21 @@ B batch, H heads, S sequence, D head size, T text.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import sys
 
 import harness
 import torch
 import torch.nn.functional as torch_F
-from harness import NotRun
+from harness import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES, NotRun, worst
 
 from dalle_fast.masks import CONV_EDGES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
-PASSES = (FORWARD, FORWARD_BACKWARD)
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+NAME = "attention"
 DEFAULT_MASKS = ("row", "column", "conv:11")
-OURS = "dalle_fast"
+SECONDS, MIN_ROUNDS = 4.0, 7
 PEERS = ("SDPA causal", "SDPA mask", "FlexAttention", "eager")  # the order of the ratio columns
 ORACLE_PAIRS = 1 << 26  # (query, key) pairs computed in float64 at most; beyond it, only some heads are checked
 BLOCK_PAIRS = 1 << 25  # of these at once: all of a head up to 5,792 positions, 256 MiB in float64
@@ -78,6 +73,11 @@ class Case:
         """What an implementation that materialises the logits needs, roughly."""
         width = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return self.batch * self.heads * self.mask.seq_len**2 * width * DENSE_COPIES[self.pass_]
+
+    def small(self) -> Case:
+        """The same on a few tokens."""
+        mask = dataclasses.replace(self.mask, text_len=min(self.mask.text_len, 8), grid=(4, 4))
+        return dataclasses.replace(self, mask=mask)
 
 
 def mask_argument(text: str):
@@ -129,18 +129,10 @@ def default_dtypes(device: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
-    """Who computes it. `build(case, device)` returns attention(query, key, value) or raises NotRun.
+class Contender(harness.Contender):
+    """`causal` ones compute dense causal attention, and are held against that."""
 
-    `peer` is the column of the ratios it counts for: the fastest of a column is the one compared with. `causal` ones
-    compute dense causal attention, and are held against that.
-    """
-
-    name: str
-    peer: str
-    build: object
     causal: bool = False
-    dense: bool = False  # materialises the logits, so its memory is guarded
 
 
 def build_ours(case, device, *, impl):
@@ -200,6 +192,10 @@ def build_flex(case, device, *, block, tuned=False, backend=None):
 def make_contenders(device: str, impl: str, flex_blocks: list[int]) -> list[Contender]:
     """Ours first, then the peers."""
     found = [Contender(OURS, OURS, functools.partial(build_ours, impl=impl))]
+
+    def flex(name, **options):
+        found.append(Contender(name, "FlexAttention", functools.partial(build_flex, **options), compiled=True))
+
     if device == "cuda":
         for name, backend in (("cuDNN", "CUDNN_ATTENTION"), ("FlashAttention-2", "FLASH_ATTENTION")):
             build = functools.partial(build_sdpa_causal, backend=backend)
@@ -208,19 +204,22 @@ def make_contenders(device: str, impl: str, flex_blocks: list[int]) -> list[Cont
         found.append(Contender("SDPA causal", "SDPA causal", build_sdpa_causal, causal=True))
     found.append(Contender("SDPA mask", "SDPA mask", build_sdpa_mask))
     if device == "cuda":
-        found.append(Contender("FlexAttention, default", "FlexAttention", functools.partial(build_flex, block=128)))
+        flex("FlexAttention, default", block=128)
     for block in flex_blocks:
         name = f"FlexAttention, block {block}"
         if device == "cpu" or block != 128:  # 128 is the default
-            found.append(Contender(name, "FlexAttention", functools.partial(build_flex, block=block)))
+            flex(name, block=block)
         if device == "cuda":
-            build = functools.partial(build_flex, block=block, tuned=True)
-            found.append(Contender(f"{name}, autotuned", "FlexAttention", build))
+            flex(f"{name}, autotuned", block=block, tuned=True)
     if device == "cuda":
-        build = functools.partial(build_flex, block=128, backend="FLASH")
-        found.append(Contender("FlexAttention, FLASH", "FlexAttention", build))
+        flex("FlexAttention, FLASH", block=128, backend="FLASH")
     found.append(Contender("eager", "eager", build_eager, dense=True))
     return found
+
+
+def contenders_of(case: Case, args) -> list[Contender]:
+    """The same for every case."""
+    return make_contenders(args.device, args.impl, args.flex_block)
 
 
 def make_inputs(case: Case, device: str):
@@ -248,51 +247,6 @@ def make_call(attention, case: Case, inputs):
     return forward if case.pass_ == FORWARD else forward_backward
 
 
-@contextlib.contextmanager
-def strict_compile():
-    """Forget earlier variants, and make torch.compile fail where it would run eagerly: past its limit of them."""
-    import torch._dynamo
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no talk of a missing GPU
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-
-
-def extra_memory(contender: Contender, case: Case, device: str, threads: int) -> int:
-    """Extra bytes of one call. On the CPU this runs in a process of its own, on the first call at this size.
-
-    Before it comes a call on a few tokens, which loads code. FlexAttention is called at its full size instead, since
-    it is compiled per shape: here, so that contenders compile side by side and the timing process finds the result
-    in the compiler's cache.
-    """
-    torch.set_num_threads(threads)
-    with strict_compile():
-        if device == "cpu" and contender.peer != "FlexAttention":
-            mask = dataclasses.replace(case.mask, text_len=min(case.mask.text_len, 8), grid=(4, 4))
-            small = dataclasses.replace(case, mask=mask)
-            make_call(contender.build(small, device), small, make_inputs(small, device))()
-            call = make_call(contender.build(case, device), case, make_inputs(case, device))
-        else:
-            call = make_call(contender.build(case, device), case, make_inputs(case, device))
-            call()
-        return harness.cpu_extra_bytes(call) if device == "cpu" else harness.cuda_extra_bytes(call)
-
-
-class TooLarge(NotRun):
-    """It would need more memory than is free."""
-
-
-def check_memory(contender: Contender, case: Case, available: int | None) -> None:
-    if contender.dense and available is not None and case.dense_bytes > available:
-        need, have = (f"{size / 2**30:.1f} GiB" for size in (case.dense_bytes, available))
-        raise TooLarge(f"its dense logits need about {need}, {have} are free")
-
-
-def free_bytes(device: str) -> int | None:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else harness.available_bytes()
-
-
 # -- exactness ---------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +254,7 @@ class Oracle:
     """Dense attention in float64 on some of the heads, and eager attention in the case's dtype on the same ones."""
 
     TENSORS = ("out", "grad_query", "grad_key", "grad_value")
+    judged = "max_abs"
 
     def __init__(self, case: Case, inputs):
         B, H, S, _ = case.shape
@@ -309,6 +264,11 @@ class Oracle:
         self._inputs = self._select(inputs)
         self._causal_mask = causal_mask(case.mask.text_len, case.mask.grid)
         self._exact = {}
+        self.facts = {"heads_checked": f"{len(self.heads)} of {B * H}"}
+
+    def judge(self, contender: Contender, call) -> dict:
+        """The errors of what a contender returns."""
+        return self.errors(call(), causal=contender.causal)
 
     def errors(self, outputs, *, causal: bool = False) -> dict:
         """Of each tensor the largest error, and its root mean square relative to that of the exact values."""
@@ -331,15 +291,7 @@ class Oracle:
         return [tensor.detach().flatten(0, 1)[self.heads] for tensor in tensors]
 
     def _compare(self, outputs, causal):
-        errors = {}
-        for name, output, exact in zip(self.TENSORS, outputs, self._expected(causal)):
-            difference = output.double() - exact
-            size = difference.norm()
-            errors[name] = {
-                "max_abs": float(difference.abs().max()),
-                "rms_relative": float(size / exact.norm()) if size != 0 else 0.0,
-            }
-        return errors
+        return harness.compare(self.TENSORS, outputs, self._expected(causal))
 
     def _expected(self, causal):
         if causal not in self._exact:
@@ -370,239 +322,69 @@ class Oracle:
         return (out, torch.cat(grad_query), grad_key, grad_value) if backward else (out,)
 
 
-def worst(errors: dict, key: str) -> float:
-    """The largest of a case's tensors; NaN if any is (null in a results file)."""
-    values = [entry[key] for entry in errors.values()]
-    return math.nan if any(value is None or math.isnan(value) for value in values) else max(values)
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-def measure_case(case: Case, contenders: list[Contender], args, device: str, tick, say) -> dict:
-    """Everything about one case as a dictionary for the results file.
-
-    On KeyboardInterrupt the exception carries what is complete as `result`.
-    """
-    result = {
+def describe_case(case: Case) -> dict:
+    """What the case is, for the results file."""
+    mask = case.mask
+    return {
         "name": case.name,
-        "mask": repr(case.mask),
-        "rule": case.mask.rule,
-        "text_len": case.mask.text_len,
-        "grid": list(case.mask.grid),
-        "seq_len": case.mask.seq_len,
-        "kernel_size": case.mask.kernel_size,
-        "dilation": case.mask.dilation,
+        "mask": repr(mask),
+        "rule": mask.rule,
+        "text_len": mask.text_len,
+        "grid": list(mask.grid),
+        "seq_len": mask.seq_len,
+        "kernel_size": mask.kernel_size,
+        "dilation": mask.dilation,
         "batch": case.batch,
         "heads": case.heads,
         "head_dim": case.head_dim,
-        "dtype": case.dtype,
-        "pass": case.pass_,
-        "pairs_of_causal": case.mask.num_pairs / (case.mask.seq_len * (case.mask.seq_len + 1) / 2),
-        "complete": False,
+        "pairs_of_causal": mask.num_pairs / (mask.seq_len * (mask.seq_len + 1) / 2),
     }
-    entries = {c.name: {"name": c.name, "peer": c.peer, "status": "ok"} for c in contenders}
-    calls = {}
-    try:
-        say(f"{case.name}: memory, compiling")
-        memory = measure_memory(case, contenders, args, device, lambda fraction: tick(0.5 * fraction))
-        say(f"{case.name}: exactness")
-        inputs = make_inputs(case, device)
-        oracle = Oracle(case, inputs)
-        result["heads_checked"] = f"{len(oracle.heads)} of {case.batch * case.heads}"
-        with strict_compile():
-            for contender in contenders:
-                entry = entries[contender.name]
-                try:
-                    if isinstance(memory[contender.name], (TooLarge, harness.Died)):
-                        raise memory[contender.name]
-                    call = make_call(contender.build(case, device), case, inputs)
-                    entry["error"] = oracle.errors(call(), causal=contender.causal)
-                except Exception as error:  # noqa: BLE001 - a contender's failure is a line of the report
-                    entry |= {"status": "not run", "reason": reason_of(error)}
-                    continue
-                extra = memory[contender.name]
-                entry["extra_bytes"] = None if isinstance(extra, Exception) else extra
-                if isinstance(extra, Exception):
-                    entry["extra_bytes_reason"] = reason_of(extra)
-                calls[contender.name] = call
-            again = {name: call() for name, call in calls.items()}  # now that everything is compiled
-            if OURS in again:
-                check_ours(entries[OURS], oracle.allowed(), oracle.errors(again[OURS]))
-            del oracle, again
-            say(f"{case.name}: timing")
-            timings = harness.time_interleaved(
-                calls,
-                device=device,
-                seconds=args.seconds,
-                min_rounds=3 if args.quick else 7,
-                tick=lambda fraction: tick(0.5 + 0.5 * fraction),
-            )
-        result["complete"] = True
-    except KeyboardInterrupt as interrupt:
-        timings = getattr(interrupt, "timings", {})
-        interrupt.result = finish_case(result, entries, timings)
-        raise
-    return finish_case(result, entries, timings)
 
 
-def measure_memory(case: Case, contenders, args, device: str, tick) -> dict:
-    """name -> extra bytes, or the exception that says why there is no such number."""
-    found, available, done = {}, free_bytes(device), 0
-    for contender in contenders:
-        try:
-            check_memory(contender, case, available)
-        except NotRun as reason:
-            found[contender.name] = reason
-    todo = {c.name: (c, case, device, args.threads) for c in contenders if c.name not in found}
-
-    def one_more():
-        nonlocal done
-        done += 1
-        tick(done / len(todo))
-
-    if device == "cpu":
-        roomy = available is not None and 2 * case.dense_bytes < available
-        workers = min(2, harness.describe_machine()["cores"]) if roomy else 1
-        return found | harness.isolated(extra_memory, todo, workers=workers, tick=one_more)
-    for name, arguments in todo.items():
-        try:
-            found[name] = extra_memory(*arguments)
-        except Exception as error:  # noqa: BLE001 - reported with the contender
-            found[name] = error
-        torch.cuda.empty_cache()
-        one_more()
-    return found
+def case_title(result: dict) -> str:
+    return f"{result['name']} ({result['pairs_of_causal']:.2f} of the causal pairs)"
 
 
-def reason_of(error: BaseException) -> str:
-    """One line: a refusal's text as it is, of other exceptions also their type."""
-    if isinstance(error, NotRun):
-        return str(error)
-    return harness.describe(error)
+def error_columns(result: dict):
+    return ("max error", "rms error"), harness.max_and_rms
 
 
-def check_ours(entry: dict, allowed: dict, second: dict) -> None:
-    """Judge this package's errors in its first call and in a second one; the verdict goes into its entry."""
-    entry["allowed_error"] = allowed
-    entry["exact"] = all(
-        errors[name]["max_abs"] <= limit for errors in (entry["error"], second) for name, limit in allowed.items()
+def error_over_eager(result: dict, entries: dict) -> str:
+    """A cell: this package's largest error over eager attention's."""
+    ours, eager = (entries[name].get("error") for name in (OURS, "eager"))
+    if not ours or not eager or not worst(eager, "max_abs") > 0:
+        return "-"
+    return f"{worst(ours, 'max_abs') / worst(eager, 'max_abs'):.2f}"
+
+
+def summary_columns(results: list[dict]) -> dict:
+    columns = {f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS}
+    return columns | {"error / eager's": error_over_eager}
+
+
+def notes(results: list[dict]) -> str:
+    """What stands below the summary."""
+    checked = ", ".join({result["heads_checked"] for result in results})
+    return (
+        f"vs: the time of the fastest of that kind over ours. Errors: the largest, against float64, on {checked} "
+        "heads.\nExtra memory: the peak of one call beyond inputs, outputs and gradients; the masks of eager attention "
+        "and SDPA and\nFlexAttention's block mask are made before it and not counted."
     )
 
 
-def finish_case(result: dict, entries: dict, timings: dict) -> dict:
-    """Add timings and ratios."""
-    ours = timings.get(OURS)
-    for name, entry in entries.items():
-        timing = timings.get(name)
-        if timing is None:
-            if entry["status"] == "ok":
-                entry |= {"status": "not run", "reason": "interrupted"}
-            continue
-        entry |= {"median_s": timing.median, "q1_s": timing.q1, "q3_s": timing.q3}
-        entry["repetitions"] = timing.repetitions
-        entry["ratio"] = timing.median / ours.median if ours else None
-    ratios = {}
-    for peer in PEERS:
-        runs = [e for e in entries.values() if e["peer"] == peer and e.get("ratio")]
-        if runs:
-            best = min(runs, key=lambda e: e["median_s"])
-            ratios[peer] = {"ratio": best["ratio"], "contender": best["name"]}
-    return result | {"contenders": list(entries.values()), "ratios": ratios}
-
-
-def passed(result: dict) -> bool:
-    """Did this package run, and exactly?"""
-    ours = result["contenders"][0]
-    return ours["status"] == "ok" and ours["exact"]
-
-
-# -- printing ----------------------------------------------------------------------------------------------------------
-
-
-def case_text(result: dict) -> str:
-    """One case as a table for people."""
-    header = ["contender", "median ms", "quartiles ms", "runs", "/ ours", "max error", "rms error", "extra MiB"]
-    rows, notes = [], []
-    for entry in result["contenders"]:
-        if "median_s" not in entry:
-            notes.append(f"{entry['name']}: not run ({entry.get('reason', 'interrupted')})")
-            continue
-        extra = entry["extra_bytes"]
-        if extra is None:
-            notes.append(f"{entry['name']}: memory not measured ({entry['extra_bytes_reason']})")
-        rows.append(
-            [
-                entry["name"],
-                f"{entry['median_s'] * 1e3:.3f}",
-                f"{entry['q1_s'] * 1e3:.3f} .. {entry['q3_s'] * 1e3:.3f}",
-                str(entry["repetitions"]),
-                f"{entry['ratio']:.2f}x" if entry["ratio"] else "-",
-                f"{worst(entry['error'], 'max_abs'):.1e}",
-                f"{worst(entry['error'], 'rms_relative'):.1e}",
-                "-" if extra is None else f"{extra / harness.MIB:.2f}",
-            ]
-        )
-    if result["contenders"][0]["status"] == "ok" and not result["contenders"][0].get("exact", True):
-        limits = ", ".join(f"{name} {limit:.1e}" for name, limit in result["contenders"][0]["allowed_error"].items())
-        notes.append(f"{OURS}: TOO INEXACT, allowed are {limits}")
-    title = f"{result['name']} ({result['pairs_of_causal']:.2f} of the causal pairs)"
-    body = [harness.table(header, rows)] if rows else []
-    return "\n".join([title, *body, *notes]) + "\n"
-
-
-def summary_rows(results: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of ratios, one row per case; also what the README shows."""
-    header = ["case", "ours, ms", *(f"vs {peer}" for peer in PEERS), "error / eager's", "extra MiB"]
-    rows = []
-    for result in results:
-        entries = {entry["name"]: entry for entry in result["contenders"]}
-        ours, eager = entries[OURS], entries["eager"]
-        row = [result["name"], f"{ours['median_s'] * 1e3:.2f}" if "median_s" in ours else "not run"]
-        row += [f"{result['ratios'][p]['ratio']:.2f}x" if p in result["ratios"] else "-" for p in PEERS]
-        both = "error" in ours and "error" in eager and worst(eager["error"], "max_abs") > 0
-        row.append(f"{worst(ours['error'], 'max_abs') / worst(eager['error'], 'max_abs'):.2f}" if both else "-")
-        extra = ours.get("extra_bytes")
-        row.append("-" if extra is None else f"{extra / harness.MIB:.2f}")
-        rows.append(row)
-    return header, rows
-
-
-def draw(report: dict, path) -> None:
-    """A grouped bar chart: for every case, how many times longer each peer takes than this package."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    results = [result for result in report["cases"] if result["ratios"]]
-    figure = Figure(figsize=(max(6.0, 1.5 + 1.35 * len(results)), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    width = 0.8 / len(PEERS)
-    for place, peer in enumerate(PEERS):
-        at = [n for n, result in enumerate(results) if peer in result["ratios"]]
-        heights = [results[n]["ratios"][peer]["ratio"] for n in at]
-        offset = (place - (len(PEERS) - 1) / 2) * width
-        label = f"{peer} (best of its settings)" if peer == "FlexAttention" else peer
-        bars = axes.bar([n + offset for n in at], heights, width, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(results)), [result["name"].replace(", ", "\n") for result in results], fontsize=8)
-    axes.set_ylabel("time / dalle_fast's time")
-    axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Attention, {report['settings']['sizes']}\n{where_line(report)}", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+def plot_title(report: dict) -> str:
+    return f"Attention, {report['settings']['sizes']}"
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Time, exactness and memory of sparse attention against eager attention, SDPA and FlexAttention.",
-        formatter_class=harness.HelpFormatter,
-        allow_abbrev=False,
+    parser = harness.make_parser(
+        "Time, exactness and memory of sparse attention against eager attention, SDPA and FlexAttention."
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and rounds; on the CPU one FlexAttention block size")
@@ -611,121 +393,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=harness.integer(1), default=1, metavar="B", help="batch size")
     add("--heads", type=harness.integer(1), default=16, metavar="H", help="number of heads")
     add("--head-dim", type=harness.integer(1), default=64, metavar="D", help="head size")
-    add("--dtype", choices=DTYPES, action="append", help="repeatable (default: float32 and bfloat16 on a CPU, the "
-        "latter forward only; bfloat16 on a GPU)")  # fmt: skip
     add("--mask", type=mask_argument, action="append", metavar="MASK", help="row, axial_row, column, causal or "
         f"conv[:KERNEL[:EDGES[:DILATION]]]; repeatable (default: {', '.join(DEFAULT_MASKS)})")  # fmt: skip
-    add("--pass", dest="pass_", choices=PASSES, action="append", help="repeatable (default: both)")
-    add("--impl", choices=IMPLS, default="auto", help="implementation of this package")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the best present")
-    add("--threads", type=harness.integer(1), default=torch.get_num_threads(), help="CPU threads, of all contenders")
-    add("--seconds", type=harness.positive_seconds, help="timing per case, all contenders together (default: 4, or 1 "
-        "with --quick); at least 7 rounds are timed, or 3")  # fmt: skip
     add("--flex-block", type=harness.integer(16), action="append", metavar="N", help="FlexAttention block size to try; "
         "repeatable (default: 64 and 128, or 128 with --quick)")  # fmt: skip
-    add("--json", type=harness.output_file(".json"), metavar="FILE.json", help="write the results there")
-    add("--plot", type=harness.output_file(".png"), metavar="FILE.png", help="draw the ratios there")
+    dtypes = "float32 and bfloat16 on a CPU, the latter forward only; bfloat16 on a GPU"
+    harness.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
     return parser
 
 
 def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.seconds = args.seconds or (1.0 if args.quick else 4.0)
+    harness.settle_shared_flags(parser, args, SECONDS)
     args.flex_block = args.flex_block or ([128] if args.quick else [64, 128])
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch finds no CUDA device here; expected auto or cpu")
-    args.device = harness.best_device() if args.device == "auto" else args.device
     try:
         args.cases = make_cases(args, args.device)
     except ValueError as error:  # sizes that are right one by one
         parser.error(f"argument --grid, --text-len or --mask: {error}")
-    if args.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            parser.error("argument --plot: needs matplotlib (pip install matplotlib)")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 where this package failed or was inexact, 130 where Ctrl-C ended the run."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    device = args.device
-    torch.set_num_threads(args.threads)
-    cases = args.cases
-    contenders = make_contenders(device, args.impl, args.flex_block)
-    report = harness.describe_run("attention", argv)
-    report["settings"] = {
-        "device": device,
-        "impl": args.impl,
-        "threads": args.threads,
-        "seconds_per_case": args.seconds,
-        "quick": args.quick,
-        "sizes": cases[0].sizes,
-    }
-    report |= {"complete": False, "cases": []}
-    print(f"{where_line(report)}\n{cases[0].sizes}\n", flush=True)
-    progress = harness.Progress(len(cases))
-    interrupted = False
-    for number, case in enumerate(cases):
-        try:
-            tick = functools.partial(lambda done, fraction: progress.advance(done + fraction), number)
-            result = measure_case(case, contenders, args, device, tick, progress.say)
-        except KeyboardInterrupt as interrupt:
-            interrupted = True
-            result = getattr(interrupt, "result", None)
-        if result is not None and (result["complete"] or result["ratios"]):
-            report["cases"].append(result)
-            progress.print(case_text(result))
-        if interrupted:
-            break
-        progress.advance(number + 1)
-    progress.close()
-    report["complete"] = not interrupted
-    return finish(report, args)
-
-
-def finish(report: dict, args) -> int:
-    """Print the summary, write the files, return the exit code."""
-    results = report["cases"]
-    if results:
-        print(harness.table(*summary_rows(results)))
-        checked = {result["heads_checked"] for result in results}
-        print(f"\nvs: the time of the fastest of that kind over ours. Errors: the largest, against float64, on "
-              f"{', '.join(checked)} heads.")  # fmt: skip
-        print("Extra memory: the peak of one call beyond inputs, outputs and gradients; the masks of eager "
-              "attention and SDPA and\nFlexAttention's block mask are made before it and not counted.")  # fmt: skip
-    else:
-        print("nothing was measured")
-    if args.json:
-        harness.write_json(args.json, report)
-        print(f"wrote {args.json}")
-    if args.plot:
-        if any(result["ratios"] for result in results):
-            draw(report, args.plot)
-            print(f"wrote {args.plot}")
-        else:
-            print(f"did not write {args.plot}: there is no ratio to draw")
-    failed = [result["name"] for result in results if not passed(result)]
-    if failed:
-        print(f"{OURS} failed or was too inexact: {'; '.join(failed)}", file=sys.stderr)
-    if not report["complete"]:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 1 if failed else 0
-
-
-def where_line(report: dict) -> str:
-    """The machine, its instruction set and the versions, in one line."""
-    machine, versions = report["machine"], report["versions"]
-    if report["settings"]["device"] == "cuda":
-        where = machine["gpu"]["name"]
-    else:
-        isa = machine["dalle_fast_isa"]
-        where = f"{machine['cpu']}, {report['settings']['threads']} threads" + (f", {isa}" if isa else "")
-    return f"{where}; torch {versions['torch']}, Python {versions['python']}"
+    return harness.run(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

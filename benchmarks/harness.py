@@ -2,6 +2,20 @@
 
 A benchmark compares contenders: functions that compute the same thing in different ways. They are timed in turns in one
 process, so that whatever else the machine does meets all of them alike, and are reported as medians with quartiles.
+
+A benchmark is a module with
+
+    NAME, PEERS, MIN_ROUNDS          its name in results files, the kinds of contenders that have ratios, rounds timed
+    parse(argv)                      the flags, with `device`, `cases` and what `add_shared_flags` adds
+    contenders_of(case, args)        list of `Contender`, this package's first
+    describe_case(case) -> dict      what the case is, for the results file; `name` among it
+    make_inputs(case, device)        tensors, the same in every process
+    make_call(function, case, inputs)  the function without arguments that is timed; it returns a tuple of tensors
+    Oracle(case, inputs)             has `facts` (a dictionary for the results file), and judges: see `measure_case`
+    error_columns(result)            two headers, and a function from an entry's errors to their two cells
+    case_title(result), summary_columns(results), notes(results), plot_title(report)
+
+and its cases have name, sizes, pass_, dtype, dense_bytes and `small()`, a tiny case of the same kind.
 """
 
 from __future__ import annotations
@@ -11,8 +25,10 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
+import logging
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -35,8 +51,14 @@ try:
 except ImportError as error:
     sys.exit(f"dalle_fast cannot be imported ({error}); install it from the repository's root: pip install -e .")
 
+from dalle_fast.ops.choice import IMPLS
+
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
+OURS = "dalle_fast"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+PASSES = (FORWARD, FORWARD_BACKWARD)
 CUDA_FLUSH_BYTES = 256 * MIB  # written between two timed calls: more than any GPU's L2
 CUDA_FLUSHES = 4  # about 0.3 ms of writing, in which the host can enqueue the next call, so that its cost is hidden
 
@@ -147,10 +169,7 @@ def cpu_extra_bytes(call) -> int:
     Raises:
         NotRun: the system does not offer what this needs (Linux's /proc/self/clear_refs).
     """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse what the process has freed but still holds
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
+    _give_back_what_is_kept()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM, to the present
         before = _proc_status("VmRSS")
@@ -159,6 +178,17 @@ def cpu_extra_bytes(call) -> int:
     except OSError as error:
         raise NotRun(f"needs /proc/self/clear_refs ({error.strerror})") from None
     return max(0, peak - before - _bytes_of(outputs))
+
+
+def _give_back_what_is_kept() -> None:
+    """Else a call would reuse what the process has freed but still holds, or what MKL keeps from product to product.
+
+    Contenders whose first call is not the measured one, as it compiles, would seem to need less than others.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # a torch without MKL
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _proc_status(key: str) -> int:
@@ -240,6 +270,227 @@ def describe(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+# -- contenders --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Who computes it. `build(case, device)` returns the function that `make_call` takes, or raises NotRun.
+
+    `peer` is the column of the ratios it counts for: the fastest of a column is the one compared with.
+    """
+
+    name: str
+    peer: str
+    build: object
+    dense: bool = False  # materialises the logits, so its memory is guarded
+    compiled: bool = False  # by torch.compile, for every shape
+    floor: bool = False  # computes a part only, in memory made before: a bound, with neither errors nor memory
+
+
+class TooLarge(NotRun):
+    """It would need more memory than is free."""
+
+
+def check_memory(contender: Contender, case, available: int | None) -> None:
+    """Raise TooLarge where the contender would materialise more than the `available` bytes."""
+    if contender.dense and available is not None and case.dense_bytes > available:
+        need, have = (f"{size / 2**30:.1f} GiB" for size in (case.dense_bytes, available))
+        raise TooLarge(f"its dense logits need about {need}, {have} are free")
+
+
+def free_bytes(device: str) -> int | None:
+    """Bytes that can be had on the device; None where the system does not say."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+
+
+@contextlib.contextmanager
+def strict_compile():
+    """Forget earlier variants, and make torch.compile fail where it would run eagerly: past its limit of them."""
+    import torch._dynamo
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no talk of a missing GPU
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def extra_memory(make_inputs, make_call, contender: Contender, case, device: str, threads: int) -> int:
+    """Extra bytes of one call. On the CPU this runs in a process of its own, on the first call at this size.
+
+    Before it comes a call on a tiny case, which loads code. What torch.compile makes is called at its full size
+    instead, since it is compiled per shape: here, so that contenders compile side by side and the timing process finds
+    the result in the compiler's cache.
+    """
+
+    def call_of(case):
+        return make_call(contender.build(case, device), case, make_inputs(case, device))
+
+    torch.set_num_threads(threads)
+    with strict_compile():
+        if device == "cpu" and not contender.compiled:
+            call_of(case.small())()
+            call = call_of(case)
+        else:
+            call = call_of(case)
+            call()
+        return cpu_extra_bytes(call) if device == "cpu" else cuda_extra_bytes(call)
+
+
+def measure_memory(benchmark, case, contenders, args, tick=lambda fraction: None) -> dict:
+    """name -> extra bytes, or the exception that says why there is no such number."""
+    device = args.device
+    found, available, done = {}, free_bytes(device), 0
+    for contender in contenders:
+        try:
+            check_memory(contender, case, available)
+            if contender.floor:
+                raise NotRun("it is a bound on time")
+        except NotRun as reason:
+            found[contender.name] = reason
+    functions = benchmark.make_inputs, benchmark.make_call
+    todo = {c.name: (*functions, c, case, device, args.threads) for c in contenders if c.name not in found}
+
+    def one_more():
+        nonlocal done
+        done += 1
+        tick(done / len(todo))
+
+    if device == "cpu":
+        roomy = available is not None and 2 * case.dense_bytes < available
+        workers = min(2, describe_machine()["cores"]) if roomy else 1
+        return found | isolated(extra_memory, todo, workers=workers, tick=one_more)
+    for name, arguments in todo.items():
+        try:
+            found[name] = extra_memory(*arguments)
+        except Exception as error:  # noqa: BLE001 - reported with the contender
+            found[name] = error
+        torch.cuda.empty_cache()
+        one_more()
+    return found
+
+
+# -- a case ------------------------------------------------------------------------------------------------------------
+
+
+def measure_case(benchmark, case, args, tick, say) -> dict:
+    """Everything about one case as a dictionary for the results file.
+
+    The benchmark's oracle judges each contender: `judge(contender, call)` returns name -> {which error: how large},
+    and `allowed()` name -> the limit of its error `judged`, such as "max_abs". On KeyboardInterrupt the exception
+    carries what is complete as `result`.
+    """
+    contenders = benchmark.contenders_of(case, args)
+    result = benchmark.describe_case(case) | {"dtype": case.dtype, "pass": case.pass_, "complete": False}
+    entries = {c.name: {"name": c.name, "peer": c.peer, "status": "ok"} for c in contenders}
+    calls = {}
+    finish = functools.partial(finish_case, result, entries, benchmark.PEERS)
+    try:
+        say(f"{case.name}: memory, compiling")
+        memory = measure_memory(benchmark, case, contenders, args, lambda fraction: tick(0.5 * fraction))
+        say(f"{case.name}: exactness")
+        inputs = benchmark.make_inputs(case, args.device)
+        oracle = benchmark.Oracle(case, inputs)
+        result |= oracle.facts
+        with strict_compile():
+            for contender in contenders:
+                entry = entries[contender.name]
+                try:
+                    if isinstance(memory[contender.name], (TooLarge, Died)):
+                        raise memory[contender.name]
+                    call = benchmark.make_call(contender.build(case, args.device), case, inputs)
+                    entry["error"] = oracle.judge(contender, call) if not contender.floor else {}
+                except Exception as error:  # noqa: BLE001 - a contender's failure is a line of the report
+                    entry |= {"status": "not run", "reason": reason_of(error)}
+                    continue
+                extra = memory[contender.name]
+                entry["extra_bytes"] = None if isinstance(extra, Exception) else extra
+                if isinstance(extra, Exception):
+                    entry["extra_bytes_reason"] = reason_of(extra)
+                calls[contender.name] = call
+            for call in calls.values():
+                call()  # now that everything is compiled
+            if OURS in calls:
+                second = oracle.judge(contenders[0], calls[OURS])
+                check_ours(entries[OURS], oracle.judged, oracle.allowed(), second)
+            del oracle
+            say(f"{case.name}: timing")
+            timings = time_interleaved(
+                calls,
+                device=args.device,
+                seconds=args.seconds,
+                min_rounds=3 if args.quick else benchmark.MIN_ROUNDS,
+                tick=lambda fraction: tick(0.5 + 0.5 * fraction),
+            )
+        result["complete"] = True
+    except KeyboardInterrupt as interrupt:
+        interrupt.result = finish(getattr(interrupt, "timings", {}))
+        raise
+    return finish(timings)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: a refusal's text as it is, of other exceptions also their type."""
+    if isinstance(error, NotRun):
+        return str(error)
+    return describe(error)
+
+
+def check_ours(entry: dict, judged: str, allowed: dict, second: dict) -> None:
+    """Judge this package's errors in its first call and in a second one; the verdict goes into its entry."""
+    entry["allowed_error"] = allowed
+    entry["exact"] = all(
+        errors[name][judged] <= limit for errors in (entry["error"], second) for name, limit in allowed.items()
+    )
+
+
+def compare(names, outputs, exact) -> dict:
+    """Of each tensor the largest error, its root mean square relative to that of the exact values, and their largest."""
+    errors = {}
+    for name, output, expected in zip(names, outputs, exact):
+        difference = output.detach().double() - expected
+        size = difference.norm()
+        errors[name] = {
+            "max_abs": float(difference.abs().max()),
+            "rms_relative": float(size / expected.norm()) if size != 0 else 0.0,
+            "largest": float(expected.abs().max()),
+        }
+    return errors
+
+
+def worst(errors: dict, key: str) -> float:
+    """The largest of a case's tensors; NaN if any is (null in a results file)."""
+    values = [entry[key] for entry in errors.values()]
+    return math.nan if any(value is None or math.isnan(value) for value in values) else max(values)
+
+
+def finish_case(result: dict, entries: dict, peers, timings: dict) -> dict:
+    """Add timings and ratios."""
+    ours = timings.get(OURS)
+    for name, entry in entries.items():
+        timing = timings.get(name)
+        if timing is None:
+            if entry["status"] == "ok":
+                entry |= {"status": "not run", "reason": "interrupted"}
+            continue
+        entry |= {"median_s": timing.median, "q1_s": timing.q1, "q3_s": timing.q3}
+        entry["repetitions"] = timing.repetitions
+        entry["ratio"] = timing.median / ours.median if ours else None
+    ratios = {}
+    for peer in peers:
+        runs = [e for e in entries.values() if e["peer"] == peer and e.get("ratio")]
+        if runs:
+            best = min(runs, key=lambda e: e["median_s"])
+            ratios[peer] = {"ratio": best["ratio"], "contender": best["name"]}
+    return result | {"contenders": list(entries.values()), "ratios": ratios}
+
+
+def passed(result: dict) -> bool:
+    """Did this package run, and exactly?"""
+    ours = result["contenders"][0]
+    return ours["status"] == "ok" and ours["exact"]
 
 
 # -- machine, versions, commit -----------------------------------------------------------------------------------------
@@ -431,7 +682,207 @@ class Progress:
         self._bar.close()
 
 
+# -- what is printed and drawn -----------------------------------------------------------------------------------------
+
+
+def case_text(benchmark, result: dict) -> str:
+    """One case as a table for people."""
+    (first, second), error_cells = benchmark.error_columns(result)
+    header = ["contender", "median ms", "quartiles ms", "runs", "/ ours", first, second, "extra MiB"]
+    rows, notes = [], []
+    for entry in result["contenders"]:
+        if "median_s" not in entry:
+            notes.append(f"{entry['name']}: not run ({entry.get('reason', 'interrupted')})")
+            continue
+        if entry["extra_bytes"] is None:
+            notes.append(f"{entry['name']}: memory not measured ({entry['extra_bytes_reason']})")
+        rows.append(
+            [
+                entry["name"],
+                f"{entry['median_s'] * 1e3:.3f}",
+                f"{entry['q1_s'] * 1e3:.3f} .. {entry['q3_s'] * 1e3:.3f}",
+                str(entry["repetitions"]),
+                f"{entry['ratio']:.2f}x" if entry["ratio"] else "-",
+                *error_cells(entry["error"]),
+                extra_mib(entry),
+            ]
+        )
+    if result["contenders"][0]["status"] == "ok" and not result["contenders"][0].get("exact", True):
+        limits = ", ".join(f"{name} {limit:.1e}" for name, limit in result["contenders"][0]["allowed_error"].items())
+        notes.append(f"{OURS}: TOO INEXACT, allowed are {limits}")
+    body = [table(header, rows)] if rows else []
+    return "\n".join([benchmark.case_title(result), *body, *notes]) + "\n"
+
+
+def extra_mib(entry: dict) -> str:
+    """A cell: an entry's extra memory."""
+    extra = entry.get("extra_bytes")
+    return "-" if extra is None else f"{extra / MIB:.2f}"
+
+
+def max_and_rms(errors: dict) -> list[str]:
+    """Two cells: errors of `compare`."""
+    return [f"{worst(errors, key):.1e}" for key in ("max_abs", "rms_relative")] if errors else ["-", "-"]
+
+
+def ratio_cell(result: dict, peer: str) -> str:
+    """A cell: how many times this package's time a peer takes."""
+    return f"{result['ratios'][peer]['ratio']:.2f}x" if peer in result["ratios"] else "-"
+
+
+def summary_rows(columns: dict, results: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of ratios, one row per case; also what the README shows.
+
+    Args:
+        columns: header -> function(result, entries), entries by name; they stand between "ours, ms" and "extra MiB".
+    """
+    header, rows = ["case", "ours, ms", *columns, "extra MiB"], []
+    for result in results:
+        entries = {entry["name"]: entry for entry in result["contenders"]}
+        ours = entries[OURS]
+        cells = [cell(result, entries) for cell in columns.values()]
+        time_cell = f"{ours['median_s'] * 1e3:.2f}" if "median_s" in ours else "not run"
+        rows.append([result["name"], time_cell, *cells, extra_mib(ours)])
+    return header, rows
+
+
+def draw(benchmark, report: dict, path) -> None:
+    """A grouped bar chart: for every case, how many times longer each peer takes than this package."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = [result for result in report["cases"] if result["ratios"]]
+    peers = [peer for peer in benchmark.PEERS if any(peer in result["ratios"] for result in results)]
+    figure = Figure(figsize=(max(6.0, 1.5 + 1.35 * len(results)), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(peers)
+    for place, peer in enumerate(peers):
+        at = [n for n, result in enumerate(results) if peer in result["ratios"]]
+        heights = [results[n]["ratios"][peer]["ratio"] for n in at]
+        offset = (place - (len(peers) - 1) / 2) * width
+        several = len({e["name"] for result in results for e in result["contenders"] if e["peer"] == peer}) > 1
+        bars = axes.bar([n + offset for n in at], heights, width, label=f"{peer} (the fastest)" if several else peer)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(results)), [result["name"].replace(", ", "\n") for result in results], fontsize=8)
+    axes.set_ylabel(f"time / {OURS}'s time")
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{benchmark.plot_title(report)}\n{where_line(report)}", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def where_line(report: dict) -> str:
+    """The machine, its instruction set and the versions, in one line."""
+    machine, versions = report["machine"], report["versions"]
+    if report["settings"]["device"] == "cuda":
+        where = machine["gpu"]["name"]
+    else:
+        isa = machine["dalle_fast_isa"]
+        where = f"{machine['cpu']}, {report['settings']['threads']} threads" + (f", {isa}" if isa else "")
+    return f"{where}; torch {versions['torch']}, Python {versions['python']}"
+
+
 # -- command line ------------------------------------------------------------------------------------------------------
+
+
+def run(benchmark, argv: list[str] | None) -> int:
+    """Measure what the flags say (None: those of the command line), print and write the results.
+
+    Returns 0, 1 where this package failed or was inexact, 130 where Ctrl-C ended the run.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = benchmark.parse(argv)
+    torch.set_num_threads(args.threads)
+    report = describe_run(benchmark.NAME, argv)
+    report["settings"] = {
+        "device": args.device,
+        "impl": args.impl,
+        "threads": args.threads,
+        "seconds_per_case": args.seconds,
+        "quick": args.quick,
+        "sizes": args.cases[0].sizes,
+    }
+    report |= {"complete": False, "cases": []}
+    print(f"{where_line(report)}\n{args.cases[0].sizes}\n", flush=True)
+    progress = Progress(len(args.cases))
+    interrupted = False
+    for number, case in enumerate(args.cases):
+        try:
+            tick = functools.partial(lambda done, fraction: progress.advance(done + fraction), number)
+            result = measure_case(benchmark, case, args, tick, progress.say)
+        except KeyboardInterrupt as interrupt:
+            interrupted = True
+            result = getattr(interrupt, "result", None)
+        if result is not None and (result["complete"] or result["ratios"]):
+            report["cases"].append(result)
+            progress.print(case_text(benchmark, result))
+        if interrupted:
+            break
+        progress.advance(number + 1)
+    progress.close()
+    report["complete"] = not interrupted
+    return _finish(benchmark, report, args)
+
+
+def _finish(benchmark, report: dict, args) -> int:
+    """Print the summary, write the files, return the exit code."""
+    results = report["cases"]
+    if results:
+        print(table(*summary_rows(benchmark.summary_columns(results), results)))
+        print(f"\n{benchmark.notes(results)}")
+    else:
+        print("nothing was measured")
+    if args.json:
+        write_json(args.json, report)
+        print(f"wrote {args.json}")
+    if args.plot:
+        if any(result["ratios"] for result in results):
+            draw(benchmark, report, args.plot)
+            print(f"wrote {args.plot}")
+        else:
+            print(f"did not write {args.plot}: there is no ratio to draw")
+    failed = [result["name"] for result in results if not passed(result)]
+    if failed:
+        print(f"{OURS} failed or was too inexact: {'; '.join(failed)}", file=sys.stderr)
+    if not report["complete"]:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults, and that takes no abbreviated flags."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, *, dtypes: str, rounds: int, seconds: float) -> None:
+    """The flags that every benchmark has. `dtypes` says which are measured without --dtype."""
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, action="append", help=f"repeatable (default: {dtypes})")
+    add("--pass", dest="pass_", choices=PASSES, action="append", help="repeatable (default: both)")
+    add("--impl", choices=IMPLS, default="auto", help="implementation of this package")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the best present")
+    add("--threads", type=integer(1), default=torch.get_num_threads(), help="CPU threads, of all contenders")
+    add("--seconds", type=positive_seconds, help=f"timing per case, all contenders together (default: {seconds:g}, or "
+        f"1 with --quick); at least {rounds} rounds are timed, or 3")  # fmt: skip
+    add("--json", type=output_file(".json"), metavar="FILE.json", help="write the results there")
+    add("--plot", type=output_file(".png"), metavar="FILE.png", help="draw the ratios there")
+
+
+def settle_shared_flags(parser: argparse.ArgumentParser, args, seconds: float) -> None:
+    """Defaults that depend on others, and what this machine cannot do; exits with a usage error there."""
+    args.seconds = args.seconds or (1.0 if args.quick else seconds)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no CUDA device here; expected auto or cpu")
+    args.device = best_device() if args.device == "auto" else args.device
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            parser.error("argument --plot: needs matplotlib (pip install matplotlib)")
 
 
 def integer(minimum: int):

@@ -1,10 +1,12 @@
-"""Write a results file of attn_bench.py into the README as a table, between two markers.
+"""Write a results file of a benchmark into the README as a table, between two markers.
 
-    python benchmarks/readme_table.py benchmarks/results/cpu.json
-    python benchmarks/readme_table.py benchmarks/results/gpu.json --name attn_bench_gpu
+    python benchmarks/readme_table.py benchmarks/results/attn_cpu.json
+    python benchmarks/readme_table.py benchmarks/results/attn_gpu.json --name attn_bench_gpu
+    python benchmarks/readme_table.py benchmarks/results/codebook_cpu.json
 
-The markers are `<!-- attn_bench:begin -->` and `<!-- attn_bench:end -->`, each on a line of its own; what is between
-them is replaced. With --check nothing is written, and the exit code is 1 where the README shows something else.
+The markers are `<!-- attn_bench:begin -->` and `<!-- attn_bench:end -->`, each on a line of its own, or the same with
+the name of the benchmark that wrote the file; what is between them is replaced. With --check nothing is written, and
+the exit code is 1 where the README shows something else.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import tempfile
 from pathlib import Path
 
 import attn_bench
+import codebook_bench
 import harness
+
+BENCHMARKS = {module.NAME: module for module in (attn_bench, codebook_bench)}
 
 
 class Refusal(Exception):
@@ -29,7 +34,7 @@ def read_report(path: Path) -> dict:
     """The results file at `path`.
 
     Raises:
-        Refusal: it cannot be read, is not one of attn_bench.py's, or holds no case.
+        Refusal: it cannot be read, is not one of a benchmark's, or holds no case.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -37,8 +42,10 @@ def read_report(path: Path) -> dict:
         raise Refusal(f"{path}: {error.strerror}") from error
     except ValueError as error:  # not JSON, or not text
         raise Refusal(f"{path} is not JSON ({error})") from error
-    if not isinstance(report, dict) or report.get("benchmark") != "attention":
-        raise Refusal(f'{path} is not a results file of attn_bench.py: expected "benchmark": "attention"')
+    if not isinstance(report, dict) or report.get("benchmark") not in BENCHMARKS:
+        scripts = " or ".join(f"{module.__name__}.py" for module in BENCHMARKS.values())
+        names = " or ".join(f'"{name}"' for name in BENCHMARKS)
+        raise Refusal(f'{path} is not a results file of {scripts}: expected "benchmark": {names}')
     if not report.get("cases"):
         raise Refusal(f"{path} holds no measured case")
     return report
@@ -50,20 +57,23 @@ def render(report: dict) -> str:
     Raises:
         Refusal: the report lacks something.
     """
+    benchmark = BENCHMARKS[report["benchmark"]]
     try:
         commit, changes, _ = (report["commit"] or "unknown").partition("+")
         measured = (
             f"Measured {report['date'][:10]} at commit {commit[:10]}{changes and '+changes'} on "
-            f"{attn_bench.where_line(report)}: {report['settings']['sizes']}. A ratio is the other's median time over "
+            f"{harness.where_line(report)}: {report['settings']['sizes']}. A ratio is the other's median time over "
             "this package's in the same run."
         )
-        table = harness.table(*attn_bench.summary_rows(report["cases"]), markdown=True)
+        columns = benchmark.summary_columns(report["cases"])
+        table = harness.table(*harness.summary_rows(columns, report["cases"]), markdown=True)
         lines = [measured, "", table]
         if not report["complete"]:
             lines += ["", "The run was interrupted: not every case is here."]
         refusals = not_run(report["cases"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"these results are not as this version of attn_bench.py writes them ({error!r})") from error
+        script = f"{benchmark.__name__}.py"
+        raise Refusal(f"these results are not as this version of {script} writes them ({error!r})") from error
     if refusals:
         lines += ["", "Not run: " + "; ".join(refusals) + "."]
     return "\n".join(lines)
@@ -126,28 +136,27 @@ def marker_name(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Write a results file of attn_bench.py into the README, between <!-- NAME:begin --> and "
-        "<!-- NAME:end -->.",
-        formatter_class=harness.HelpFormatter,
-        allow_abbrev=False,
+    parser = harness.make_parser(
+        "Write a results file of a benchmark into the README, between <!-- NAME:begin --> and <!-- NAME:end -->."
     )
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what attn_bench.py --json wrote")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what a benchmark's --json wrote")
     readme = harness.ROOT / "README.md"
     parser.add_argument("--readme", type=Path, metavar="FILE", help="file to write into (default: that of this tree)")
-    parser.add_argument("--name", type=marker_name, default="attn_bench", help="name of the markers")
+    parser.add_argument("--name", type=marker_name, help="name of the markers (default: that of the benchmark, "
+        "attn_bench or codebook_bench)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
     args = parser.parse_args(argv)
     args.readme = args.readme or readme
     try:
-        content = render(read_report(args.results))
+        report = read_report(args.results)
+        content, name = render(report), args.name or BENCHMARKS[report["benchmark"]].__name__
         try:
             with open(args.readme, encoding="utf-8", newline="") as file:
                 before = file.read()
         except OSError as error:
             raise Refusal(f"{args.readme}: {error.strerror}") from error
         try:
-            after = insert(before, content, args.name)
+            after = insert(before, content, name)
         except Refusal as refusal:
             raise Refusal(f"{args.readme}: {refusal}") from None
     except Refusal as refusal:

@@ -1,12 +1,14 @@
-"""`benchmarks/attn_bench.py` says what it promises: every contender, every number, every refusal.
+"""The benchmarks say what they promise: every contender, every number, every refusal.
 
-The command runs at a tiny size, where nothing it measures means anything but everything it writes has its form.
+The commands run at a tiny size, where nothing they measure means anything but everything they write has its form.
 """
 
+import functools
 import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,22 +19,39 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "benchmarks" / "attn_bench.py"
+FOLDER = ROOT / "benchmarks"
 TINY = ["--quick", "--seconds", "0.05", "--grid", "3x5", "--text-len", "6", "--heads", "2", "--head-dim", "16"]
 CONTENDERS = ("dalle_fast", "SDPA causal", "SDPA mask", "FlexAttention, block 128", "eager")
+CODEBOOK_TINY = ["--quick", "--seconds", "0.02", "--threads", "1"]  # threads cost more than they give at these sizes
+CODEBOOK_TINY += ["--rows", "24", "--codes", "100", "--embedding-dim", "8", "--din", "16"]
+CODEBOOK_CONTENDERS = {
+    ("gumbel", "forward"): ["dalle_fast", "products alone", "eager", "compiled"],
+    ("gumbel", "forward+backward"): ["dalle_fast", "eager", "compiled"],
+    ("argmax", "forward"): ["dalle_fast", "eager", "compiled"],
+    ("sample", "forward"): ["dalle_fast", "eager, multinomial", "eager, Gumbel argmax", "compiled, Gumbel argmax"],
+    ("cross_entropy", "forward"): ["dalle_fast", "eager", "compiled", "Liger", "cut-cross-entropy"],
+    ("cross_entropy", "forward+backward"): ["dalle_fast", "eager", "compiled", "Liger", "cut-cross-entropy"],
+}
 
 
 @pytest.fixture(scope="module")
 def modules():
     """(harness, attn_bench), imported from their folder, which is no package."""
-    sys.path.insert(0, str(SCRIPT.parent))
+    sys.path.insert(0, str(FOLDER))
     try:
         import attn_bench
         import harness
 
         yield harness, attn_bench
     finally:
-        sys.path.remove(str(SCRIPT.parent))
+        sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def codebook_bench(modules):
+    import codebook_bench
+
+    return codebook_bench
 
 
 def environment():
@@ -40,33 +59,42 @@ def environment():
     return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def bench(*flags):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *flags],
-        check=False, capture_output=True, text=True, timeout=240, env=environment(),
+def report_of(folder, script, *flags, **variables):
+    """Run a benchmark in a process of its own; what it wrote to its results file, and what it printed."""
+    result_file, picture = folder / "result.json", folder / "result.png"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    run = subprocess.run(
+        [sys.executable, str(FOLDER / script), *flags, "--json", str(result_file)]
+        + (["--plot", str(picture)] if draws else []),
+        check=False, capture_output=True, text=True, timeout=240, env=environment() | variables,
     )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    if draws:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(result_file.read_text())
+    assert report["complete"] is True
+    assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
+    assert str(folder) not in result_file.read_text() and "--json result.json" in report["command"]
+    return report, run.stdout
+
+
+def check_timing(entry, ours):
+    assert 0 < entry["q1_s"] <= entry["median_s"] <= entry["q3_s"] and entry["repetitions"] >= 3
+    assert entry["ratio"] == pytest.approx(entry["median_s"] / ours["median_s"])
+    assert entry["extra_bytes"] is None or 0 <= entry["extra_bytes"] < 64 << 20
 
 
 def test_a_run_writes_everything(tmp_path):
     """One process for the whole promise, since FlexAttention's compilation takes most of its time."""
-    result_file, picture = tmp_path / "result.json", tmp_path / "result.png"
     flags = ["--mask", "conv:3:clip", "--dtype", "float32", "--batch", "2"]
-    if importlib.util.find_spec("matplotlib"):
-        flags += ["--plot", str(picture)]
-    run = bench(*TINY, *flags, "--json", str(result_file))
-    assert run.returncode == 0, run.stdout + run.stderr
-    if importlib.util.find_spec("matplotlib"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    report = json.loads(result_file.read_text())
-    assert report["benchmark"] == "attention" and report["complete"] is True
-    assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
-    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
-    assert str(tmp_path) not in result_file.read_text() and "--json result.json" in report["command"]
+    report, printed = report_of(tmp_path, "attn_bench.py", *TINY, *flags)
+    assert report["benchmark"] == "attention"
     assert [case["pass"] for case in report["cases"]] == ["forward", "forward+backward"]
     for case in report["cases"]:
         assert case["complete"] and case["mask"].startswith("conv_mask(text_len=6, grid=(3, 5), kernel_size=3")
         assert (case["seq_len"], case["batch"], case["heads"], case["head_dim"]) == (21, 2, 2, 16)
-        check_case(case, run.stdout)
+        check_case(case, printed)
 
 
 def check_case(case, printed):
@@ -77,15 +105,142 @@ def check_case(case, printed):
         if entry["status"] == "not run":  # FlexAttention: no compiler here, or no backward on a CPU
             assert name.startswith("FlexAttention") and f"{name}: not run ({entry['reason']})" in printed
             continue
-        assert 0 < entry["q1_s"] <= entry["median_s"] <= entry["q3_s"] and entry["repetitions"] >= 3
-        assert entry["ratio"] == pytest.approx(entry["median_s"] / entries["dalle_fast"]["median_s"])
+        check_timing(entry, entries["dalle_fast"])
         tensors = ["out"] if case["pass"] == "forward" else ["out", "grad_query", "grad_key", "grad_value"]
         assert list(entry["error"]) == tensors
         assert all(0 < e["max_abs"] < 1e-5 and 0 < e["rms_relative"] < 1e-5 for e in entry["error"].values())
-        assert entry["extra_bytes"] is None or 0 <= entry["extra_bytes"] < 64 << 20
     assert entries["dalle_fast"]["exact"] is True
     if case["pass"] == "forward+backward":
         assert entries["FlexAttention, block 128"]["status"] == "not run"
+
+
+def test_a_codebook_run_writes_everything(tmp_path):
+    """Without torch.compile, whose contenders say so: compiling takes ten times as long as all the rest."""
+    report, printed = report_of(tmp_path, "codebook_bench.py", *CODEBOOK_TINY, TORCH_COMPILE_DISABLE="1")
+    assert report["benchmark"] == "codebook"
+    found = {(case["op"], case["pass"]): [e["name"] for e in case["contenders"]] for case in report["cases"]}
+    assert found == CODEBOOK_CONTENDERS
+    for case in report["cases"]:
+        assert case["complete"] and (case["rows"], case["codes"], case["embedding_dim"], case["din"]) == (
+            24,
+            100,
+            8,
+            16,
+        )
+        entries = {entry["name"]: entry for entry in case["contenders"]}
+        assert entries["dalle_fast"]["exact"] is True
+        assert "eager" in case["ratios"] and "products" not in case["ratios"]
+        for name, entry in entries.items():
+            if entry["status"] == "not run":
+                reason = "switched off" if name.startswith("compiled") else "not installed|needs a GPU"
+                assert re.search(reason, entry["reason"]) and f"{name}: not run ({entry['reason']})" in printed
+            else:
+                assert not name.startswith(("compiled", "Liger", "cut"))
+                check_timing(entry, entries["dalle_fast"])
+                check_codebook_errors(case, entry)
+
+
+def check_codebook_errors(case, entry):
+    errors = entry["error"]
+    if entry["name"] == "products alone":
+        assert errors == {} and entry["extra_bytes"] is None
+    elif case["op"] == "sample":
+        assert case["samples"] == 8 * 24 and len(errors) == 4
+        assert all(0 <= error["z"] < 5 for error in errors.values())
+    elif case["op"] == "argmax":
+        assert errors["codes"]["max_abs"] < 1e-5 and errors["codes"]["rows_that_differ"] <= 1 / 24
+    else:
+        gumbel, backward = case["op"] == "gumbel", case["pass"] == "forward+backward"
+        grads = ["grad_hidden", "grad_weight", "grad_bias"] + ["grad_codebook"] * gumbel
+        assert list(errors) == (["embedding", "kl"] if gumbel else ["loss"]) + grads * backward
+        assert all(0 <= error["max_abs"] < 1e-4 * error["largest"] for error in errors.values())
+
+
+def test_compiled_torch_takes_part(codebook_bench, monkeypatch, capsys, threads):
+    """Compiled by the backend that compiles nothing, at both of its signatures: with its own noise, and with ours."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(codebook_bench.harness, "measure_memory", every_memory_is_zero)
+    flags = [*CODEBOOK_TINY, "--device", "cpu", "--op", "gumbel", "--pass", "forward", "--dtype", "bfloat16"]
+    assert codebook_bench.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "gumbel, forward, bfloat16, Din 16" in printed and "compiled: not run" not in printed
+
+
+def every_memory_is_zero(benchmark, case, contenders, *_):
+    return dict.fromkeys((contender.name for contender in contenders), 0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--op", "softmax"], "argument --op: invalid choice: 'softmax'"),
+        (["--rows", "0"], "argument --rows: expected an integer of at least 1, got '0'"),
+        (["--codes", "1"], "argument --codes: expected an integer of at least 2, got '1'"),
+        (["--embedding-dim", "x"], "argument --embedding-dim: expected an integer of at least 1, got 'x'"),
+        (["--din", "-2"], "argument --din: expected an integer of at least 1, got '-2'"),
+        (["--op", "argmax", "--pass", "forward+backward"], "argument --pass: argmax has no backward pass"),
+        (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
+        (["--json", "a.txt"], "argument --json: expected a file name ending in .json, got 'a.txt'"),
+    ],
+)
+def test_a_bad_flag_of_the_codebook_is_named(codebook_bench, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        codebook_bench.parse(flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_default_cases_of_the_codebook(codebook_bench):
+    cases = codebook_bench.parse(["--device", "cpu"]).cases
+    assert {(case.rows, case.codes, case.embedding_dim) for case in cases} == {(1024, 8192, 128)}
+    kinds = [(case.op, case.pass_, case.dtype, case.din) for case in cases]
+    assert kinds.count(("gumbel", "forward", "bfloat16", 512)) == 1
+    for op, pass_ in CODEBOOK_CONTENDERS:
+        assert {(op, pass_, "float32", din) for din in (512, 2048)} <= set(kinds)
+    assert len(kinds) == 2 * len(CODEBOOK_CONTENDERS) + 1
+
+
+@pytest.mark.parametrize("op", ["gumbel", "argmax", "sample", "cross_entropy"])
+def test_a_wrong_codebook_result_fails(codebook_bench, monkeypatch, capsys, threads, op):
+    """A little more than rounding, codes that are off by one, samples that prefer even codes, NaN."""
+    monkeypatch.setattr(codebook_bench.harness, "measure_memory", every_memory_is_zero)
+    real = codebook_bench.build_ours
+    rows = "1024" if op == "sample" else "24"
+    flags = [*CODEBOOK_TINY, "--op", op, "--pass", "forward", "--device", "cpu", "--rows", rows]
+
+    def spoiled(case, device, noise=None, *, impl):
+        function = real(case, device, noise, impl=impl)
+
+        def call(inputs):
+            first, *rest = function(inputs)
+            if op == "argmax":
+                return ((first + 1) % case.codes,)
+            if op == "sample":
+                return (torch.where(torch.rand(first.shape) < 0.1, first - first % 2, first),)
+            return (first * (1 + offset), *rest)
+
+        return call
+
+    monkeypatch.setattr(codebook_bench, "build_ours", spoiled)
+    for offset in (1e-4, math.nan) if op in ("gumbel", "cross_entropy") else (0,):
+        with torch._dynamo.config.patch(disable=True):
+            assert codebook_bench.main(flags) == 1
+        printed = capsys.readouterr()
+        assert "dalle_fast: TOO INEXACT" in printed.out and "too inexact: " in printed.err
+
+
+def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
+    """The same truth in one block of rows and in several; small errors are found in any tensor."""
+    for op in ("gumbel", "cross_entropy"):
+        case = codebook_bench.Case(op, "forward+backward", "float32", 5, 7, 11, 3)
+        inputs = codebook_bench.make_inputs(case, "cpu")
+        whole = codebook_bench.Oracle(case, inputs)._expected()
+        monkeypatch.setattr(codebook_bench, "BLOCK_PAIRS", 3 * 11)
+        parts = codebook_bench.Oracle(case, inputs)._expected()
+        monkeypatch.undo()
+        assert len(whole) == len(parts) == (6 if op == "gumbel" else 4)
+        for one, other in zip(whole, parts):
+            assert one.dtype == torch.float64 and torch.allclose(one, other, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +292,7 @@ def test_the_default_cases_are_the_papers(modules):
 
 def test_an_inexact_result_fails(modules, monkeypatch, capsys):
     """The verdict has teeth: an output that is off by a little more than rounding is refused, NaN too."""
-    _, attn_bench = modules
+    harness, attn_bench = modules
     real = attn_bench.build_eager
     flags = [*TINY, "--mask", "row", "--dtype", "float32", "--pass", "forward", "--device", "cpu"]
 
@@ -145,7 +300,7 @@ def test_an_inexact_result_fails(modules, monkeypatch, capsys):
         raise attn_bench.NotRun("left out of this test")
 
     monkeypatch.setattr(attn_bench, "build_flex", build_flex)
-    monkeypatch.setattr(attn_bench, "measure_memory", lambda *_: dict.fromkeys(CONTENDERS, 0))
+    monkeypatch.setattr(harness, "measure_memory", every_memory_is_zero)
     for offset, code in ((0.0, 0), (1e-5, 1), (math.nan, 1)):
 
         def build_ours(case, device, *, impl, offset=offset):
@@ -192,7 +347,7 @@ def test_memory_is_what_a_call_takes(modules):
 
 
 def take_memory(mebibytes):
-    sys.path.insert(0, str(SCRIPT.parent))
+    sys.path.insert(0, str(FOLDER))
     import harness
 
     def call(scratch):
@@ -231,10 +386,10 @@ def test_timing_takes_turns(modules):
 
 
 def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_path):
-    _, attn_bench = modules
+    harness, attn_bench = modules
     results = []
 
-    def measure(case, *_):
+    def measure(benchmark, case, *_):
         if len(results) == 1:
             raise KeyboardInterrupt
         results.append(case)
@@ -251,7 +406,7 @@ def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_
         return {"name": case.name, "complete": True, "pairs_of_causal": 0.5, "heads_checked": "1 of 1",
                 "contenders": [ours, entry], "ratios": ratios}  # fmt: skip
 
-    monkeypatch.setattr(attn_bench, "measure_case", measure)
+    monkeypatch.setattr(harness, "measure_case", measure)
     path = tmp_path / "r.json"
     assert attn_bench.main([*TINY, "--mask", "row", "--mask", "column", "--json", str(path), "--device", "cpu"]) == 130
     assert "2.00x" in capsys.readouterr().out

@@ -52,6 +52,45 @@ REPORT = {
 }
 
 
+def codebook_contender(name, peer, median, error):
+    entry = contender(name, peer, median, error)
+    return entry | {"error": {"embedding": {"max_abs": error, "rms_relative": error, "largest": 1.0}}}
+
+
+CODEBOOK_REPORT = {
+    **REPORT,
+    "benchmark": "codebook",
+    "settings": {"device": "cpu", "threads": 2, "sizes": "1024 rows, 8192 codes, embedding 128"},
+    "cases": [
+        {
+            "name": "gumbel, forward, float32, Din 512",
+            "op": "gumbel",
+            "dtype": "float32",
+            "contenders": [
+                {**codebook_contender("dalle_fast", "dalle_fast", 0.002, 1e-6), "exact": True},
+                {**codebook_contender("products alone", "products", 0.0016, 0), "error": {}},
+                codebook_contender("eager", "eager", 0.008, 4e-6),
+                codebook_contender("compiled", "compiled", 0.003, 2e-6),
+            ],
+            "ratios": {
+                "eager": {"ratio": 4.0, "contender": "eager"},
+                "compiled": {"ratio": 1.5, "contender": "compiled"},
+            },
+        },
+        {
+            "name": "sample, forward, float32, Din 512",
+            "op": "sample",
+            "dtype": "float32",
+            "contenders": [
+                {**contender("dalle_fast", "dalle_fast", 0.002, 0), "error": {"parity": {"z": 1.25}}, "exact": True},
+                refusal("compiled", "compiled", "no compiler"),
+            ],
+            "ratios": {},
+        },
+    ],
+}
+
+
 @pytest.fixture
 def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -109,6 +148,24 @@ def test_the_table_says_what_was_measured(tool, files):
     assert "interrupted" not in text
 
 
+def test_the_codebooks_table(tool, files):
+    """Its markers have the name of the benchmark that wrote the file."""
+    readme, results = files
+    results.write_text(json.dumps(CODEBOOK_REPORT))
+    readme.write_text(readme.read_text() + "<!-- codebook_bench:begin -->\nold\n<!-- codebook_bench:end -->\n")
+    assert run(tool, readme, results) == 0
+    text = readme.read_text()
+    assert "what was here" in text and "1024 rows" in text and "\nold\n" not in text
+    header, _, gumbel, sample = cells(text)[-4:]
+    shown = dict(zip(header, gumbel))
+    assert (shown["ours, ms"], shown["/ products"], shown["error / eager's"]) == ("2.00", "1.25x", "0.25")
+    assert (shown["vs eager"], shown["vs compiled"]) == ("4.00x", "1.50x")
+    assert shown["vs fastest other"] == "1.50x (compiled)"
+    shown = dict(zip(header, sample))
+    assert shown["error / eager's"] == "z 1.2" and shown["vs eager"] == "-" and shown["/ products"] == "-"
+    assert "Not run: compiled: no compiler (1 of 2 cases)." in text
+
+
 def test_a_gpu_an_interruption_and_a_changed_tree_are_named(tool):
     report = copy.deepcopy(REPORT)
     report["settings"]["device"] = "cuda"
@@ -143,9 +200,11 @@ def test_check_writes_nothing(tool, files, capsys):
         ("{", "is not JSON"),
         ("[]", "is not a results file of attn_bench.py"),
         ("{}", "is not a results file of attn_bench.py"),
-        ('{"benchmark": "codebook"}', "is not a results file of attn_bench.py"),
+        ('{"benchmark": "training"}', "is not a results file of attn_bench.py or codebook_bench.py"),
+        ('{"benchmark": "codebook"}', "holds no measured case"),
         ('{"benchmark": "attention", "cases": []}', "holds no measured case"),
         ('{"benchmark": "attention", "cases": [{}]}', "not as this version of attn_bench.py writes them"),
+        ('{"benchmark": "codebook", "cases": [{}]}', "not as this version of codebook_bench.py writes them"),
     ],
 )
 def test_unusable_results_are_refused(tool, files, capsys, content, words):
