@@ -272,8 +272,7 @@ void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float*
             }
             add_noise(noise, block, 1, z);
             for (int v = 0; v < kVecs; ++v) {
-                // What exp2 gives for "nothing" goes: times 1 / tau it would be something where tau is tiny.
-                z[v] = (exp2((z[v] - stats.max_noisy) * factor) - 0x1p-126f) * inverse_sum;
+                z[v] = exp2((z[v] - stats.max_noisy) * factor) * inverse_sum;
                 dots[v] += z[v] * grad[v];
             }
             store_block(z, valid, weights + block * kNoiseBlock);

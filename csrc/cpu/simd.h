@@ -155,17 +155,17 @@ DF_INLINE float horizontal_sum(Vec v) {
 #endif
 
 // 2^x for x <= 0 or a little above: 2^floor(x) times a degree-5 minimax polynomial of 2^(x - floor(x)), relative error
-// 2e-7. NaN stays NaN; -inf and everything below -126 gives 2^-126, as subnormal results cost a hundred times more.
+// 2e-7. NaN stays NaN. Below -100, -inf included, it is 0: beside the softmax's largest term, which is 1, that much is
+// nothing, but its products would be subnormal, and an operation with those costs a hundred times more.
 DF_INLINE Vec exp2(Vec x) {
+    const float smallest = -100.f;
 #if defined(__AVX512F__)
-    x = (Vec)_mm512_max_ps(_mm512_set1_ps(-126.f), (__m512)x);  // the second operand where either is NaN
     const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    const Vec clamped = x < splat(-126.f) ? splat(-126.f) : x;
     // 1.5 * 2^23: the sum's low bits are the nearest integer to x - 1/2, which is its floor or one less.
     const Vec shifter = splat(12582912.f);
-    const Vec shifted = clamped - 0.5f + shifter;
-    const Vec f = clamped - (shifted - shifter);
+    const Vec shifted = x - 0.5f + shifter;
+    const Vec f = x - (shifted - shifter);
 #endif
     Vec p = splat(1.867130166e-3f);
     p = p * f + 9.017029777e-3f;
@@ -174,10 +174,12 @@ DF_INLINE Vec exp2(Vec x) {
     p = p * f + 6.931512952e-1f;
     p = p * f + 1.0f;
 #if defined(__AVX512F__)
-    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);  // NaN too
+    return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)x);
 #else
     const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
-    return x == x ? scaled : x;
+    const Vec zero_or_nan = x < smallest ? Vec{} : x;
+    return x >= smallest ? scaled : zero_or_nan;
 #endif
 }
 
