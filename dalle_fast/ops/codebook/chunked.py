@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import torch
 
-# Bytes of the float32 buffers (R, K) of a chunk together: the logits, and in the backward pass the gradient of the
-# softmax's weights too. Less makes the products slower, which read and pack `weight` once for every chunk. A call that
-# makes codes or losses alone has nothing else to hold and takes twice as much. 16-bit tensors get half: beside them there
-# are float32 copies of their parts, and float32 sums of their gradients.
+# Bytes of the float32 buffers (R, K) of a chunk together: the logits, and in gumbel_codebook's backward pass the gradient
+# of the softmax's weights too. Less makes the products slower, which read and pack `weight` once for every chunk. 16-bit
+# tensors get half: beside them there are float32 copies of their parts, and float32 sums of their gradients.
 CHUNK_BYTES = 16 << 20
+GUMBEL_BUFFERS = 2  # of the backward pass; the forward pass has the same R, as the product of other R is rounded otherwise
 MIN_ROWS = 16
 
 
-def chunk_rows(num_codes, dtype, share):
-    """R for K codes, a buffer taking 1 / share of CHUNK_BYTES: at least MIN_ROWS and a multiple of it."""
-    size = CHUNK_BYTES / share / (1 if dtype == torch.float32 else 2)
-    return max(MIN_ROWS, int(size / (4 * num_codes * MIN_ROWS)) * MIN_ROWS)
+def chunk_rows(num_codes, dtype, buffers):
+    """R for K codes: at least MIN_ROWS and a multiple of it."""
+    size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
+    return max(MIN_ROWS, size // (4 * num_codes * buffers) // MIN_ROWS * MIN_ROWS)
 
 
 class Chunked:
@@ -39,7 +39,7 @@ class Chunked:
         stats = _row_results(hidden, (4,), torch.float32)
         product = self.rows.product
         bias = _float32(bias)
-        for chunk, (logits,) in self._chunks(hidden, weight):
+        for chunk, (logits, _) in self._chunks(hidden, weight, GUMBEL_BUFFERS):
             product(hidden[chunk], weight, out=logits)
             weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
                 logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
@@ -59,7 +59,7 @@ class Chunked:
         grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
         bias, grad_kl = _float32(bias), _float32(grad_kl)
         product = self.rows.product
-        for chunk, (logits, grad_weights) in self._chunks(hidden, weight, buffers=2, share=2):
+        for chunk, (logits, grad_weights) in self._chunks(hidden, weight, GUMBEL_BUFFERS):
             of_embedding = grad_embedding[chunk].contiguous()
             product(hidden[chunk], weight, out=logits)
             product(of_embedding, codebook, out=grad_weights)
@@ -80,7 +80,7 @@ class Chunked:
         if self.rows.streams("sample", hidden, weight):
             return self.rows.sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
         codes = _row_results(hidden, (), torch.int64)
-        for chunk, (logits,) in self._chunks(hidden, weight, share=1 / 2):
+        for chunk, (logits,) in self._chunks(hidden, weight):
             seeds = _seeds(seed, seed_per_row, chunk)
             self.rows.product(hidden[chunk], weight, out=logits)
             codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
@@ -92,7 +92,7 @@ class Chunked:
         if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
             return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
         loss = _row_results(hidden, (), torch.float32)
-        for chunk, (logits,) in self._chunks(hidden, weight, share=1 if any(needs) else 1 / 2):
+        for chunk, (logits,) in self._chunks(hidden, weight):
             of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
             self.rows.product(hidden[chunk], weight, out=logits)
             loss[chunk], grad_logits = self.rows.cross_entropy(
@@ -105,10 +105,10 @@ class Chunked:
     def gumbel_softmax(self, logits, tau, seed):
         return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
 
-    def _chunks(self, hidden, weight, buffers=1, share=1):
+    def _chunks(self, hidden, weight, buffers=1):
         """Yield slices of the rows, each with `buffers` float32 tensors (R, K) to work in, the same for every chunk."""
         N, K = hidden.shape[0], weight.shape[0]
-        step = chunk_rows(K, hidden.dtype, share)
+        step = chunk_rows(K, hidden.dtype, buffers)
         memory = self.rows.scratch(buffers * min(step, N) * K, hidden.device)
         for start in range(0, N, step):
             chunk = slice(start, min(N, start + step))
