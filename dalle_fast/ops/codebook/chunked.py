@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import torch
 
-# Bytes of the float32 buffers (R, K) of a chunk together: the logits, and in gumbel_codebook's backward pass the gradient
-# of the softmax's weights too. Less makes the products slower, which read and pack `weight` once for every chunk. 16-bit
-# tensors get half: beside them there are float32 copies of their parts, and float32 sums of their gradients.
-CHUNK_BYTES = 16 << 20
-GUMBEL_BUFFERS = 2  # of the backward pass; the forward pass has the same R, as the product of other R is rounded otherwise
+# Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
+# every chunk. 16-bit tensors get half: beside them there are float32 copies of their parts, and float32 sums of their
+# gradients. Forward and backward passes have the same R, as the vendor rounds the product of other R otherwise.
+CHUNK_BYTES = 12 << 20
 MIN_ROWS = 16
+# The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
+SMALL_PARTS = 4
 
 
-def chunk_rows(num_codes, dtype, buffers):
+def chunk_rows(num_codes, dtype):
     """R for K codes: at least MIN_ROWS and a multiple of it."""
     size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
-    return max(MIN_ROWS, size // (4 * num_codes * buffers) // MIN_ROWS * MIN_ROWS)
+    return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
 
 
 class Chunked:
@@ -39,7 +40,7 @@ class Chunked:
         stats = _row_results(hidden, (4,), torch.float32)
         product = self.rows.product
         bias = _float32(bias)
-        for chunk, (logits, _) in self._chunks(hidden, weight, GUMBEL_BUFFERS):
+        for chunk, logits, _ in self._chunks(hidden, weight):
             product(hidden[chunk], weight, out=logits)
             weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
                 logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
@@ -59,18 +60,23 @@ class Chunked:
         grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
         bias, grad_kl = _float32(bias), _float32(grad_kl)
         product = self.rows.product
-        for chunk, (logits, grad_weights) in self._chunks(hidden, weight, GUMBEL_BUFFERS):
-            of_embedding = grad_embedding[chunk].contiguous()
+        for chunk, logits, small in self._chunks(hidden, weight, small=True):
             product(hidden[chunk], weight, out=logits)
-            product(of_embedding, codebook, out=grad_weights)
-            grad_logits, weights = self.rows.gumbel_backward(
-                logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, stats[chunk],
-                kl[chunk], None if grad_kl is None else grad_kl[chunk], grad_weights, hidden.dtype,
-                needs[3] and not hard, seed_per_row=seed_per_row,
-            )  # fmt: skip
-            sums.add(chunk, grad_logits, weight)
-            if needs[3] and not hard:
-                self.rows.accumulate(grad_codebook, weights, of_embedding)
+            grad_logits = []
+            for part in _slices(chunk.start, chunk.stop, -(-len(logits) // SMALL_PARTS)):
+                of_embedding = grad_embedding[part].contiguous()
+                here = logits[part.start - chunk.start : part.stop - chunk.start]
+                grad_weights = product(of_embedding, codebook, out=small[: len(here)])
+                of_logits, weights = self.rows.gumbel_backward(
+                    here, bias, _seeds(seed, seed_per_row, part), part.start, tau, stats[part], kl[part],
+                    None if grad_kl is None else grad_kl[part], grad_weights, hidden.dtype, needs[3] and not hard,
+                    seed_per_row=seed_per_row,
+                )  # fmt: skip
+                grad_logits.append(of_logits)
+                if needs[3] and not hard:
+                    self.rows.accumulate(grad_codebook, weights, of_embedding)
+            # Where they were written in place, they lie together already.
+            sums.add(chunk, logits if grad_logits[0].dtype == logits.dtype else torch.cat(grad_logits), weight)
         if needs[3] and hard:
             grad_codebook.index_add_(0, codes, grad_embedding.float())
         return *sums.result(), grad_codebook.to(codebook.dtype) if needs[3] else None
@@ -80,7 +86,7 @@ class Chunked:
         if self.rows.streams("sample", hidden, weight):
             return self.rows.sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
         codes = _row_results(hidden, (), torch.int64)
-        for chunk, (logits,) in self._chunks(hidden, weight):
+        for chunk, logits, _ in self._chunks(hidden, weight):
             seeds = _seeds(seed, seed_per_row, chunk)
             self.rows.product(hidden[chunk], weight, out=logits)
             codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
@@ -92,7 +98,7 @@ class Chunked:
         if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
             return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
         loss = _row_results(hidden, (), torch.float32)
-        for chunk, (logits,) in self._chunks(hidden, weight):
+        for chunk, logits, _ in self._chunks(hidden, weight):
             of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
             self.rows.product(hidden[chunk], weight, out=logits)
             loss[chunk], grad_logits = self.rows.cross_entropy(
@@ -105,15 +111,14 @@ class Chunked:
     def gumbel_softmax(self, logits, tau, seed):
         return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
 
-    def _chunks(self, hidden, weight, buffers=1):
-        """Yield slices of the rows, each with `buffers` float32 tensors (R, K) to work in, the same for every chunk."""
+    def _chunks(self, hidden, weight, small=False):
+        """Yield slices of the rows, each with float32 memory: (R, K), and with `small` (R / SMALL_PARTS, K) or None."""
         N, K = hidden.shape[0], weight.shape[0]
-        step = chunk_rows(K, hidden.dtype, buffers)
-        memory = self.rows.scratch(buffers * min(step, N) * K, hidden.device)
-        for start in range(0, N, step):
-            chunk = slice(start, min(N, start + step))
-            R = chunk.stop - start
-            yield chunk, memory[: buffers * R * K].view(buffers, R, K).unbind()
+        step = min(N, chunk_rows(K, hidden.dtype))
+        small_rows = -(-step // SMALL_PARTS) if small else 0
+        memory = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
+        for chunk in _slices(0, N, step):
+            yield chunk, memory[: chunk.stop - chunk.start], memory[step:] if small else None
 
 
 class _Gradients:
@@ -144,6 +149,11 @@ class _Gradients:
             self.of_weight.to(self.weight.dtype) if self.needs[1] else None,
             self.of_bias.to(self.bias.dtype) if self.needs[2] else None,
         )
+
+
+def _slices(start, stop, step):
+    """Slices of `step` rows and a last one of what is left, from start to stop."""
+    return [slice(x, min(stop, x + step)) for x in range(start, stop, max(1, step))]
 
 
 def _seeds(seed, seed_per_row, chunk):

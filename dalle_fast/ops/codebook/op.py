@@ -506,7 +506,9 @@ def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
         _no_second_derivative(ctx)
     if grad_loss is None:
         return (None,) * 8
-    grads = tuple((grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors)
+    grads = ctx.saved_tensors
+    if _is_traced(grad_loss) or grad_loss.device.type != "cpu" or grad_loss != 1:  # else a copy as large as the weight
+        grads = tuple((grad * grad_loss).to(grad.dtype) for grad in grads)
     return *_wanted(grads, ctx.needs), None, None, None, None, None
 
 
