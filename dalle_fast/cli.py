@@ -10,7 +10,7 @@ import sys
 
 import dalle_fast
 
-COMMANDS = {"info": "dalle_fast.info"}
+COMMANDS = {"info": "dalle_fast.info", "verify": "dalle_fast.verify"}
 
 
 def make_parser() -> argparse.ArgumentParser:

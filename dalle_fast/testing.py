@@ -21,6 +21,11 @@ __all__ = [
     "SMALL_MASKS",
     "assert_as_exact_as_eager",
     "attention_oracle",
+    "check_attention",
+    "check_attention_gradients",
+    "check_codebook",
+    "check_codebook_gradients",
+    "check_codes",
     "codebook_gradient_terms",
     "codebook_noise",
     "codebook_oracle",
@@ -254,6 +259,149 @@ def assert_as_exact_as_eager(name, actual, eager, exact, *, factor=2.0, terms=No
             f"{tuple(int(i) for i in at)}: {float(actual[at])!r}, exact {float(exact[at])!r}, "
             f"error {float(error[at]):.3g}, allowed {float(allowed[at]):.3g}, eager's largest {float(yardstick):.3g}"
         )
+
+
+# -- whole calls held against the oracle --------------------------------------------------------------------------------
+
+
+def check_attention(attend, query, key, value, mask, **options):
+    """Hold `attend(query, key, value, mask, return_lse=True, **options)` against the oracle; returns out and lse.
+
+    Raises AssertionError as `assert_as_exact_as_eager` does.
+    """
+    with nan_poisoned():
+        out, lse = attend(query, key, value, mask, **options, return_lse=True)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    _assert_kind("out", out, query.shape, query.dtype)
+    _assert_kind("lse", lse, query.shape[:3], lse_dtype)
+    exact, exact_lse = attention_oracle(query, key, value, mask, **options)
+    assert_as_exact_as_eager("out", out, eager_attention(query, key, value, mask, **options)[0], exact)
+    wide = (x.to(lse_dtype) for x in (query, key, value))  # logits are kept in float32
+    if query.numel():
+        terms = lse_terms(query, key, scale=options.get("scale"))
+        assert_as_exact_as_eager("lse", lse, eager_attention(*wide, mask, **options)[1], exact_lse, terms=terms)
+    return out, lse
+
+
+def _assert_kind(name, tensor, shape, dtype):
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+        raise AssertionError(f"{name} must be contiguous {tuple(shape)} {dtype}, got {got}")
+
+
+def attention_gradients(attend, qkv, grad_out, grad_lse=None):
+    """Gradients of sum(out * grad_out) + sum(lse * grad_lse over what is finite) in `qkv`; `attend(*qkv)` gives both."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out, lse = attend(*leaves)
+    if grad_lse is None:
+        return torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+    of_lse = grad_lse.to(lse.dtype).masked_fill(lse.isinf(), 0)
+    return torch.autograd.grad((out, lse), leaves, (grad_out.to(out.dtype), of_lse))
+
+
+def check_attention_gradients(attend, qkv, mask, grad_out, grad_lse=None, **options):
+    """Hold the gradients of `attend(*qkv, mask, return_lse=True, **options)` against the oracle's; returns them."""
+    with nan_poisoned():
+        actual = attention_gradients(lambda *x: attend(*x, mask, return_lse=True, **options), qkv, grad_out, grad_lse)
+    eager = attention_gradients(lambda *x: eager_attention(*x, mask, **options), qkv, grad_out, grad_lse)
+    wide = [x.double() for x in qkv]
+    exact = attention_gradients(lambda *x: attention_oracle(*x, mask, **options), wide, grad_out.double(), grad_lse)
+    terms = gradient_terms(*qkv, mask, grad_out, grad_lse, **options)
+    names = ("grad_query", "grad_key", "grad_value")
+    for name, a, e, x, t in zip(names, actual, eager, exact, terms, strict=True):
+        _assert_kind(name, a.contiguous(), qkv[0].shape, qkv[0].dtype)
+        assert_as_exact_as_eager(name, a, e, x, terms=t)
+    return actual
+
+
+def float32_eager(tensors, *rest):
+    """Eager embedding, kl and codes with logits in float32 as every implementation has them: the yardstick."""
+    return eager_codebook(*(None if x is None else x.float() for x in tensors), *rest)
+
+
+def check_codes(codes, exact, sizes):
+    """Every code is the largest of `exact` noisy logits (N, K), but for rounding of terms as large as `sizes`."""
+    K = exact.shape[1]
+    if codes.dtype != torch.int64 or not ((codes >= 0) & (codes < K)).all():
+        raise AssertionError(f"codes must be int64 from 0 to {K - 1}, got {codes.dtype}: {codes}")
+    behind = exact.amax(-1) - exact.gather(-1, codes[:, None])[:, 0]
+    allowed = 4 * torch.finfo(torch.float32).eps * sizes.amax(-1)
+    if not (behind <= allowed).all():
+        raise AssertionError(f"a code is {float(behind.max()):.3g} behind the largest")
+    if len(codes) >= 40 and K > 1 and (codes == exact.argmax(-1)).float().mean() <= 0.98:  # ties are rare
+        raise AssertionError("more than a fiftieth of the codes are not the largest")
+
+
+def check_codebook(gumbel_codebook, tensors, tau=1.0, *, seed):
+    """Hold `gumbel_codebook(*tensors, tau, seed=seed)`, soft and hard, against the oracle; returns the soft output.
+
+    tensors: hidden (N, I), weight (K, I), bias (K,) or None, codebook (K, D).
+    """
+    hidden, weight, _, codebook = tensors
+    N, K = hidden.shape[0], weight.shape[0]
+    noise = codebook_noise(seed, N, K).to(hidden.device)
+    with nan_poisoned():
+        out = gumbel_codebook(*tensors, tau, seed=seed)
+        hard = gumbel_codebook(*tensors, tau, seed=seed, hard=True)
+    exact, exact_kl, _ = codebook_oracle(*tensors, tau, noise)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    _assert_kind("embedding", out.embedding, exact.shape, hidden.dtype)
+    _assert_kind("kl", out.kl, (N,), wide)
+    if N:
+        of_embedding, of_kl, sizes = codebook_terms(*tensors, tau, noise)
+        eager, eager_kl, _ = float32_eager(tensors, tau, noise.float())
+        assert_as_exact_as_eager("embedding", out.embedding, eager.to(hidden.dtype), exact, terms=of_embedding)
+        assert_as_exact_as_eager("kl", out.kl, eager_kl, exact_kl, terms=of_kl)
+        noisy = torch.nn.functional.linear(*(None if x is None else x.double() for x in tensors[:3])) + noise
+        check_codes(out.codes, noisy, sizes)
+        if not (out.kl >= -5e-6).all():
+            raise AssertionError(f"kl is {float(out.kl.min())}, below 0")
+    if not (torch.equal(hard.codes, out.codes) and torch.equal(hard.kl, out.kl)):
+        raise AssertionError("hard and soft samples have other codes or kl")
+    if not torch.equal(hard.embedding, codebook[hard.codes]):
+        raise AssertionError("a hard embedding is not the codebook's row")
+    return out
+
+
+def codebook_gradients(function, tensors, *cotangents, dtype=None):
+    """Gradients of the sum of output * cotangent (None: not used) in every tensor; None for a tensor that is None."""
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    outputs = function(*leaves)
+    used = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=False) if c is not None]
+    there = [x for x in leaves if x is not None]
+    found = iter(torch.autograd.grad([o for o, _ in used], there, [c for _, c in used], allow_unused=True))
+    return [None if x is None else next(found) for x in leaves]
+
+
+def check_codebook_gradients(gumbel_codebook, tensors, tau, of_embedding, of_kl, *, seed, hard=False):
+    """Hold the gradients for the cotangents `of_embedding` (N, D) and `of_kl` (N,) against the oracle's; returns them.
+
+    Either cotangent may be None: that output is not used then.
+    """
+    hidden, weight, _, codebook = tensors
+    noise = codebook_noise(seed, hidden.shape[0], weight.shape[0]).to(hidden.device)
+    used = of_embedding, of_kl
+    with nan_poisoned():
+        actual = codebook_gradients(lambda *x: gumbel_codebook(*x, tau, seed=seed, hard=hard), tensors, *used)
+    exact = codebook_gradients(
+        lambda *x: codebook_oracle(*x, tau, noise, hard=hard), tensors, *used, dtype=torch.float64
+    )
+    in_float32 = codebook_gradients(
+        lambda *x: eager_codebook(*x, tau, noise.float(), hard=hard), tensors, *used, dtype=torch.float32
+    )
+    if of_embedding is None:
+        of_embedding = torch.zeros(hidden.shape[0], codebook.shape[1], device=hidden.device)
+    terms = codebook_gradient_terms(*tensors, tau, noise, of_embedding, of_kl, hard=hard)
+    names = ("grad_hidden", "grad_weight", "grad_bias", "grad_codebook")
+    for name, a, e, x, t in zip(names, actual, in_float32, exact, terms, strict=True):
+        if x is None:  # no bias, or a codebook that only kl does not depend on
+            if a is not None and not (a == 0).all():
+                raise AssertionError(f"{name} must be absent or 0")
+            continue
+        _assert_kind(name, a.contiguous(), x.shape, hidden.dtype)
+        if x.numel():
+            assert_as_exact_as_eager(name, a, e.to(a.dtype), x, terms=t)
+    return actual
 
 
 @contextlib.contextmanager

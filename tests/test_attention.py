@@ -16,9 +16,7 @@ from dalle_fast.ops.attention import cpu
 from dalle_fast.testing import (
     SMALL_MASKS,
     assert_as_exact_as_eager,
-    attention_oracle,
-    eager_attention,
-    lse_terms,
+    check_attention,
     nan_poisoned,
 )
 
@@ -28,17 +26,7 @@ ROW = row_mask(5, (3, 7))
 
 def check(server, q, k, v, mask, *, scale=None, text_lengths=None):
     """Compare out and lse with the oracle's; returns them."""
-    options = {"scale": scale, "text_lengths": text_lengths}
-    with nan_poisoned():
-        out, lse = server(q, k, v, mask, **options, return_lse=True)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
-    assert out.is_contiguous() and lse.is_contiguous()
-    exact, exact_lse = attention_oracle(q, k, v, mask, **options)
-    assert_as_exact_as_eager("out", out, eager_attention(q, k, v, mask, **options)[0], exact)
-    eager_lse = eager_attention(q.float(), k.float(), v.float(), mask, **options)[1]  # logits are kept in float32
-    if q.numel():
-        assert_as_exact_as_eager("lse", lse, eager_lse, exact_lse, terms=lse_terms(q, k, scale=scale))
-    return out, lse
+    return check_attention(server, q, k, v, mask, scale=scale, text_lengths=text_lengths)
 
 
 def test_poison_works():

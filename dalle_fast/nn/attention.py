@@ -5,6 +5,8 @@ B batch, S sequence, E embedding, H heads, D head size, T text.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as torch_F
 
@@ -27,7 +29,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mask: an `AttentionMask`, or None. Also an attribute that may be set later.
 
     Raises:
-        TypeError: mask is not an `AttentionMask`.
+        TypeError: mask is not an `AttentionMask`; embed_dim or num_heads is no integer.
         ValueError: an argument that does not go with a mask.
     """
 
@@ -47,6 +49,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         *,
         mask=None,
     ):
+        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )

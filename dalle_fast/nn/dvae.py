@@ -249,13 +249,18 @@ class DiscreteVAE(nn.Module):
         """Images (B, C, H, W), pixels from 0 to 1, of codes (B, h, w).
 
         Raises:
-            TypeError, ValueError: codes are not int64 or not of that shape.
+            TypeError, ValueError: codes are not int64, not of that shape or, on a CPU, not codes.
         """
-        if codes.dtype != torch.int64:
-            raise TypeError(f"codes must be int64, got {codes.dtype}")
+        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
+            got = codes.dtype if isinstance(codes, torch.Tensor) else type(codes).__name__
+            raise TypeError(f"codes must be an int64 tensor, got {got}")
         if codes.dim() != 3:
             raise ValueError(f"codes must have shape (B, h, w), got {tuple(codes.shape)}")
         _, _, codebook, shift = self._codebook()
+        if codes.device.type == "cpu" and codes.numel():  # elsewhere a look would wait for the device
+            low, high = (int(x) for x in torch.aminmax(codes))
+            if low < 0 or high >= len(codebook):
+                raise ValueError(f"codes must be from 0 to {len(codebook) - 1}, got values from {low} to {high}")
         mu, _ = self._statistics(torch_F.embedding(codes, codebook) + shift)
         return unmap_pixels(torch.sigmoid(mu.float()))
 

@@ -98,6 +98,8 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     """See `dalle_fast.nn.functional.gumbel_softmax`."""
     check_impl(impl)
     _check_tensor("logits", logits)
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+        raise TypeError(f"dim must be an integer, got {dim!r}")
     if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
         raise ValueError(f"dim must be a dimension of logits {tuple(logits.shape)}, got {dim}")
     if logits.shape[dim] == 0:

@@ -1,0 +1,89 @@
+"""Figures that need the sources: they run test files of this checkout, at full size or against a changed copy of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+from dalle_fast.provenance import ROOT
+from dalle_fast.verify.figures import NotRun
+
+COPIED = ("build_backend", "benchmarks", "csrc", "dalle_fast", "tests", "CMakeLists.txt", "README.md", "pyproject.toml")
+
+
+def sources() -> Path:
+    """The checkout's folder; NotRun where the package was installed without its sources."""
+    if not all((ROOT / name).exists() for name in COPIED):
+        raise NotRun("it needs a checkout of the sources, and the package was installed without")
+    return ROOT
+
+
+def copy_of_sources() -> tempfile.TemporaryDirectory:
+    """A folder with the sources and what was built from them, to be changed; removed when it is closed."""
+    root, folder = sources(), tempfile.TemporaryDirectory(prefix="dalle_fast_verify_")
+    for name in (*COPIED, "setup.py", "LICENSE"):
+        source, target = root / name, Path(folder.name) / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+    return folder
+
+
+def rebuild(folder: Path, **environment: str) -> None:
+    """Build the native module of `folder` in place, for CPUs only.
+
+    Raises:
+        RuntimeError: it does not build, with the end of what the compiler said.
+        NotRun: there is nothing to build with.
+    """
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        raise NotRun("the build needs cmake, ninja and pybind11 (pip install cmake ninja pybind11)") from None
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    env = {**os.environ, "DALLE_FAST_CUDA": "0", **environment}
+    built = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    if built.returncode:
+        raise RuntimeError(f"the build failed: {(built.stdout + built.stderr)[-1500:]}")
+
+
+def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **environment: str) -> dict[str, int]:
+    """Run these test files (or ids) in `folder`; returns how many passed, failed and were skipped.
+
+    Raises:
+        RuntimeError: pytest ended otherwise than with passed or failed tests, as a crash does.
+        NotRun: every test was skipped, with the first one's reason.
+    """
+    folder = sources() if folder is None else folder
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        command += ["-k", keyword] if keyword else []
+        # -m puts the folder first on the path; what pytest's own children import must come from there as well.
+        env = {**os.environ, "PYTHONPATH": str(folder), **environment}
+        ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        if ran.returncode not in (0, 1) or not report.exists():
+            raise RuntimeError(f"pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-1000:]}")
+        suite = xml.parse(report).getroot().find("testsuite")
+    failed = int(suite.get("failures")) + int(suite.get("errors"))
+    skipped = int(suite.get("skipped"))
+    counts = {"passed": int(suite.get("tests")) - failed - skipped, "failed": failed, "skipped": skipped}
+    if not counts["passed"] and not failed:
+        reasons = [element.get("message") for element in suite.iter("skipped")]
+        raise NotRun(f"every test was skipped: {reasons[0] if reasons else 'there is none'}")
+    counts["first failure"] = next((element.get("message", "") for element in suite.iter("failure")), "")
+    return counts
+
+
+def must_pass(*tests: str, **options) -> dict[str, int]:
+    """`run_tests`, where a failure is one; returns the numbers to report."""
+    counts = run_tests(*tests, **options)
+    if counts["failed"]:
+        raise AssertionError(f"{', '.join(tests)}: {counts['first failure'][:800]}")
+    return {"tests passed": counts["passed"], "tests skipped": counts["skipped"]}

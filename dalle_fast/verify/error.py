@@ -1,0 +1,78 @@
+"""The worst error at the paper's sizes over that of eager torch in the same dtype: each tensor's, at most 2.
+
+Attention: text 256, grid 32 x 32, head size 64. Codebook: 8,192 codes, embeddings of 128, hidden of 512.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+
+from dalle_fast.masks import column_mask, conv_mask, row_mask
+from dalle_fast.nn import functional as F
+from dalle_fast.testing import (
+    attention_gradients,
+    attention_oracle,
+    codebook_gradients,
+    codebook_noise,
+    codebook_oracle,
+    eager_attention,
+    eager_codebook,
+)
+from dalle_fast.verify.random_calls import DTYPES, IMPLEMENTATIONS
+
+LIMIT = 2.0
+MASKS = (row_mask(256, 32), column_mask(256, 32), conv_mask(256, 32, 11))
+TAUS = (1.0, 1 / 4, 1 / 16)
+CASES = [("attention", mask, dtype) for mask, dtype in itertools.product(MASKS, DTYPES)]
+CASES += [("codebook", tau, dtype) for tau, dtype in itertools.product(TAUS, DTYPES)]
+
+
+def case(number: int, device: str) -> dict:
+    operation, which, dtype = CASES[number]
+    impl = IMPLEMENTATIONS[operation][device]
+    ratios = (_attention if operation == "attention" else _codebook)(which, dtype, device, impl)
+    found = {f"{name}, {str(dtype)[6:]}": ratio for name, ratio in ratios.items()}
+    if beyond := {name: round(ratio, 2) for name, ratio in found.items() if not ratio <= LIMIT}:
+        raise AssertionError(f"{which}: error over eager's is {beyond}, at most {LIMIT} is allowed")
+    return found
+
+
+def _ratio(actual, eager, exact) -> float:
+    ours, yardstick = ((x.double() - exact).abs().max() for x in (actual, eager))
+    return float(ours / yardstick.clamp_min(1e-30))
+
+
+def _attention(mask, dtype, device, impl) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 1, mask.seq_len, 64)
+    *qkv, grad_out = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    attend = functools.partial(F.sparse_attention, mask=mask, return_lse=True, impl=impl)
+    results = []
+    for function, inputs in (
+        (attend, qkv),
+        (functools.partial(eager_attention, mask=mask), qkv),
+        (functools.partial(attention_oracle, mask=mask), [x.double() for x in qkv]),
+    ):
+        results.append((function(*inputs)[0].detach(), *attention_gradients(function, inputs, grad_out)))
+    names = ("out", "grad_query", "grad_key", "grad_value")
+    return {name: _ratio(*three) for name, *three in zip(names, *results, strict=True)}
+
+
+def _codebook(tau, dtype, device, impl) -> dict:
+    """Eager's logits are in the tensors' dtype; noise has the same values everywhere."""
+    generator, (N, K, I, D) = torch.Generator().manual_seed(0), (64, 8192, 512, 128)
+    shapes = ((N, I), 1.0), ((K, I), I**-0.5), ((K,), 0.1), ((K, D), 1.0)
+    tensors = [(torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape, scale in shapes]
+    grads = [torch.randn(size, generator=generator).to(device) for size in ((N, D), (N,))]
+    noise, seed = codebook_noise(1, N, K).to(device), 1
+    ours = functools.partial(F.gumbel_codebook, tau=tau, seed=seed, impl=impl)
+    eager = functools.partial(eager_codebook, tau=tau, noise=noise.to(dtype))
+    exact = functools.partial(codebook_oracle, tau=tau, noise=noise)
+    results = []
+    for function, inputs in ((ours, tensors), (eager, tensors), (exact, [x.double() for x in tensors])):
+        results.append((*function(*inputs)[:2], *codebook_gradients(function, inputs, *grads)))
+    names = ("embedding", "kl", "grad_hidden", "grad_weight", "grad_bias", "grad_codebook")
+    return {name: _ratio(*(x.detach() for x in three)) for name, *three in zip(names, *results, strict=True)}

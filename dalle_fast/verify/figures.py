@@ -1,0 +1,64 @@
+"""The figures of `dalle-fast verify`: what is counted, how many cases there are, and which function tries one.
+
+A figure is a numbered list of cases, each a function of its number and the devices alone, so that a failure can be
+repeated by its number and an interrupted figure goes on where it stopped. A case that raises has failed; what it
+returns are numbers whose largest are kept. `NotRun` says that it cannot be tried here, and why.
+
+The modules are imported when a figure is tried, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+__all__ = ["FIGURES", "Figure", "NotRun"]
+
+
+class NotRun(Exception):
+    """A case that cannot be tried on this machine; its text is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One line of the evidence.
+
+    Attributes:
+        name: of the figure, and of the module in `dalle_fast.verify` whose `case(number, device)` tries one case.
+        title: what it counts.
+        total: number of cases.
+        seconds: after which a case is taken to hang.
+        device: "cpu", or "cuda" for what needs a GPU.
+    """
+
+    name: str
+    title: str
+    total: int
+    seconds: float = 120
+    device: str = "cpu"
+
+    def case(self, number: int) -> dict | None:
+        """Try one case: returns numbers to keep the largest of, raises what went wrong."""
+        return importlib.import_module(f"dalle_fast.verify.{self.name}").case(number, self.device)
+
+
+# The most important first: where the budget ends, what comes later is not run.
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure("diff", "random calls whose results differ from float64's", 5000),
+        Figure("error", "worst error over that of eager torch in the same dtype, at most 2, at the paper's sizes", 18),
+        Figure("causal", "tokens whose change reaches an earlier output", 457),
+        Figure("gradcheck", "gradients of the reference against finite differences in float64", 200),
+        Figure("badinput", "wrong arguments that crash, hang or give an answer", 493),
+        Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000),
+        Figure("guard", "accesses outside of any tensor, with unreadable pages around each", 400),
+        Figure("large", "wrong results with offsets beyond 2^31 elements", 6),
+        Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
+        Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
+        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 1500),
+        Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 2, 900),
+        Figure("kill", "kills after which a resumed training run differs", 1, 900),
+        Figure("mutants", "faults seeded one at a time that no test catches", 25, 300),
+    )
+}

@@ -1,0 +1,72 @@
+"""Offsets beyond 2^31 elements. What lies between two samples, heads or rows is never touched, so it costs nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_fast.masks import column_mask, row_mask
+from dalle_fast.nn import functional as F
+from dalle_fast.testing import attention_gradients, codebook_gradients
+from dalle_fast.verify.figures import NotRun
+from dalle_fast.verify.random_calls import IMPLEMENTATIONS
+
+FAR = 2**31
+MASKS = {"row": row_mask(5, (3, 4)), "column": column_mask(5, (3, 4))}
+CASES = [(mask, front) for mask in MASKS for front in ((2, 1), (1, 2))] + [("codebook", 0), ("codebook", 1)]
+
+
+def case(number: int, device: str) -> None:
+    what, where = CASES[number]
+    if what == "codebook":
+        _codebook(where, device)
+    else:
+        _attention(MASKS[what], where, device)
+
+
+def far_apart(near, dim):
+    """A copy of `near`, contiguous but for `dim`, along which two neighbours lie 2^31 elements apart."""
+    rest = near.select(dim, 0).contiguous()
+    try:
+        storage = torch.empty(FAR * (near.shape[dim] - 1) + rest.numel(), dtype=near.dtype, device=near.device)
+    except RuntimeError as error:
+        raise NotRun(f"{2 * FAR / 1e9:.1f} GB of virtual memory cannot be reserved: {str(error)[:100]}") from None
+    strides = list(rest.stride())
+    strides.insert(dim, FAR)
+    return storage.as_strided(near.shape, strides).copy_(near)
+
+
+def _assert_equal(near, far) -> None:
+    for n, (a, b) in enumerate(zip(near, far, strict=True)):
+        if not torch.equal(a, b):
+            raise AssertionError(f"result {n} differs by {float((a.double() - b.double()).abs().max()):.3g}")
+
+
+def _attention(mask, front, device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    near, grad_out = torch.randn(2, *front, mask.seq_len, 16, generator=generator).bfloat16().to(device)
+    results = []
+    for x in (near, far_apart(near, front.index(2))):
+
+        def attend(*qkv):
+            return F.sparse_attention(*qkv, mask, return_lse=True, impl=IMPLEMENTATIONS["attention"][device])
+
+        results.append([*(y.detach() for y in attend(x, x, x)), *attention_gradients(attend, [x, x, x], grad_out)])
+    _assert_equal(*results)
+
+
+def _codebook(which, device) -> None:
+    """Rows of hidden, or of the weight, far apart."""
+    generator, sizes = torch.Generator().manual_seed(0), ((2, 8), (2, 8), (2,), (2, 4))
+    near = [torch.randn(size, generator=generator).bfloat16().to(device) for size in sizes]
+    far = [far_apart(x, 0) if n == which else x for n, x in enumerate(near)]
+    grad = torch.randn(2, 4, generator=generator).to(device)
+    impl = IMPLEMENTATIONS["codebook"][device]
+    results = []
+    for tensors in (near, far):
+
+        def gumbel(*tensors):
+            return F.gumbel_codebook(*tensors, 0.5, seed=1, impl=impl)
+
+        codes = F.codebook_sample(*tensors[:3], seed=1, impl=impl)
+        results.append([gumbel(*tensors).embedding, codes, *codebook_gradients(gumbel, tensors, grad)])
+    _assert_equal(*results)

@@ -1,0 +1,231 @@
+"""Runs figures in processes of their own and keeps what they find: a crash or a hang is a result, not the end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dalle_fast.provenance import describe_commit, describe_machine, describe_versions, write_json
+from dalle_fast.verify.figures import FIGURES, Figure
+
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+KEPT_FAILURES = 20  # of each figure; all are counted
+SAVE_SECONDS = 5
+SAME = ("commit", "machine", "versions", "gpu")  # what must not change between two runs that add to one file
+
+
+def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
+    """Measure the figures and write FILE; see `dalle_fast.verify`. Returns the exit status.
+
+    Raises:
+        ValueError: no such figure, or FILE holds results of another commit, machine or set of versions.
+    """
+    unknown = [name for name in names if name not in FIGURES]
+    if unknown:
+        raise ValueError(f"NAME must be one of {', '.join(FIGURES)}, got {', '.join(unknown)}")
+    report = _report(out, gpu, restart)
+    chosen = _figures(names, gpu)
+    deadline = time.monotonic() + budget
+    jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
+    saver = _Saver(report, out)
+    with concurrent.futures.ThreadPoolExecutor(1 if gpu else jobs) as pool:
+        runs = [
+            pool.submit(_Run(figure, report["figures"].setdefault(key, {}), saver, deadline).go)
+            for key, figure in chosen.items()
+        ]
+        try:
+            for run in concurrent.futures.as_completed(runs):
+                run.result()
+        except BaseException:  # stop: what has been found so far is in the file
+            saver.stop.set()
+            for run in runs:
+                run.cancel()
+            raise
+        finally:
+            saver.save()
+    print(summary(report))
+    return int(any(result["status"] == FAIL for result in report["figures"].values()))
+
+
+def _figures(names, gpu: bool) -> dict[str, Figure]:
+    """By their keys in the results file: the figures, and with `gpu` those that a GPU changes once more."""
+    names = names or FIGURES
+    chosen = {name: FIGURES[name] for name in FIGURES if name in names}
+    on_gpu = ("diff", "error", "causal", "repeat", "large", "sampler")
+    for name in on_gpu:
+        if name in names:
+            figure = dataclasses.replace(FIGURES[name], device="cuda")
+            chosen[f"{name}, gpu"] = figure if gpu else dataclasses.replace(figure, total=0)
+    return chosen
+
+
+def _report(out: Path, gpu: bool, restart: bool) -> dict:
+    """The file's results to go on with, or the head of new ones."""
+    head = {
+        "command": "dalle-fast verify",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": describe_commit(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "gpu": gpu,
+        "figures": {},
+    }
+    if restart or not out.exists():
+        return head
+    try:
+        report = json.loads(out.read_text(encoding="utf-8"))
+        changed = [key for key in SAME if report[key] != head[key]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{out} holds something else than results of verify: name another file, or --restart") from None
+    if changed:
+        raise ValueError(f"{out} has results of another {', '.join(changed)}: name another file, or --restart")
+    report["date"] = head["date"]
+    return report
+
+
+class _Saver:
+    """Writes the file now and then; several figures add to it."""
+
+    def __init__(self, report: dict, out: Path):
+        self.report, self.out, self.lock, self.saved = report, out, threading.Lock(), 0.0
+        self.stop = threading.Event()
+
+    def save(self, *, if_due: bool = False):
+        with self.lock:
+            if not if_due or time.monotonic() - self.saved > SAVE_SECONDS:
+                write_json(self.out, self.report)
+                self.saved = time.monotonic()
+
+
+class _Run:
+    """One figure, case by case, in a child process that is started again behind a case that ended it."""
+
+    def __init__(self, figure: Figure, result: dict, saver: _Saver, deadline: float):
+        self.figure, self.result, self.saver, self.deadline = figure, result, saver, deadline
+        for key, value in {"done": 0, "skipped": 0, "num_failures": 0, "failures": [], "worst": {}, "seconds": 0}.items():
+            result.setdefault(key, value)
+        result.update(title=figure.title, total=figure.total)
+        self._judge()
+
+    def go(self) -> None:
+        total, start = self.figure.total, time.monotonic()
+        if not total:
+            self.result["reason"] = "--gpu was not given"
+        bar = tqdm(total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None)
+        with bar:
+            while self.result["done"] < total and not self._stopping():
+                self._child(bar)
+        self.result["seconds"] = round(self.result["seconds"] + time.monotonic() - start, 1)
+        self._judge()
+        self.saver.save()
+
+    def _stopping(self) -> bool:
+        return time.monotonic() > self.deadline or self.saver.stop.is_set()
+
+    def _child(self, bar) -> None:
+        """Let a child try the cases that are left, until it ends, hangs, or the budget is spent."""
+        command = [sys.executable, "-m", "dalle_fast.verify.worker", self.figure.name, self.figure.device]
+        command += [str(self.result["done"]), str(self.figure.total)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as child:
+            lines, errors = queue.Queue(), []
+            readers = [
+                threading.Thread(target=_read, args=(child.stdout, lines.put), daemon=True),
+                threading.Thread(target=_read, args=(child.stderr, errors.append), daemon=True),
+            ]
+            for reader in readers:
+                reader.start()
+            try:
+                while not self._stopping():
+                    line = _next(lines, self.figure.seconds, self._stopping)
+                    if line is None:
+                        self._add({"error": f"no answer within {self.figure.seconds:g} s"}, bar)
+                        return
+                    if not line:
+                        break
+                    self._add(json.loads(line), bar)
+                else:
+                    return
+            finally:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            readers[1].join(timeout=5)
+            if self.result["done"] < self.figure.total:
+                end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+                self._add({"error": f"the process ended with {end}: {''.join(errors)[-500:].strip()}"}, bar)
+
+    def _add(self, found: dict, bar) -> None:
+        result, number = self.result, self.result["done"]
+        if "error" in found:
+            result["num_failures"] += 1
+            if len(result["failures"]) < KEPT_FAILURES:
+                result["failures"].append({"case": number, "what": found["error"]})
+        elif "not run" in found:
+            result["skipped"] += 1
+            result["reason"] = found["not run"]
+        for key, value in found.get("numbers", {}).items():
+            result["worst"][key] = max(value, result["worst"].get(key, value))
+        result["done"] += 1
+        bar.update()
+        self._judge()
+        self.saver.save(if_due=True)
+
+    def _judge(self) -> None:
+        """"pass" only where every case was tried and none failed."""
+        result = self.result
+        if result["num_failures"]:
+            result["status"] = FAIL
+        elif result["done"] < result["total"] or result["skipped"] or not result["total"]:
+            result["status"] = NOT_RUN
+            if result["done"] < result["total"]:
+                result["reason"] = f"the budget ended after {result['done']} of {result['total']}"
+        else:
+            result["status"] = PASS
+            result.pop("reason", None)
+
+
+def _read(stream, keep) -> None:
+    for line in stream:
+        keep(line)
+    keep("")
+
+
+def _next(lines: queue.Queue, seconds: float, stopping) -> str | None:
+    """The next line, "" at the end or where `stopping()`, None where there is none within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stopping():
+        try:
+            return lines.get(timeout=0.5)
+        except queue.Empty:
+            continue
+    return "" if stopping() else None
+
+
+def summary(report: dict) -> str:
+    """One line a figure, and the three counts."""
+    lines, counts = [], dict.fromkeys((PASS, FAIL, NOT_RUN), 0)
+    for key, result in report["figures"].items():
+        counts[result["status"]] += 1
+        tried = result["done"] - result["skipped"]
+        text = f"{result['status']:7}  {key:14} {result['num_failures']} of {tried} tried: {result['title']}"
+        worst = ", ".join(f"{name} {value:.3g}" for name, value in result["worst"].items())
+        text += f" ({worst})" if worst else ""
+        if result["status"] == NOT_RUN:
+            text += f"; {result.get('reason', '')}"
+        lines.append(text)
+        lines += [f"         case {failure['case']}: {failure['what']}" for failure in result["failures"][:3]]
+    return "\n".join([*lines, ", ".join(f"{count} {name}" for name, count in counts.items())])
