@@ -1,0 +1,219 @@
+"""Faults that kernels and models of this field have had, seeded one at a time: the tests must catch each.
+
+A mutant is a line of the sources changed in a copy of them, and the tests that are to fail. It counts as caught only
+where a test fails: not where it no longer applies, nor where the build or the collection of the tests breaks.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from dalle_fast.verify.checkout import copy_of_sources, rebuild, run_tests
+
+
+class Mutant(NamedTuple):
+    """`old`, which stands once in `file`, becomes `new`; `tests` are files or ids, `keyword` as of pytest's -k."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    keyword: str = ""
+
+
+ATTENTION, CODEBOOK = "dalle_fast/ops/attention", "dalle_fast/ops/codebook"
+MUTANTS = (
+    Mutant(
+        "offsets of 32 bits",
+        "csrc/cpu/attention_kernels.cpp",
+        "+ b * x.stride_b + h * x.stride_h +",
+        "+ int32_t(b * x.stride_b) + int32_t(h * x.stride_h) +",
+        ("tests/test_attention_large.py",),
+    ),
+    Mutant(
+        "a window that is one key too short",
+        "csrc/mask.h",
+        "case Rule::row: return delta <= W;",
+        "case Rule::row: return delta < W;",
+        ("tests/test_attention.py",),
+        "every_mask and cpu",
+    ),
+    Mutant(
+        "a window of the Triton kernels that is one key too short",
+        f"{ATTENTION}/triton/primitives.py",
+        "start = max(t0 - MASK.REACH, 0)",
+        "start = max(t0 - MASK.REACH + 1, 0)",
+        ("tests/test_triton_interpreter.py",),
+    ),
+    Mutant(
+        "a mask for another length",
+        f"{ATTENTION}/cpu.py",
+        "return _extension.native().AttentionLayout(mask.encode(), seq_len)",
+        "return _extension.native().AttentionLayout(mask.encode(), min(seq_len + 1, mask.seq_len))",
+        ("tests/test_attention.py",),
+        "prefix and cpu",
+    ),
+    Mutant(
+        "NaN where a query sees no key",
+        "csrc/cpu/attention_kernels.cpp",
+        "store_row(s.out + r * Dp, sum[r] == 0 ? 0 : 1 / sum[r],",
+        "store_row(s.out + r * Dp, 1 / sum[r],",
+        ("tests/test_attention.py",),
+        "every_mask and cpu",
+    ),
+    Mutant(
+        "hidden text that is seen in the backward pass",
+        f"{ATTENTION}/op.py",
+        "grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)",
+        "grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, None, *ctx.rest)",
+        ("tests/test_attention_grad.py",),
+        "every_mask and cpu",
+    ),
+    Mutant(
+        "gradients read as if they were contiguous",
+        f"{ATTENTION}/cpu.py",
+        "(query, key, value, out, lse, grad_out, grad_lse, *grads)]",
+        "(query, key, value, out, lse, grad_out.as_strided(out.shape, out.stride()), grad_lse, *grads)]",
+        ("tests/test_attention_grad.py",),
+        "stride and cpu",
+    ),
+    Mutant(
+        "the gradient of lse left out",
+        f"{ATTENTION}/reference.py",
+        "delta = delta - grad_lse",
+        "delta = delta + 0 * grad_lse",
+        ("tests/test_attention_grad.py",),
+        "every_mask and reference",
+    ),
+    Mutant(
+        "a scale that does not know the head size",
+        f"{ATTENTION}/op.py",
+        "return D**-0.5",
+        "return 0.125",
+        ("tests/test_attention.py",),
+        "head_size",
+    ),
+    Mutant(
+        "a fast path of torch that drops the mask",
+        "dalle_fast/nn/attention.py",
+        "return self._packed and self._mask is None",
+        "return self._packed",
+        ("tests/test_multihead_attention.py",),
+    ),
+    Mutant(
+        "a uniform variate of 0",
+        "csrc/gumbel.h",
+        "Lanes::from_word(word) * 0x1p-32f + 0x1p-33f",
+        "Lanes::from_word(word) * 0x1p-32f",
+        ("tests/test_codebook_noise.py",),
+        "slice_of_all_words",
+    ),
+    Mutant(
+        "a uniform variate of 1",
+        f"{CODEBOOK}/noise.py",
+        "uniform = (words.float() * 2**-32 + 2**-33).clamp(max=1 - 2**-24)",
+        "uniform = words.float() * 2**-32 + 2**-33",
+        ("tests/test_codebook_noise.py",),
+        "slice_of_all_words",
+    ),
+    Mutant(
+        "noise in bfloat16",
+        f"{CODEBOOK}/noise.py",
+        "return gumbel_of_words(noise_words(seed, row, num_codes), dtype)",
+        "return gumbel_of_words(noise_words(seed, row, num_codes), dtype).bfloat16().to(dtype)",
+        ("tests/test_codebook_noise.py",),
+    ),
+    Mutant(
+        "the same noise at every step",
+        f"{CODEBOOK}/op.py",
+        "return (seed << 11 | rank) << 32 | step",
+        "return (seed << 11 | rank) << 32",
+        ("tests/test_codebook_noise.py", "tests/test_codebook_op.py"),
+    ),
+    Mutant(
+        "the same noise on every rank",
+        f"{CODEBOOK}/op.py",
+        "return (seed << 11 | rank) << 32 | step",
+        "return seed << 43 | step",
+        ("tests/test_codebook_noise.py", "tests/test_codebook_op.py"),
+    ),
+    Mutant(
+        "rows numbered anew in every chunk",
+        f"{CODEBOOK}/chunked.py",
+        "logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,",
+        "logits, bias, _seeds(seed, seed_per_row, chunk), 0, tau, hidden.dtype, not hard,",
+        ("tests/test_codebook.py",),
+        "many_rows and cpu",
+    ),
+    Mutant(
+        "codes behind the last that count",
+        "csrc/cpu/codebook_kernels.cpp",
+        "load_block(row + block * kNoiseBlock, valid, -kInfinity, z);\n    if (!x.bias) return;",
+        "load_block(row + block * kNoiseBlock, valid, 0, z);\n    if (!x.bias) return;",
+        ("tests/test_codebook.py",),
+        "every_size and cpu",
+    ),
+    Mutant(
+        "a cotangent taken for uniform",
+        "csrc/cpu/codebook_kernels.cpp",
+        "const float grad_kl = a.grad_kl ? a.grad_kl[r] / stats.sum : 0;",
+        "const float grad_kl = a.grad_kl ? a.grad_kl[0] / stats.sum : 0;",
+        ("tests/test_codebook_grad.py",),
+        "every_size and cpu",
+    ),
+    Mutant(
+        "the last of equal codes",
+        f"{CODEBOOK}/reference.py",
+        "    return z.argmax(-1)\n",
+        "    return z.shape[-1] - 1 - z.flip(-1).argmax(-1)\n",
+        ("tests/test_codebook.py", "tests/test_codebook_samples.py"),
+        "reference",
+    ),
+    Mutant(
+        "ignored targets that are counted",
+        f"{CODEBOOK}/reference.py",
+        "loss = -log_p.gather(-1, index[:, None])[:, 0].where(counted, 0)",
+        "loss = -log_p.gather(-1, index[:, None])[:, 0]",
+        ("tests/test_codebook.py",),
+        "reference",
+    ),
+    Mutant(
+        "a divergence that grows with the batch",
+        "dalle_fast/nn/dvae.py",
+        "kl = kl.mean()",
+        "kl = kl.sum() / 64",
+        ("tests/test_dvae.py",),
+    ),
+)
+
+
+def case(number: int, device: str) -> None:
+    mutant = MUTANTS[number]
+    folder = Path(_copy().name)
+    path = folder / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise AssertionError(f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}")
+    native = mutant.file.startswith("csrc/cpu") or mutant.file in ("csrc/mask.h", "csrc/gumbel.h", "csrc/philox.h")
+    try:
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        if native:
+            rebuild(folder)
+        counts = run_tests(*mutant.tests, folder=folder, keyword=mutant.keyword)
+    finally:
+        path.write_text(text, encoding="utf-8")
+        if native:
+            rebuild(folder)
+    if not counts["failed"]:
+        raise AssertionError(f"{mutant.name}: no test of {', '.join(mutant.tests)} fails, {counts['passed']} pass")
+
+
+@functools.cache
+def _copy():
+    """One copy for all mutants, so that only what a mutant changes is compiled again."""
+    folder = copy_of_sources()
+    rebuild(Path(folder.name))
+    return folder

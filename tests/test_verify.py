@@ -1,0 +1,142 @@
+"""`dalle-fast verify`: its figures at a smaller size, and that what goes wrong is counted, never passed over."""
+
+import importlib
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from dalle_fast import cli
+from dalle_fast.verify import badinput, causal, error, large, native, runner, sampler, static
+from dalle_fast.verify.figures import FIGURES, Figure, NotRun
+
+# Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
+# which they run.
+CASES = {"diff": 160, "causal": 60, "gradcheck": 16, "badinput": 493, "repeat": 60, "guard": 60, "large": 6, "noise": 3}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_pass(name):
+    figure = FIGURES[name]
+    for number in range(0, figure.total, -(-figure.total // CASES[name])):
+        try:
+            figure.case(number)
+        except NotRun as reason:
+            pytest.skip(str(reason))
+        except Exception as failure:
+            raise AssertionError(f"{name}, case {number}: {failure}") from failure
+
+
+def test_every_figure_has_as_many_cases_as_it_says():
+    listed = {
+        "badinput": badinput.cases(),
+        "causal": causal.POSITIONS,
+        "error": error.CASES,
+        "large": large.CASES,
+        "native": native.CASES,
+        "sampler": sampler.CASES,
+        "static": static.CASES,
+    }
+    assert {name: len(cases) for name, cases in listed.items()} == {name: FIGURES[name].total for name in listed}
+    for name in FIGURES:
+        assert importlib.import_module(f"dalle_fast.verify.{name}").case
+
+
+# -- the runner ----------------------------------------------------------------------------------------------------------
+
+
+def trial(number, device):
+    """What the worker calls for the figure below."""
+    what = os.environ["TRIAL"].split(",")[number]
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "hang":
+        time.sleep(60)
+    if what == "wrong":
+        raise AssertionError("1 is not 2")
+    if what == "not run":
+        raise NotRun("no such machine")
+    print("what a case prints is no answer")
+    return {"size": float(number)}
+
+
+@pytest.fixture
+def verify(monkeypatch, tmp_path):
+    """verify(cases, **options) -> (exit status, result of the one figure that there is, its file)"""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    # The child imports the figure's module by its name, and the list of figures that has it.
+    (folder / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from dalle_fast.verify import figures\n"
+        "figures.FIGURES['trial'] = figures.Figure('trial', 'trials', 9)\n"
+        "module = types.ModuleType('dalle_fast.verify.trial')\n"
+        "def case(number, device):\n"
+        "    import test_verify\n"
+        "    return test_verify.trial(number, device)\n"
+        "module.case = case\n"
+        "sys.modules['dalle_fast.verify.trial'] = module\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.path.dirname(root)]))
+
+    def verify(cases, *, seconds=20, **options):
+        monkeypatch.setenv("TRIAL", ",".join(cases))
+        monkeypatch.setattr(runner, "FIGURES", {"trial": Figure("trial", "trials", len(cases), seconds)})
+        out = tmp_path / "evidence.json"
+        status = runner.verify([], out, **{"gpu": False, "budget": 60, "restart": False, **options})
+        return status, json.loads(out.read_text())["figures"]["trial"], out
+
+    return verify
+
+
+def test_what_goes_wrong_is_counted(verify, capsys):
+    status, result, _ = verify(["fine", "crash", "wrong", "hang", "fine"], seconds=5)
+    assert status == 1 and result["status"] == "fail"
+    assert result["done"] == 5 and result["num_failures"] == 3 and result["worst"] == {"size": 4.0}
+    whats = {failure["case"]: failure["what"] for failure in result["failures"]}
+    assert "signal 11" in whats[1] and "1 is not 2" in whats[2] and "no answer within 5 s" in whats[3]
+    assert "0 pass, 1 fail, 0 not run" in capsys.readouterr().out
+
+
+def test_not_run_is_not_passed(verify, capsys):
+    status, result, _ = verify(["fine", "not run"])
+    assert status == 0 and result["status"] == "not run" and result["reason"] == "no such machine"
+    assert "0 pass, 0 fail, 1 not run" in capsys.readouterr().out
+
+
+def test_goes_on_where_it_stopped(verify, capsys):
+    cases = ["fine"] * 4
+    status, result, out = verify(cases, budget=1e-9)
+    assert status == 0 and result["status"] == "not run" and "budget ended after 0 of 4" in result["reason"]
+    report = json.loads(out.read_text())
+    report["figures"]["trial"]["done"] = 3  # as if it had been interrupted there
+    out.write_text(json.dumps(report))
+    status, result, _ = verify(["wrong"] * 3 + ["fine"])
+    assert status == 0 and result["status"] == "pass" and result["done"] == 4
+    report["commit"] = "another"
+    out.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="results of another commit: name another file, or --restart"):
+        verify(cases)
+    assert verify(cases, restart=True)[1]["status"] == "pass"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"figures": 3}'])
+def test_another_file_is_not_overwritten(verify, tmp_path, text):
+    (tmp_path / "evidence.json").write_text(text)
+    with pytest.raises(ValueError, match="holds something else than results of verify"):
+        verify(["fine"])
+    assert (tmp_path / "evidence.json").read_text() == text
+
+
+def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
+    for arguments in (["verify"], ["verify", "--out", "x", "--budget", "-1"], ["verify", "--out", "x", "--budget", "a"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 2
+    assert "--out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="NAME must be one of diff, .*, got nothing"):
+        runner.verify(["nothing"], tmp_path / "x.json", gpu=False, budget=1, restart=False)
