@@ -133,7 +133,11 @@ def test_another_file_is_not_overwritten(verify, tmp_path, text):
 
 
 def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
-    for arguments in (["verify"], ["verify", "--out", "x", "--budget", "-1"], ["verify", "--out", "x", "--budget", "a"]):
+    for arguments in (
+        ["verify"],
+        ["verify", "--out", "x", "--budget", "-1"],
+        ["verify", "--out", "x", "--budget", "a"],
+    ):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
         assert end.value.code == 2

@@ -18,7 +18,6 @@ constexpr int kVecs = kNoiseBlock / VW;  // vectors in a block
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-typedef uint32_t WordVec __attribute__((vector_size(VW * 4)));
 typedef uint64_t WideVec __attribute__((vector_size(VW * 4)));
 
 // -- noise ------------------------------------------------------------------------------------------------------------

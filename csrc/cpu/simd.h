@@ -29,6 +29,7 @@ constexpr int VW = 4;
 
 typedef float Vec __attribute__((vector_size(VW * 4)));
 typedef int32_t IntVec __attribute__((vector_size(VW * 4)));
+typedef uint32_t WordVec __attribute__((vector_size(VW * 4)));
 typedef float UnalignedVec __attribute__((vector_size(VW * 4), aligned(4), may_alias));
 
 DF_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -177,7 +178,7 @@ DF_INLINE Vec exp2(Vec x) {
     const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);  // NaN too
     return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)p, (__m512)x);
 #else
-    const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
+    const Vec scaled = (Vec)((WordVec)p + ((WordVec)shifted << 23));  // wraps where x < smallest, which is not kept
     const Vec zero_or_nan = x < smallest ? Vec{} : x;
     return x >= smallest ? scaled : zero_or_nan;
 #endif

@@ -62,7 +62,11 @@ SIZE = {
 }
 NOT_NEGATIVE = {key: spoil for key, spoil in SIZE.items() if key != "0"}
 CHOICE = {"an unknown name": lambda x: "nothing", "None": lambda x: None, "a list": lambda x: ["cpu"], "7": lambda x: 7}
-MASKS = {"a matrix": lambda x: x.to_dense(), "a name": lambda x: "row", "too short": lambda x: masks.row_mask(5, (2, 7))}
+MASKS = {
+    "a matrix": lambda x: x.to_dense(),
+    "a name": lambda x: "row",
+    "too short": lambda x: masks.row_mask(5, (2, 7)),
+}
 GRID = {**SIZE, "three sizes": lambda x: (3, 3, 3), "an empty one": lambda x: (), "0 rows": lambda x: (0, 4)}
 RANGES = {
     "backwards": lambda x: (5, 2),
@@ -164,7 +168,12 @@ def _gumbel_softmax():
 
 
 def _noise_seed():
-    whole = {"negative": lambda x: -1, "a fraction": lambda x: 1.5, "text": lambda x: "1", "too large": lambda x: 1 << 40}
+    whole = {
+        "negative": lambda x: -1,
+        "a fraction": lambda x: 1.5,
+        "text": lambda x: "1",
+        "too large": lambda x: 1 << 40,
+    }
     return Call(F.noise_seed, {"seed": 1, "step": 2, "rank": 3}, dict.fromkeys(("seed", "step", "rank"), whole))
 
 
@@ -251,6 +260,6 @@ def case(number: int, device: str) -> None:
         if any(re.search(rf"\b{word}", str(error)) for word in call.good):
             return
         raise AssertionError(f"{name}, {argument} {way}: the error names no argument: {error}") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise AssertionError(f"{name}, {argument} {way}: {type(error).__name__}: {str(error)[:200]}") from None
     raise AssertionError(f"{name}, {argument} {way}: an answer of type {type(answer).__name__}")

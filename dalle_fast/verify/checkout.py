@@ -65,7 +65,7 @@ def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **envi
     folder = sources() if folder is None else folder
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
         command += ["-k", keyword] if keyword else []
         # -m puts the folder first on the path; what pytest's own children import must come from there as well.
         env = {**os.environ, "PYTHONPATH": str(folder), **environment}
@@ -73,7 +73,11 @@ def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **envi
         if ran.returncode < 0:
             return {"passed": 0, "failed": 1, "skipped": 0, "first failure": f"pytest died of signal {-ran.returncode}"}
         if ran.returncode > 1 or not report.exists():
-            raise RuntimeError(f"pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-1000:]}")
+            said = ran.stdout + ran.stderr
+            # What a sanitizer has to say, before it ends the process, is followed by a long stack.
+            at = max(said.find("runtime error:"), said.find("ERROR: AddressSanitizer"))
+            said = said[max(0, at - 200) : at + 800] if at >= 0 else said[-1000:]
+            raise RuntimeError(f"pytest ended with {ran.returncode}: {said}")
         suite = xml.parse(report).getroot().find("testsuite")
     failed = int(suite.get("failures")) + int(suite.get("errors"))
     skipped = int(suite.get("skipped"))

@@ -88,7 +88,9 @@ def _report(out: Path, gpu: bool, restart: bool) -> dict:
         report = json.loads(out.read_text(encoding="utf-8"))
         changed = [key for key in SAME if report[key] != head[key]]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{out} holds something else than results of verify: name another file, or --restart") from None
+        raise ValueError(
+            f"{out} holds something else than results of verify: name another file, or --restart"
+        ) from None
     if changed:
         raise ValueError(f"{out} has results of another {', '.join(changed)}: name another file, or --restart")
     report["date"] = head["date"]
@@ -114,7 +116,14 @@ class _Run:
 
     def __init__(self, figure: Figure, result: dict, saver: _Saver, deadline: float):
         self.figure, self.result, self.saver, self.deadline = figure, result, saver, deadline
-        for key, value in {"done": 0, "skipped": 0, "num_failures": 0, "failures": [], "worst": {}, "seconds": 0}.items():
+        for key, value in {
+            "done": 0,
+            "skipped": 0,
+            "num_failures": 0,
+            "failures": [],
+            "worst": {},
+            "seconds": 0,
+        }.items():
             result.setdefault(key, value)
         result.update(title=figure.title, total=figure.total)
         self._judge()
@@ -123,7 +132,9 @@ class _Run:
         total, start = self.figure.total, time.monotonic()
         if not total:
             self.result["reason"] = "--gpu was not given"
-        bar = tqdm(total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None)
+        bar = tqdm(
+            total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None
+        )
         with bar:
             while self.result["done"] < total and not self._stopping():
                 self._child(bar)
@@ -185,7 +196,7 @@ class _Run:
         self.saver.save(if_due=True)
 
     def _judge(self) -> None:
-        """"pass" only where every case was tried and none failed."""
+        """A figure passes only where every case was tried and none failed."""
         result = self.result
         if result["num_failures"]:
             result["status"] = FAIL
