@@ -36,6 +36,7 @@ __all__ = [
     "gradient_terms",
     "lse_terms",
     "nan_poisoned",
+    "output_terms",
 ]
 
 # Every rule on odd rectangular grids, text longer and shorter than the grid, windows wider than the grid, dilation.
@@ -101,6 +102,24 @@ def lse_terms(query, key, *, scale=None):
     """
     logits = query.detach().double().abs() @ key.detach().double().abs().mT
     return (logits * abs(query.shape[-1] ** -0.5 if scale is None else scale)).amax(-1) + 1
+
+
+def output_terms(query, key, value, mask, *, scale=None, text_lengths=None):
+    """How large the terms are that out is added up from, float64 (B, H, S, D).
+
+    Each probability carries the rounding of its logit, float32 whatever the dtype, which moves out by p * (value - out):
+    at logits of some tens that is more than what the sum itself rounds.
+    """
+    wide = [x.detach().double() for x in (query, key, value)]
+    identity = torch.eye(query.shape[-2], dtype=torch.float64, device=query.device).expand(*query.shape[:-1], -1)
+    options = {"scale": scale, "text_lengths": text_lengths}
+    p = attention_oracle(*wide[:2], identity, mask, **options)[0]
+    ratio = min(1.0, torch.finfo(torch.float32).eps / torch.finfo(query.dtype).eps)
+    sizes = wide[0].abs() @ wide[1].abs().mT * (abs(scale) if scale is not None else query.shape[-1] ** -0.5)
+    out, v = p @ wide[2], wide[2].abs()
+    # |value - out| is at most |value| + |out|
+    wobble = (p * sizes) @ v + (p * sizes).sum(-1, keepdim=True) * out.abs()
+    return out.abs() + out.square().mean().sqrt() + ratio * wobble
 
 
 def gradient_terms(query, key, value, mask, grad_out, grad_lse=None, *, scale=None, text_lengths=None):
@@ -275,7 +294,9 @@ def check_attention(attend, query, key, value, mask, **options):
     _assert_kind("out", out, query.shape, query.dtype)
     _assert_kind("lse", lse, query.shape[:3], lse_dtype)
     exact, exact_lse = attention_oracle(query, key, value, mask, **options)
-    assert_as_exact_as_eager("out", out, eager_attention(query, key, value, mask, **options)[0], exact)
+    eager = eager_attention(query, key, value, mask, **options)[0]
+    terms = output_terms(query, key, value, mask, **options) if query.numel() else None
+    assert_as_exact_as_eager("out", out, eager, exact, terms=terms)
     wide = (x.to(lse_dtype) for x in (query, key, value))  # logits are kept in float32
     if query.numel():
         terms = lse_terms(query, key, scale=options.get("scale"))
