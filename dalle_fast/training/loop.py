@@ -16,7 +16,6 @@ on a CPU with the same number of threads, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import signal
@@ -180,17 +179,20 @@ class _Run:
 
     def go(self, stop) -> None:
         """Steps until the last one, or until a signal."""
-        batches = self.objective.batches(self.step)
         self.model.train()
         saved_at = self.step
-        with contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
-            while self.step < self.settings.steps and stop.received is None:
-                self.take_step(next(batches))
-                self.reports.tick()
+        batches = self.objective.batches(self.step)
+        with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
+            batch = next(batches, None)
+        while self.step < self.settings.steps and stop.received is None:
+            self.take_step(batch)
+            self.reports.tick()
+            with random_state.untouched():
                 self.report()
-                if self.due(self.settings.checkpoint_every):
-                    self.save()
-                    saved_at = self.step
+            if self.due(self.settings.checkpoint_every):
+                self.save()
+                saved_at = self.step
+            batch = next(batches, None) if self.step < self.settings.steps else None
         if saved_at != self.step:
             self.save()
 
@@ -319,5 +321,5 @@ def _autocast_dtype(precision, device):
 def _numbers(scalars: dict) -> dict[str, float]:
     """Tensors and numbers as numbers. The only time in a step that the host waits for the device."""
     tensors = {name: value for name, value in scalars.items() if isinstance(value, torch.Tensor)}
-    stacked = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
+    stacked = torch.stack([value.detach().float() for value in tensors.values()]).tolist()
     return {**scalars, **dict(zip(tensors, stacked, strict=True))}

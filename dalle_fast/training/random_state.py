@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -28,6 +29,16 @@ def put(state: dict) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+@contextlib.contextmanager
+def untouched():
+    """What happens within it draws its numbers, and those after it do not notice."""
+    state = get()
+    try:
+        yield
+    finally:
+        put(state)
 
 
 def _cuda_states():

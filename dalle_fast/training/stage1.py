@@ -6,7 +6,6 @@ B batch, S pixels of a side, h x w codes, K codes.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import torch
@@ -16,81 +15,10 @@ from dalle_fast.data import batches
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
 from dalle_fast.training.pictures import picture_grid
-from dalle_fast.training.schedules import cosine, warmup
+from dalle_fast.training.recipes import DVAERecipe
 
 SHOWN = 12  # pictures in a grid
 EVALUATED = 1000  # at most, of the validation pictures
-
-
-@dataclasses.dataclass(frozen=True)
-class DVAERecipe:
-    """How a `DiscreteVAE` is trained. A share is that of `steps`, after which a cosine schedule has reached its end.
-
-    Attributes:
-        steps: updates. batch_size: pictures in one.
-        learning_rate, final_learning_rate, learning_rate_share: of AdamW; it rises over the first warmup_share.
-        beta, beta_share: the weight of the divergence rises from 0. It weighs the sum over an image's codes, divided by
-            its pixels and channels: the fewer pixels stand behind a code, the smaller it should be.
-        tau, tau_share: the temperature falls from 1.
-        weight_decay: of all parameters. clip: the largest norm of the gradient.
-    """
-
-    steps: int = 3_000_000
-    batch_size: int = 512
-    learning_rate: float = 1e-4
-    final_learning_rate: float = 1.25e-6
-    learning_rate_share: float = 0.4
-    warmup_share: float = 0.0
-    beta: float = 6.6
-    beta_share: float = 1 / 600
-    tau: float = 1 / 16
-    tau_share: float = 1 / 20
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "tau"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        for name in ("final_learning_rate", "beta", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate_share", "warmup_share", "beta_share", "tau_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
-
-    def learning_rate_at(self, step: int) -> float:
-        steps = self.learning_rate_share * self.steps
-        rate = cosine(step, start=self.learning_rate, end=self.final_learning_rate, steps=steps)
-        return rate * warmup(step, steps=self.warmup_share * self.steps)
-
-    def beta_at(self, step: int) -> float:
-        return cosine(step, start=0.0, end=self.beta, steps=self.beta_share * self.steps)
-
-    def tau_at(self, step: int) -> float:
-        return cosine(step, start=1.0, end=self.tau, steps=self.tau_share * self.steps)
-
-
-# Of the presets of `DiscreteVAE`. "openai" is the paper's; the others train in fewer steps, at larger rates.
-RECIPES = {
-    "openai": DVAERecipe(),
-    "medium": DVAERecipe(steps=200_000, batch_size=128, learning_rate=3e-4, beta_share=0.05, tau_share=0.3),
-    "small": DVAERecipe(steps=50_000, batch_size=64, learning_rate=5e-4, beta_share=0.1, tau_share=0.5),
-    "tiny": DVAERecipe(
-        steps=1500,
-        batch_size=64,
-        learning_rate=3e-3,
-        final_learning_rate=1e-4,
-        learning_rate_share=1.0,
-        warmup_share=0.03,
-        beta=1.0,
-        beta_share=0.5,
-        tau_share=0.7,
-    ),
-}
 
 
 class DVAEObjective:
