@@ -32,7 +32,7 @@ from dalle_fast.errors import UserError
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints in the folder of a run
 KEEP = 2
-FORMAT = "dalle_fast 1"
+FORMAT, HEADER = "dalle_fast 1", "dalle_fast"
 MODELS = {  # kind -> module, class of the model, class of its config
     "DiscreteVAE": ("dalle_fast.nn.dvae", "DiscreteVAE", "DVAEConfig"),
     "DALLE": ("dalle_fast.nn.dalle", "DALLE", "DALLEConfig"),
@@ -145,16 +145,17 @@ def _write_model(path, model) -> None:
     kind = type(model).__name__
     if kind not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {kind}")
-    header = {"format": FORMAT, "kind": kind, "config": json.dumps(config_to_json(model.config))}
+    header = {"format": FORMAT, "kind": kind, "config": config_to_json(model.config)}
     _write_tensors(path, model.state_dict(), header)
 
 
 def _write_tensors(path, tensors, header=None) -> None:
+    """`header`: one JSON value, under one name, as safetensors writes several in an order that changes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(_storable(tensors), path, metadata=header)
+        save_file(_storable(tensors), path, metadata={HEADER: json.dumps(header)} if header else None)
     except SafetensorError as error:  # it makes an error of its own of every OSError
         raise OSError(None, str(error)) from error
     _fsync(path)
@@ -279,18 +280,19 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
         path = load(folder / CHECKPOINTS).path / MODEL
     else:
         raise CheckpointError(f"{folder} holds no model: neither {MODEL} nor a checkpoint in {CHECKPOINTS}/")
-    weights, header = _read_tensors(path)
+    weights, metadata = _read_tensors(path)
+    header = _header_of(metadata)
     found = header.get("kind")
     if found not in MODELS or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no model of {FORMAT!r}: its header says {header or 'nothing'}")
+        raise CheckpointError(f"{path} is no model of format {FORMAT!r}: its header says {metadata or 'nothing'}")
     if kind not in (None, found):
         raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
     module_name, class_name, config_name = MODELS[found]
     module = importlib.import_module(module_name)
     try:
-        model = getattr(module, class_name)(config_from_json(getattr(module, config_name), json.loads(header["config"])))
+        model = getattr(module, class_name)(config_from_json(getattr(module, config_name), header["config"]))
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error
     return model.requires_grad_(False).eval().to(device)
 
@@ -388,6 +390,14 @@ def _read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _header_of(metadata) -> dict:
+    try:
+        header = json.loads(metadata[HEADER])
+    except (KeyError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def _check_settings(path, found: dict, expected: dict) -> None:

@@ -256,7 +256,7 @@ def test_a_config_goes_through_strict_json():
 
 
 def export_with_header(path, **changes):
-    header = {"format": checkpoint.FORMAT, "kind": "DiscreteVAE", "config": json.dumps(checkpoint.config_to_json(SMALL))}
+    header = {"format": checkpoint.FORMAT, "kind": "DiscreteVAE", "config": checkpoint.config_to_json(SMALL)}
     checkpoint._write_tensors(path, fnn.DiscreteVAE(SMALL).state_dict(), {**header, **changes})
 
 
@@ -270,9 +270,9 @@ def export_with_header(path, **changes):
         (lambda path: export_with_header(path, kind="DALLE"), ["holds a DALLE", "expected a DiscreteVAE"]),
         (lambda path: export_with_header(path, kind="GAN"), ["header", "GAN"]),
         (lambda path: export_with_header(path, format="other 3"), ["dalle_fast 1", "other 3"]),
-        (lambda path: export_with_header(path, config='{"depth": 3}'), ["does not fit", "depth"]),
-        (lambda path: export_with_header(path, config='{"hidden": 8}'), ["does not fit", "size mismatch"]),
-        (lambda path: export_with_header(path, config="{"), ["does not fit"]),
+        (lambda path: export_with_header(path, config={"depth": 3}), ["does not fit", "depth"]),
+        (lambda path: export_with_header(path, config={"hidden": 8}), ["does not fit", "size mismatch"]),
+        (lambda path: export_with_header(path, config=None), ["does not fit"]),
     ],
 )
 def test_models_that_are_none(tmp_path, spoil, words):
