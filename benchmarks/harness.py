@@ -40,7 +40,8 @@ from pathlib import Path
 import torch
 
 try:
-    from dalle_fast.provenance import describe_commit, describe_machine, describe_versions, write_json
+    from dalle_fast.checkpoint import write_json
+    from dalle_fast.provenance import describe_commit, describe_machine, describe_versions
 except ImportError as error:
     sys.exit(f"dalle_fast cannot be imported ({error}); install it from the repository's root: pip install -e .")
 

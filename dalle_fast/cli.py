@@ -9,8 +9,14 @@ import os
 import sys
 
 import dalle_fast
+from dalle_fast.errors import UserError
 
-COMMANDS = {"info": "dalle_fast.info", "verify": "dalle_fast.verify"}
+COMMANDS = {
+    "train-dvae": "dalle_fast.commands.train_dvae",
+    "reconstruct": "dalle_fast.commands.reconstruct",
+    "verify": "dalle_fast.verify",
+    "info": "dalle_fast.info",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,11 +38,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; `argv` is `sys.argv[1:]` if None. Returns the exit status."""
+    """Run one command; `argv` is `sys.argv[1:]` if None. Returns the exit status: 2 for what the user can put right."""
     arguments = make_parser().parse_args(argv)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
+    except UserError as error:
+        print(f"dalle-fast: error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever read our output, as `head` does, has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         return 1

@@ -1,16 +1,13 @@
-"""Where numbers come from: the machine, the versions and the commit that go beside every measurement, and their files."""
+"""Where numbers come from: the machine, the versions and the commit that go beside every measurement."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -106,29 +103,3 @@ def _output_of(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def write_json(path, data) -> None:
-    """Write `data` to `path`: the whole file or, if anything fails, nothing. JSON has no NaN: it becomes null."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_finite(data), file, indent=1, allow_nan=False)
-            file.write("\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode keeps everyone else out
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _finite(data):
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle_fast.provenance import describe_commit, describe_machine, describe_versions, write_json
+from dalle_fast.checkpoint import write_json
+from dalle_fast.errors import UserError
+from dalle_fast.provenance import describe_commit, describe_machine, describe_versions
 from dalle_fast.verify.figures import FIGURES, Figure
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
@@ -26,15 +28,19 @@ SAVE_SECONDS = 5
 SAME = ("commit", "machine", "versions", "gpu")  # what must not change between two runs that add to one file
 
 
+class VerifyError(UserError, ValueError):
+    """An unknown figure, or a file that must not be added to; the message says which."""
+
+
 def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     """Measure the figures and write FILE; see `dalle_fast.verify`. Returns the exit status.
 
     Raises:
-        ValueError: no such figure, or FILE holds results of another commit, machine or set of versions.
+        VerifyError: no such figure, or FILE holds results of another commit, machine or set of versions.
     """
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
-        raise ValueError(f"NAME must be one of {', '.join(FIGURES)}, got {', '.join(unknown)}")
+        raise VerifyError(f"NAME must be one of {', '.join(FIGURES)}, got {', '.join(unknown)}")
     report = _report(out, gpu, restart)
     chosen = _figures(names, gpu)
     deadline = time.monotonic() + budget
@@ -88,11 +94,11 @@ def _report(out: Path, gpu: bool, restart: bool) -> dict:
         report = json.loads(out.read_text(encoding="utf-8"))
         changed = [key for key in SAME if report[key] != head[key]]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
+        raise VerifyError(
             f"{out} holds something else than results of verify: name another file, or --restart"
         ) from None
     if changed:
-        raise ValueError(f"{out} has results of another {', '.join(changed)}: name another file, or --restart")
+        raise VerifyError(f"{out} has results of another {', '.join(changed)}: name another file, or --restart")
     report["date"] = head["date"]
     return report
 

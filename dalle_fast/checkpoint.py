@@ -1,0 +1,422 @@
+"""Checkpoints that outlive a killed process, a full disk and half-written files: folders of safetensors and JSON.
+
+    step-000001000/
+        model.safetensors       the weights that are evaluated and shared (EMA), with the model's config in its header
+        training.safetensors    the weights in training, the optimizer's state
+        state.json              step, settings of the run, random states, and what else the trainer keeps
+        manifest.json           size and SHA-256 of each of the others; written last
+
+A checkpoint is written to a folder of another name, every file and the folder itself fsynced, then renamed to its own,
+and the folder around it fsynced. Only then the oldest one goes, so there is a good one at every moment. Nothing here
+is a pickle, and foreign pickles are read with torch's `weights_only`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dalle_fast.errors import UserError
+
+MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of checkpoints in the folder of a run
+KEEP = 2
+PHASES = ("begun", "model written", "training written", "state written", "manifest written", "renamed", "older removed")
+FORMAT, HEADER = "dalle_fast 1", "dalle_fast"
+MODELS = {  # kind -> module, class of the model, class of its config
+    "DiscreteVAE": ("dalle_fast.nn.dvae", "DiscreteVAE", "DVAEConfig"),
+    "DALLE": ("dalle_fast.nn.dalle", "DALLE", "DALLEConfig"),
+}
+_PREFIX, _UNFINISHED, _REPLACED = "step-", ".writing-", ".replaced-"
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint or model file that cannot be written, read or used here; the message names it and says why."""
+
+
+class CheckpointWarning(UserWarning):
+    """The newest checkpoint was not usable, and an older one was taken."""
+
+
+class Checkpoint(NamedTuple):
+    """What `load` returns: the folder, the updates done, weights (EMA), training's tensors and the rest."""
+
+    path: Path
+    step: int
+    weights: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    state: dict
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+    """Write the checkpoint of `step` into `folder`; afterwards it and the one before it are there, and no others.
+
+    One of the same step is replaced. Ones of later steps go: they are what `load` refused, or this run would not have
+    begun before them.
+
+    Args:
+        folder: of checkpoints; made where it is missing.
+        model: whose weights are evaluated and shared; see `export`.
+        tensors: name -> tensor, on any device. state: whatever JSON can hold.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk. What was there before is still there.
+    """
+    folder = Path(folder)
+    path = folder / f"{_PREFIX}{step:09d}"
+    unfinished = folder / f"{_UNFINISHED}{path.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        unfinished.mkdir()
+        _reached("begun")
+        _write_model(unfinished / MODEL, model)
+        _reached("model written")
+        _write_tensors(unfinished / TRAINING, tensors)
+        _reached("training written")
+        _write_json(unfinished / STATE, {"format": FORMAT, "step": step, **state})
+        _reached("state written")
+        _write_json(unfinished / MANIFEST, {name: _fingerprint(unfinished / name) for name in (MODEL, TRAINING, STATE)})
+        _fsync(unfinished)
+        _reached("manifest written")
+        if path.exists():
+            path.rename(folder / f"{_REPLACED}{path.name}")
+        unfinished.rename(path)
+        _fsync(folder)
+        _reached("renamed")
+        _remove_all_but_the_last(folder, step)
+        _reached("older removed")
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(_why_not_written(folder, path, error)) from error
+    return path
+
+
+def export(path, model) -> None:
+    """Write a model's weights and config to one safetensors file, in one step: the old file or the new one is there.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    try:
+        _write_model(unfinished, model)
+        unfinished.rename(path)
+        _fsync(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path, value) -> None:
+    """Write `value` as JSON in one step: the old file or the new one is there. JSON has no NaN: it becomes null.
+
+    Raises:
+        OSError: it cannot be written. TypeError: JSON cannot hold it.
+    """
+    path = Path(path)
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    try:
+        _write_json(unfinished, _finite(value))
+        unfinished.rename(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reached(phase: str) -> None:
+    """Told how far a write has come; tests replace it to be there at that moment."""
+
+
+def _write_model(path, model) -> None:
+    kind = type(model).__name__
+    if kind not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {kind}")
+    header = {"format": FORMAT, "kind": kind, "config": config_to_json(model.config)}
+    _write_tensors(path, model.state_dict(), header)
+
+
+def _write_tensors(path, tensors, header=None) -> None:
+    """`header`: one JSON value, under one name, as safetensors writes several in an order that changes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(_storable(tensors), path, metadata={HEADER: json.dumps(header)} if header else None)
+    except SafetensorError as error:  # it makes an error of its own of every OSError
+        raise OSError(None, str(error)) from error
+    _fsync(path)
+
+
+def _storable(tensors):
+    """On the host, in C order, no two of one memory: what a safetensors file can hold."""
+    seen, plain = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor
+    return plain
+
+
+def _write_json(path, value) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path) -> None:
+    """Of a file, or of a folder: that the names in it last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def _put_back(folder) -> None:
+    """A checkpoint that was moved out of the way of another of its step, which never came, returns."""
+    for path in folder.glob(_REPLACED + "*"):
+        original = folder / path.name.removeprefix(_REPLACED)
+        if not original.exists():
+            path.rename(original)
+
+
+def _remove_leftovers(folder) -> None:
+    """What a write that was cut short left behind."""
+    _put_back(folder)
+    for path in (*folder.glob(_REPLACED + "*"), *folder.glob(_UNFINISHED + "*")):
+        shutil.rmtree(path)
+
+
+def _remove_all_but_the_last(folder, step) -> None:
+    _remove_leftovers(folder)
+    steps = {_step_of(path): path for path in _all(folder)}
+    kept = sorted(x for x in steps if x <= step)[-KEEP:]
+    for x, path in steps.items():
+        if x not in kept:
+            shutil.rmtree(path)
+
+
+def _why_not_written(folder, path, error) -> str:
+    with contextlib.suppress(OSError):
+        if good := _all(folder):
+            return f"cannot write the checkpoint {path}: {error.strerror or error}; the last one is {good[-1].name}"
+    return f"cannot write the checkpoint {path}: {error.strerror or error}; there is none yet"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def latest(folder) -> Path | None:
+    """The newest checkpoint of a folder by its name, unread; None where there is none."""
+    found = _all(Path(folder))
+    return found[-1] if found else None
+
+
+def load(folder, *, settings: dict | None = None) -> Checkpoint:
+    """Read and verify the newest good checkpoint in `folder`; each newer one that is not good is warned of.
+
+    Args:
+        settings: what the checkpoint's state["settings"] must equal; None: anything.
+
+    Raises:
+        CheckpointError: no checkpoint is good, or the newest good one has other settings.
+    """
+    folder = Path(folder)
+    _put_back(folder)
+    wrong = []
+    for path in reversed(_all(folder)):
+        try:
+            checkpoint = _read(path)
+        except CheckpointError as error:
+            wrong.append(str(error))
+            continue
+        for message in wrong:
+            warnings.warn(f"{message}; continuing from {path.name}", CheckpointWarning, stacklevel=2)
+        if settings is not None:
+            _check_settings(path, checkpoint.state.get("settings", {}), settings)
+        return checkpoint
+    raise CheckpointError("; ".join(wrong) if wrong else f"there is no checkpoint in {folder}")
+
+
+def load_model(folder, *, kind: str | None = None, device="cpu"):
+    """The trained model in `folder`, with its EMA weights, in evaluation mode, without gradients.
+
+    Args:
+        folder: of a finished run, of an unfinished one (its newest good checkpoint is taken), or a checkpoint.
+        kind: "DiscreteVAE" or "DALLE", where only one will do.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another kind.
+    """
+    folder = Path(folder)
+    if (folder / MODEL).exists():
+        path = folder / MODEL
+    elif _all(folder / CHECKPOINTS):
+        path = load(folder / CHECKPOINTS).path / MODEL
+    else:
+        raise CheckpointError(f"{folder} holds no model: neither {MODEL} nor a checkpoint in {CHECKPOINTS}/")
+    weights, metadata = _read_tensors(path)
+    header = _header_of(metadata)
+    found = header.get("kind")
+    if found not in MODELS or header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no model of format {FORMAT!r}: its header says {metadata or 'nothing'}")
+    if kind not in (None, found):
+        raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
+    module_name, class_name, config_name = MODELS[found]
+    module = importlib.import_module(module_name)
+    try:
+        model = getattr(module, class_name)(config_from_json(getattr(module, config_name), header["config"]))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """The tensors of a foreign file: safetensors, or a pickle of tensors and plain containers and nothing else.
+
+    Raises:
+        CheckpointError: neither, or the pickle would run code.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{":  # a header's length, then JSON
+        return _read_tensors(path)[0]
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is no safetensors file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} holds more than weights and was not loaded: {reason}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path} must hold a dictionary of tensors, got {type(weights).__name__}")
+    return weights
+
+
+def config_to_json(config) -> dict:
+    """A config's fields as strict JSON can hold them: infinities and NaN as text."""
+    fields = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
+
+
+def config_from_json(config_class, fields: dict):
+    """The inverse of `config_to_json`: text becomes a number again, lists tuples.
+
+    Raises:
+        TypeError, ValueError: fields that the class does not have, or refuses.
+    """
+    fields = {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in fields.items()}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _all(folder) -> list[Path]:
+    """Checkpoints by step, the newest last."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _step_of(p) is not None), key=_step_of)
+
+
+def _step_of(path) -> int | None:
+    number = path.name.removeprefix(_PREFIX)
+    return int(number) if path.name.startswith(_PREFIX) and number.isdecimal() else None
+
+
+def _read(path) -> Checkpoint:
+    manifest = _read_json(path / MANIFEST)
+    for name in (MODEL, TRAINING, STATE):
+        try:
+            found, expected = _fingerprint(path / name), manifest[name]
+        except (OSError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {name} is missing") from error
+        if found != expected:
+            what = "bytes" if found["bytes"] != expected.get("bytes") else "sha256"
+            raise CheckpointError(
+                f"{path} is damaged: {name} has {what} {found[what]}, the manifest says {expected.get(what)}"
+            )
+    state = _read_json(path / STATE)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')!r}, expected {FORMAT!r}")
+    return Checkpoint(path, state["step"], _read_tensors(path / MODEL)[0], _read_tensors(path / TRAINING)[0], state)
+
+
+def _read_json(path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} holds no object")
+    return value
+
+
+def _read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file's tensors and header, or CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            # Copies: what is mapped from a file would change, or crash the process, with the file.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _header_of(metadata) -> dict:
+    try:
+        header = json.loads(metadata[HEADER])
+    except (KeyError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _check_settings(path, found: dict, expected: dict) -> None:
+    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    if names:
+        differences = "; ".join(f"{name} {found.get(name)!r}, not {expected.get(name)!r}" for name in names)
+        raise CheckpointError(f"{path} is of a run with {differences}")

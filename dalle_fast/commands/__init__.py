@@ -1,0 +1,1 @@
+"""The commands of `dalle-fast`, a module each; see `dalle_fast.cli`."""

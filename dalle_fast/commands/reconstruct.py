@@ -1,0 +1,59 @@
+"""Show what a trained discrete VAE makes of pictures: originals above reconstructions."""
+
+from __future__ import annotations
+
+from dalle_fast.errors import UserError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dvae")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+
+
+def run(arguments) -> int:
+    from PIL import Image
+
+    from dalle_fast.checkpoint import load_model
+
+    model = load_model(arguments.model, kind="DiscreteVAE", device=arguments.device)
+    picture = reconstructions(model, arguments.images)
+    try:
+        Image.fromarray(picture).save(arguments.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {arguments.out}: {error}") from error
+    print(arguments.out)
+    return 0
+
+
+def reconstructions(model, paths):
+    """Pictures from files, cropped to a square of the model's size, above their reconstructions.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        UserError: a file that cannot be read as a picture.
+    """
+    import numpy as np
+    import torch
+
+    from dalle_fast.training.pictures import picture_grid
+    from dalle_fast.training.stage1 import to_uint8
+
+    originals = torch.from_numpy(np.stack([_read(path, model.config.image_size) for path in paths]))
+    device = next(model.parameters()).device
+    pixels = originals.movedim(-1, 1).to(device).float() / 255
+    return picture_grid([originals.numpy(), to_uint8(model.reconstruct(pixels))])
+
+
+def _read(path, size):
+    """The middle square of the picture in a file: (size, size, 3) uint8."""
+    from dalle_fast.data.images import BadImage, decode, read_file
+    from dalle_fast.data.loading import centre_crop
+
+    try:
+        return centre_crop(decode(read_file(path), draft=size), size)
+    except (BadImage, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,54 @@
+"""Pictures and captions: where they come from, how batches are made of them, and the tokenizer.
+
+`open_source(spec)` opens drawn scenes, a folder, tar shards, emoji or stamps behind one small interface; `batches`
+makes a stream of it that can be resumed anywhere. Nothing is imported before it is used.
+"""
+
+import importlib
+
+_HOMES = {
+    "Batch": "loading",
+    "DataError": "source",
+    "Example": "source",
+    "Scene": "shapes",
+    "Source": "source",
+    "Tokenizer": "text",
+    "all_scenes": "shapes",
+    "batches": "loading",
+    "caption_of_scene": "shapes",
+    "draw": "shapes",
+    "open_source": "source",
+    "read_caption": "shapes",
+    "read_captions": "shapes",
+    "scene_of_caption": "shapes",
+}
+_PARTS = ("emoji", "folder", "images", "loading", "shapes", "source", "stamps", "tar", "text")
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Example",
+    "Scene",
+    "Source",
+    "Tokenizer",
+    "all_scenes",
+    "batches",
+    "caption_of_scene",
+    "draw",
+    "open_source",
+    "read_caption",
+    "read_captions",
+    "scene_of_caption",
+]
+
+
+def __getattr__(name):
+    if name in _PARTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES, *_PARTS])

@@ -1,0 +1,176 @@
+"""Batches of a source: a stream that is a pure function of (source, seed, batch number), so that it resumes anywhere.
+
+All randomness comes from Philox counters made of (seed, epoch, index), never from a worker's or a global state.
+
+B batch, S pixels of a side, N pictures of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dalle_fast.data.source import check_count, generator
+
+SHORTEST, LONGEST = 9 / 8, 12 / 8  # the paper's resizing of the shorter side, in units of the crop
+_SHUFFLE, _CROP = 3, 4  # uses of randomness
+
+
+class Batch(NamedTuple):
+    """images: (B, 3, S, S) uint8. captions: "" where there is none. indices: of the source."""
+
+    images: torch.Tensor
+    captions: list[str]
+    indices: list[int]
+
+
+def batches(
+    source,
+    batch_size: int,
+    *,
+    image_size: int,
+    seed: int,
+    start: int = 0,
+    train: bool = True,
+    flip: bool = False,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """A stream of batches.
+
+    In training it has no end: every epoch shows all pictures in an order of its own, a batch may reach into the next
+    epoch, and of each picture a random square crop is taken (Ramesh et al. 2021, as in `random_crop`). Otherwise it is
+    one pass in order with centre crops, whose last batch may be smaller. Pictures of a source with `crop` False are
+    taken whole.
+
+    Args:
+        source: a `Source`.
+        batch_size: B.
+        image_size: S.
+        seed: of order, crops and flips.
+        start: the number of the first batch; batch n of a stream from `start` is batch n of the stream from 0.
+        flip: mirror half of the pictures, in training. Captions stay as they are, so this is for stage 1.
+        num_workers: processes that load; the stream does not depend on it.
+
+    Raises:
+        DataError: too many bad pictures; see `open_source`.
+        ValueError: an argument out of range; a picture smaller than the crop, or, where `crop` is False, of another
+            size.
+    """
+    batch_size = check_count("batch_size", batch_size, minimum=1)
+    image_size = check_count("image_size", image_size, minimum=1)
+    seed, start = check_count("seed", seed, minimum=0), check_count("start", start, minimum=0)
+    if len(source) == 0:
+        raise ValueError(f"source {source.name} must have pictures, got none")
+    order = _shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
+    loader = torch.utils.data.DataLoader(
+        _Loading(source, image_size, seed, train, flip),
+        batch_sampler=order,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # which it draws its workers' seeds from: not from the global one
+    )
+    return _stream(source, loader)
+
+
+def _stream(source, loader) -> Iterator[Batch]:
+    note = getattr(source, "note", None)
+    for batch, looked in loader:
+        if note:
+            note(looked)  # in this process: what a worker's copy of the source has seen is lost
+        yield batch
+
+
+class _Loading(torch.utils.data.Dataset):
+    """(epoch, index) -> (image (3, S, S), caption, index, which pictures were looked at for it)."""
+
+    def __init__(self, source, image_size, seed, train, flip):
+        self.source, self.image_size, self.seed, self.train, self.flip = source, image_size, seed, train, flip
+
+    def __getitem__(self, key):
+        epoch, index = key
+        load = getattr(self.source, "load", None)  # without the bookkeeping of __getitem__
+        (image, caption), looked = load(index) if load else (self.source[index], [])
+        image = self._crop(image, epoch, index)
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, index, looked
+
+    def _crop(self, image, epoch, index):
+        rng = generator(self.seed, _CROP, epoch, index)
+        if self.source.crop:
+            image = random_crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
+        elif image.shape[:2] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"image_size must be that of the source {self.source.name}, {image.shape[0]}, got {self.image_size}"
+            )
+        if self.train and self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return image
+
+
+def _collate(examples):
+    images, captions, indices, looked = zip(*examples)
+    images = torch.from_numpy(np.stack(images))
+    return Batch(images, list(captions), list(indices)), [entry for entries in looked for entry in entries]
+
+
+def _shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of every batch from `start` on: the epochs' orders, one behind the other, cut into batches."""
+    epoch, order = -1, None
+    position = start * batch_size
+    while True:
+        batch = []
+        for position in range(position, position + batch_size):  # noqa: B020
+            if position // size != epoch:
+                epoch = position // size
+                order = generator(seed, _SHUFFLE, epoch).permutation(size)
+            batch.append((epoch, int(order[position % size])))
+        position += 1
+        yield batch
+
+
+def _in_order(size: int, batch_size: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    for first in range(start * batch_size, size, batch_size):
+        yield [(0, index) for index in range(first, min(first + batch_size, size))]
+
+
+# -- crops --------------------------------------------------------------------------------------------------------------
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of an image whose shorter side was resized to between 9/8 and 12/8 of the square's.
+
+    An image is never enlarged: one with less than that keeps its size.
+
+    Args:
+        image: (height, width, 3) uint8. size: S.
+
+    Returns:
+        (S, S, 3) uint8.
+
+    Raises:
+        ValueError: the image is smaller than the square.
+    """
+    shorter = min(image.shape[:2])
+    least, most = (min(shorter, round(share * size)) for share in (SHORTEST, LONGEST))
+    return _square(image, size, int(rng.integers(least, most + 1)), rng.random(2))
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of an image whose shorter side was resized to the square's; otherwise as `random_crop`."""
+    return _square(image, size, size, (0.5, 0.5))
+
+
+def _square(image, size, resized, place):
+    """The square of `size` at `place` (top and left, from 0 to 1) of the image with its shorter side `resized`."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter < size:
+        raise ValueError(f"image must be at least {size} pixels a side for a crop of {size}, got {width} x {height}")
+    side = shorter * size / resized  # of the square in the image as it came: one resampling does both
+    top, left = (height - side) * place[0], (width - side) * place[1]
+    box = (left, top, min(left + side, width), min(top + side, height))
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX, box=box))

@@ -1,0 +1,145 @@
+"""What a source of captioned pictures is, and `open_source`, which opens one by its name or path."""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+SPLITS = ("train", "validation")
+SOURCES = ("shapes", "emoji", "stamps")  # the built-in ones; every other spec is a path
+MAX_BAD_SHARE = 0.05
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file."""
+
+
+class Example(NamedTuple):
+    """One picture.
+
+    image: (height, width, 3) uint8, RGB.
+    caption: "" where there is none.
+    """
+
+    image: np.ndarray
+    caption: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures by index: `source[index]` is the same in every process and at every time; sources can be pickled.
+
+    name: of the source, for messages.
+    crop: whether crops of a picture are as good as the whole. False where the whole is drawn at `image_size` and its
+        caption, or its meaning, would be lost.
+    """
+
+    name: str
+    crop: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(
+    spec: str | os.PathLike,
+    *,
+    image_size: int,
+    split: str = "train",
+    seed: int = 0,
+    require_captions: bool = False,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Source:
+    """Open a source of pictures.
+
+    Args:
+        spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
+            same-stem .txt captions, a .tar file or several ("x-{000..003}.tar"), or a folder of them. A folder that is
+            called like a built-in source is reached as "./shapes".
+        image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.
+        split: "train" or "validation", which share no picture, by the picture's name and so the same for every seed;
+            "shapes" has "heldout" too, combinations of attributes that the other two never show.
+        seed: of what is drawn at random.
+        require_captions: count a picture without a caption as a bad one.
+        max_bad_share: the share of bad pictures (broken, too large, too small) that are replaced by others; more of
+            them are an error, as soon as 20 pictures, or all, were looked at.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read; the message names the file.
+        ImportError: a library for this source is not installed.
+        ValueError: an argument out of range.
+    """
+    spec = os.fspath(spec)
+    image_size = check_count("image_size", image_size, minimum=1)
+    seed = check_count("seed", seed, minimum=0)
+    splits = (*SPLITS, "heldout") if spec == "shapes" else SPLITS
+    if split not in splits:
+        raise ValueError(f"split of {spec!r} must be one of {', '.join(splits)}, got {split!r}")
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
+    if spec == "shapes":
+        from dalle_fast.data.shapes import Shapes
+
+        return Shapes(image_size, split=split, seed=seed)
+    if spec == "emoji":
+        from dalle_fast.data.emoji import Emoji
+
+        return Emoji(image_size, split=split)
+    if spec == "stamps":
+        from dalle_fast.data.stamps import Stamps
+
+        return Stamps(image_size, split=split, max_bad_share=max_bad_share)
+    if _is_tar(spec):
+        from dalle_fast.data.tar import Tar as Files
+    elif os.path.isdir(spec):
+        from dalle_fast.data.folder import Folder as Files
+    else:
+        raise DataError(
+            f"{spec}: no such folder or tar file, nor one of the sources {', '.join(SOURCES)}"
+            if not os.path.exists(spec)
+            else f"{spec}: neither a folder nor a .tar file"
+        )
+    return Files(spec, image_size, split=split, require_captions=require_captions, max_bad_share=max_bad_share)
+
+
+def _is_tar(spec: str) -> bool:
+    """Whether it names tar files, also compressed ones, which are refused later, or a folder with any."""
+    if os.path.isdir(spec):
+        try:
+            return any(entry.endswith(".tar") for entry in os.listdir(spec))
+        except OSError as error:
+            raise DataError(f"{spec}: cannot be read: {error.strerror}") from error
+    return ".tar" in os.path.basename(spec) or spec.endswith(".tgz")
+
+
+def generator(seed: int, use: int, *counters: int) -> np.random.Generator:
+    """Random numbers that are a pure function of the arguments: up to two counters under a seed.
+
+    Args:
+        use: a number for each use of randomness, so that no two share their numbers.
+    """
+    counter = [0, *counters, *[0] * (2 - len(counters)), use]  # the first word counts what is drawn
+    words = np.array(counter, np.uint64)
+    return np.random.Generator(np.random.Philox(counter=words, key=np.array([seed, 0], np.uint64)))
+
+
+def check_count(name: str, value, *, minimum: int) -> int:
+    """`value` as an integer of at least `minimum` and below 2^64, else TypeError or ValueError naming `name`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    value = operator.index(value)
+    if not minimum <= value < 2**64:
+        raise ValueError(f"{name} must be from {minimum} to 2^64 - 1, got {value}")
+    return value
+
+
+def check_index(index, size: int) -> int:
+    """`index` as a non-negative integer below `size`, counted from the end if negative; else IndexError."""
+    index = operator.index(index)
+    if not -size <= index < size:
+        raise IndexError(f"index must be below {size}, the number of pictures, got {index}")
+    return index % size

@@ -1,0 +1,327 @@
+"""THE training loop, of both stages: an `Objective` says what is learned from what, the loop does the rest.
+
+A run lives in one folder:
+
+    log.jsonl            scalars, one JSON object a line; without times, so that two equal runs have equal logs
+    pictures/            what the objective draws, as PNG
+    tensorboard/         the same for TensorBoard, where it is installed
+    checkpoints/         the last two, see `dalle_fast.checkpoint`
+    model.safetensors    at the end: the averaged weights
+    evaluation.json      at the end: how good they are
+
+A step is numbered by the updates before it, a checkpoint and a line of the log by the updates done. What a step computes
+is a function of its number and the weights, so that a run that was killed and resumed ends as if nothing had happened:
+on a CPU with the same number of threads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from dalle_fast import checkpoint
+from dalle_fast.errors import UserError
+from dalle_fast.training import random_state
+from dalle_fast.training.ema import EMA
+from dalle_fast.training.reports import Reports
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot start or go on; the message says why and what is saved."""
+
+
+class Objective(Protocol):
+    """What differs between the stages.
+
+    Attributes:
+        model: trained, on its device.
+        settings: name -> value (JSON's), all that the numbers of a run depend on; a resumed run must have the same.
+        examples_per_step: for the rate that is shown.
+        adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
+    """
+
+    model: torch.nn.Module
+    settings: dict[str, Any]
+    examples_per_step: int
+    adamw: dict[str, Any]
+
+    def parameter_groups(self) -> list[dict]:
+        """As AdamW takes them, with a weight_decay each."""
+
+    def learning_rate(self, step: int) -> float: ...
+
+    def batches(self, start: int) -> Iterator:
+        """Those of the steps `start`, `start + 1` ..., without end."""
+
+    def loss(self, batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """The loss to minimise, and scalars to log."""
+
+    def evaluate(self, model) -> dict[str, float]:
+        """How good the averaged model is."""
+
+    def pictures(self, model) -> dict[str, Any]:
+        """Name -> (height, width, 3) uint8 array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How long and how the loop runs.
+
+    Attributes:
+        steps: updates in all. clip: largest norm of the gradient, 0 for any. ema_decay, ema_every: see `EMA`.
+        max_skipped: steps whose loss or gradient is not finite change nothing; one more than this many in a row is an
+            error.
+        precision: "float32"; "bfloat16" for autocast; "auto": bfloat16 on a GPU that has it.
+        log_every, picture_every, evaluate_every, checkpoint_every: steps between two; 0: not before the end.
+    """
+
+    steps: int
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    ema_every: int = 1
+    max_skipped: int = 20
+    precision: str = "auto"
+    log_every: int = 50
+    picture_every: int = 0
+    evaluate_every: int = 0
+    checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for name in ("max_skipped", "log_every", "picture_every", "evaluate_every", "checkpoint_every", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    def that_matter(self) -> dict:
+        """Those that numbers depend on."""
+        names = ("steps", "clip", "ema_decay", "ema_every", "precision", "log_every", "evaluate_every")
+        return {name: getattr(self, name) for name in names}
+
+
+class TrainResult(NamedTuple):
+    """What `train` returns: updates done, the signal that stopped it or None, and the evaluation ({} if stopped)."""
+
+    step: int
+    signal: int | None
+    evaluation: dict[str, float]
+
+
+def train(
+    objective: Objective,
+    out,
+    settings: LoopSettings,
+    *,
+    resume: bool = False,
+    tensorboard: bool = True,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `objective.model` and leave everything in the folder `out`.
+
+    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once.
+
+    Args:
+        resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
+        tensorboard: write its files where it is installed. progress: show a bar, or lines where no one watches.
+
+    Raises:
+        TrainingError: `out` holds a run and `resume` is False; too many steps in a row were not finite.
+        CheckpointError: a checkpoint cannot be written, or the one in `out` is of a run with other settings.
+        OSError: a log or picture cannot be written.
+    """
+    out = Path(out)
+    run = _Run(objective, out, settings)
+    found = checkpoint.latest(out / checkpoint.CHECKPOINTS)
+    if found and not resume:
+        raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
+    if found:
+        run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        Reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
+        _StopSignals() as stop,
+    ):
+        run.go(stop)
+        if run.step < settings.steps:
+            return TrainResult(run.step, stop.received, {})
+        return TrainResult(run.step, None, run.finish())
+
+
+class _Run:
+    """The state of a run, and what happens in a step."""
+
+    def __init__(self, objective, out, settings):
+        self.objective, self.out, self.settings = objective, out, settings
+        self.model = objective.model
+        self.device = next(self.model.parameters()).device
+        groups = objective.parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, **objective.adamw)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ema = EMA(self.model, decay=settings.ema_decay, every=settings.ema_every)
+        self.autocast = _autocast_dtype(settings.precision, self.device)
+        self.settings_that_matter = {**settings.that_matter(), **objective.settings}
+        self.reports = None
+        self.step = 0
+        self.updates = 0  # steps that were not skipped
+        self.skipped_in_a_row = 0
+        self.sums, self.counted = {}, 0  # of scalars since the last line of the log
+
+    def go(self, stop) -> None:
+        """Steps until the last one, or until a signal."""
+        self.model.train()
+        saved_at = self.step
+        batches = self.objective.batches(self.step)
+        with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
+            batch = next(batches, None)
+        while self.step < self.settings.steps and stop.received is None:
+            self.take_step(batch)
+            self.reports.tick()
+            with random_state.untouched():
+                self.report()
+            if self.due(self.settings.checkpoint_every):
+                self.save()
+                saved_at = self.step
+            batch = next(batches, None) if self.step < self.settings.steps else None
+        if saved_at != self.step:
+            self.save()
+
+    def finish(self) -> dict[str, float]:
+        """Evaluate and export the averaged model."""
+        evaluation = self.objective.evaluate(self.ema.model)
+        checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
+        checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
+        return evaluation
+
+    def due(self, every: int) -> bool:
+        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+
+    def take_step(self, batch) -> None:
+        learning_rate = self.objective.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss, scalars = self.objective.loss(batch, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        values = _numbers({"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, **scalars})
+        self.step += 1
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            self.skip()
+            return
+        self.optimizer.step()
+        self.updates += 1
+        self.skipped_in_a_row = 0
+        self.ema.update(self.model, self.updates)
+        self.counted += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def skip(self) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.settings.max_skipped:
+            last = checkpoint.latest(self.out / checkpoint.CHECKPOINTS)
+            raise TrainingError(
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}; "
+                f"the last checkpoint is {last.name if last else 'not there yet'}. "
+                "A smaller learning rate or float32 may help"
+            )
+
+    def report(self) -> None:
+        if self.due(self.settings.log_every):
+            means = {name: total / self.counted for name, total in self.sums.items()}
+            self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
+            self.sums, self.counted = {}, 0
+        if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
+            evaluation = self.objective.evaluate(self.ema.model)
+            self.reports.record(self.step, {f"evaluation/{name}": value for name, value in evaluation.items()})
+        if self.due(self.settings.picture_every):
+            self.reports.pictures(self.step, self.objective.pictures(self.ema.model))
+
+    def save(self) -> None:
+        self.reports.sync()
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{index}.{name}"] = value
+        state = {
+            "settings": self.settings_that_matter,
+            "updates": self.updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "sums": self.sums,
+            "counted": self.counted,
+            "random": random_state.get(),
+        }
+        checkpoint.save(
+            self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        self.ema.model.load_state_dict(saved.weights)
+        weights = {k.removeprefix("model."): v for k, v in saved.tensors.items() if k.startswith("model.")}
+        self.model.load_state_dict(weights)
+        state = {}
+        for key, value in saved.tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                parameter = self.parameters[int(index)]
+                # With the parameter's strides, as AdamW had made it: kernels for other strides round differently.
+                like = value.shape == parameter.shape
+                state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if like else value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        random_state.put(saved.state["random"])
+        self.step, self.updates = saved.step, saved.state["updates"]
+        self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+        self.sums, self.counted = saved.state["sums"], saved.state["counted"]
+
+
+class _StopSignals:
+    """While entered, SIGTERM and SIGINT are kept in `received` instead of ending the process; the second one does."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = None
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self._keep) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _keep(self, number, _):
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def _autocast_dtype(precision, device):
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+
+
+def _numbers(scalars: dict) -> dict[str, float]:
+    """Tensors and numbers as numbers. The only time in a step that the host waits for the device."""
+    tensors = {name: value for name, value in scalars.items() if isinstance(value, torch.Tensor)}
+    stacked = torch.stack([value.detach().float() for value in tensors.values()]).tolist()
+    return {**scalars, **dict(zip(tensors, stacked, strict=True))}

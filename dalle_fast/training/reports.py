@@ -1,0 +1,116 @@
+"""What a run tells: a log, pictures, TensorBoard's files, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+LOG, PICTURES, TENSORBOARD = "log.jsonl", "pictures", "tensorboard"
+SHOWN = ("loss", "reconstruction", "kl", "perplexity", "text_loss", "image_loss")  # of a record, beside the bar
+
+
+class Reports:
+    """The reports of a run in the folder `out` that goes on after `step` updates; a context manager.
+
+    What an earlier run in the same folder reported of later steps is dropped.
+
+    Args:
+        steps: updates in all. examples_per_step: for the rate. tensorboard, progress: as in `train`.
+    """
+
+    def __init__(self, out, step, steps, examples_per_step, tensorboard=True, progress=True):
+        self.out, self.step, self.steps, self.examples_per_step = Path(out), step, steps, examples_per_step
+        self.progress = progress
+        (self.out / PICTURES).mkdir(exist_ok=True)
+        _drop_later_lines(self.out / LOG, step)
+        self.log = open(self.out / LOG, "a", encoding="utf-8")
+        self.writer = _summary_writer(self.out / TENSORBOARD, step) if tensorboard else None
+        self.bar = _bar(step, steps) if progress and sys.stderr.isatty() else None
+        self.since = (time.monotonic(), step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.log.close()
+        if self.writer:
+            self.writer.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def tick(self) -> None:
+        """One more step is done."""
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def record(self, step: int, scalars: dict[str, float]) -> None:
+        """A line of the log, TensorBoard's scalars, and a few of them for who watches."""
+        self.log.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.log.flush()
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        now = time.monotonic()
+        rate = (step - self.since[1]) * self.examples_per_step / max(now - self.since[0], 1e-9)
+        self.since = (now, step)
+        if self.writer and rate:
+            self.writer.add_scalar("examples_per_second", rate, step)
+        shown = " ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
+        elif self.progress:
+            shown = shown or " ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
+            print(f"step {step}/{self.steps} {rate:.0f} examples/s {shown}", file=sys.stderr, flush=True)
+
+    def pictures(self, step: int, pictures: dict) -> None:
+        """Name -> (height, width, 3) uint8 array: PNG files, and TensorBoard's images."""
+        from PIL import Image
+
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(self.out / PICTURES / f"{name}-{step:09d}.png")
+            if self.writer:
+                self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """What was recorded outlives the machine from here on: a checkpoint counts on it."""
+        self.log.flush()
+        os.fsync(self.log.fileno())
+
+
+def _drop_later_lines(path, step) -> None:
+    """Lines of later steps, and a last one that was cut short; in one step, as everything else."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step or not line.endswith("\n"):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    unfinished = path.with_name(".writing-" + path.name)
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def _summary_writer(folder, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard is not installed: no files for it (pip install tensorboard)", file=sys.stderr)
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def _bar(step, steps):
+    from tqdm import tqdm
+
+    return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)

@@ -1,0 +1,406 @@
+"""The training loop and stage 1's objective: schedules, averages, skipped steps, signals, and resuming bit for bit."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast import checkpoint, cli
+from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
+from dalle_fast.data import open_source
+from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, random_state, train
+from dalle_fast.training.ema import EMA
+from dalle_fast.training.recipes import RECIPES
+from dalle_fast.training.schedules import cosine, warmup
+from dalle_fast.training.stage1 import usage
+
+SMALL = fnn.DVAEConfig(image_size=16, downsampling=8, num_codes=12, embedding_dim=4, hidden=8, blocks_per_group=1)
+RECIPE = DVAERecipe(steps=12, batch_size=4, learning_rate=1e-2, learning_rate_share=1, beta_share=0.5, tau_share=0.8)
+QUIET = {"tensorboard": False, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
+    yield
+    torch.set_num_threads(before)
+
+
+class FewShapes(NamedTuple):
+    """A source of a handful of scenes."""
+
+    source: object
+    size: int
+    name: str = "shapes"
+    crop: bool = False
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+    def check(self, image):
+        return self.source.check(image)
+
+
+def objective(recipe=RECIPE, config=SMALL, **options):
+    train_, validation = (FewShapes(open_source("shapes", image_size=16, split=x), 8) for x in ("train", "validation"))
+    return DVAEObjective(config, recipe, train_, validation, **options)
+
+
+def settings(**changes):
+    return LoopSettings(**{"steps": RECIPE.steps, "log_every": 3, "checkpoint_every": 5, "ema_decay": 0.9, **changes})
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    """What must not depend on whether a run was interrupted."""
+    names = ["log.jsonl", "evaluation.json", checkpoint.MODEL]
+    names += sorted(f"pictures/{path.name}" for path in (folder / "pictures").iterdir())
+    last = checkpoint.latest(folder / checkpoint.CHECKPOINTS)
+    return {name: (folder / name).read_bytes() for name in names} | {
+        f"{last.name}/{path.name}": path.read_bytes() for path in sorted(last.iterdir())
+    }
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_begin_and_end_exactly():
+    """tau ends at exactly 1/16 and beta at exactly 6.6, whatever the number of steps; between them is a cosine."""
+    for preset, recipe in RECIPES.items():
+        for steps in (1, 7, 1000, recipe.steps):
+            scaled = dataclasses.replace(recipe, steps=steps)
+            assert (scaled.tau_at(0), scaled.beta_at(0)) == (1.0, 0.0) or steps == 1
+            assert scaled.tau_at(steps) == 1 / 16, preset
+            assert scaled.beta_at(steps) == recipe.beta, preset
+    paper = RECIPES["openai"]
+    assert (paper.beta, paper.beta_at(5_000), paper.tau_at(150_000)) == (6.6, 6.6, 1 / 16)
+    assert paper.beta_at(4_999) < 6.6 and paper.tau_at(149_999) > 1 / 16
+    assert paper.learning_rate_at(0) == 1e-4
+    assert paper.learning_rate_at(1_199_999) > paper.learning_rate_at(1_200_000) == 1.25e-6
+    assert paper.learning_rate_at(600_000) == pytest.approx((1e-4 + 1.25e-6) / 2)
+    assert paper.beta_at(2_500) == pytest.approx(3.3)
+    assert paper.tau_at(50_000) == pytest.approx(1 / 16 + 15 / 16 * (1 + math.cos(math.pi / 3)) / 2)
+
+
+def test_cosine_is_monotone_and_never_outside_its_ends():
+    for start, end in ((1.0, 1 / 16), (0.0, 6.6), (3.0, 3.0)):
+        values = [cosine(step, start=start, end=end, steps=100) for step in range(-2, 104)]
+        assert values[:3] == [start] * 3 and values[-4:] == [end] * 4
+        assert all(min(start, end) <= value <= max(start, end) for value in values)
+        assert values in (sorted(values), sorted(values, reverse=True))
+    assert cosine(0, start=1.0, end=2.0, steps=0) == 2.0
+
+
+def test_warmup():
+    assert [warmup(step, steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warmup(0, steps=0) == 1
+
+
+# -- the average -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_average_follows_its_formula(every):
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 5.0)
+    ema, expected = EMA(model, decay=0.7, every=every), 5.0
+    for update in range(1, 20):
+        with torch.no_grad():
+            model.weight.fill_(float(update))
+        ema.update(model, update)
+        if update % every == 0:
+            n = update // every
+            decay = min(0.7, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * update
+        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-12)
+    assert not ema.model.weight.requires_grad and not ema.model.training
+
+
+def test_the_average_is_what_is_evaluated_drawn_and_exported(tmp_path):
+    o = objective()
+    seen = []
+    o.evaluate = lambda model: seen.append(model) or {"psnr": 1.0}
+    o.pictures = lambda model: seen.append(model) or {}
+    train(o, tmp_path, settings(), **QUIET)
+    assert len(seen) == 2 and seen[0] is seen[1] and seen[0] is not o.model
+    exported = checkpoint.load_model(tmp_path, kind="DiscreteVAE")
+    averaged, raw = seen[0].state_dict(), o.model.state_dict()
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in exported.state_dict().items())
+    assert not any(torch.equal(averaged[name], tensor) for name, tensor in raw.items() if tensor.any())
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"step": 12, "psnr": 1.0}
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(objective(), folder, settings(), **QUIET)
+    return contents(folder)
+
+
+class StopAt:
+    """An objective that is stopped in a step, by a signal or an exception."""
+
+    def __init__(self, step, how):
+        self.step, self.how = step, how
+
+    def __call__(self, o):
+        loss = o.loss
+
+        def stopping(batch, step):
+            if step == self.step:
+                self.how()
+            return loss(batch, step)
+
+        o.loss = stopping
+        return o
+
+
+def disturb_random_states():
+    torch.manual_seed(99)
+    np.random.seed(99)
+
+
+def test_a_signal_saves_and_resuming_is_exact(tmp_path, uninterrupted):
+    """SIGTERM in step 3 (no checkpoint yet) and SIGINT in step 7, in the middle of an interval of the log."""
+    for step, number in ((3, signal.SIGTERM), (7, signal.SIGINT)):
+        stop = StopAt(step, lambda number=number: os.kill(os.getpid(), number))
+        result = train(stop(objective()), tmp_path, settings(), resume=True, **QUIET)
+        assert (result.step, result.signal, result.evaluation) == (step + 1, number, {})
+        assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == f"step-{step + 1:09d}"
+        assert not (tmp_path / "evaluation.json").exists()
+        disturb_random_states()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    result = train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert (result.step, result.signal) == (12, None)
+    assert contents(tmp_path) == uninterrupted
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+def test_a_crash_after_a_checkpoint_resumes_exactly(tmp_path, uninterrupted):
+    """The log has lines beyond the checkpoint, which are dropped; and one that was cut short."""
+    with pytest.raises(Crash):
+        train(StopAt(9, crash)(objective()), tmp_path, settings(), **QUIET)
+    assert [line["step"] for line in log_of(tmp_path)] == [3, 6, 9]
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 11, "lo')
+    disturb_random_states()
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_torn_checkpoint_costs_the_steps_since_the_one_before_it(tmp_path, uninterrupted):
+    with pytest.raises(Crash):
+        train(StopAt(11, crash)(objective()), tmp_path, settings(), **QUIET)
+    path = tmp_path / checkpoint.CHECKPOINTS / "step-000000010" / checkpoint.TRAINING
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(CheckpointWarning, match="step-000000010 is damaged: training"):
+        train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_resuming_a_finished_run_evaluates_it_again(tmp_path, uninterrupted):
+    train(objective(), tmp_path, settings(), **QUIET)
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / checkpoint.MODEL).unlink()
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_settings_must_be_those_of_the_run(tmp_path):
+    with pytest.raises(Crash):
+        train(StopAt(6, crash)(objective()), tmp_path, settings(), **QUIET)
+    with pytest.raises(TrainingError, match=r"holds a run \(step-000000005\)"):
+        train(objective(), tmp_path, settings(), **QUIET)
+    other = objective(dataclasses.replace(RECIPE, batch_size=5), dataclasses.replace(SMALL, num_codes=13), seed=3)
+    with pytest.raises(CheckpointError, match=r"batch_size 4, not 5; model.num_codes 12, not 13; seed 0, not 3$"):
+        train(other, tmp_path, settings(), resume=True, **QUIET)
+    with pytest.raises(CheckpointError, match="ema_decay 0.9, not 0.5$"):
+        train(objective(), tmp_path, settings(ema_decay=0.5), resume=True, **QUIET)
+    assert checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step == 5
+
+
+def test_random_states_come_back():
+    import random
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    draw()  # so that both have half of a pair of normal numbers in store
+    state = json.loads(json.dumps(random_state.get()))
+    first = draw()
+    random_state.put(state)
+    assert draw() == first
+    random_state.put(state)
+    with random_state.untouched():
+        disturb_random_states()
+    assert draw() == first
+
+
+# -- steps that are not finite -----------------------------------------------------------------------------------------
+
+
+def spoil(o, steps, how):
+    loss = o.loss
+
+    def spoiled(batch, step):
+        value, scalars = loss(batch, step)
+        return (how(value) if step in steps else value), scalars
+
+    o.loss = spoiled
+    return o
+
+
+@pytest.mark.parametrize("how", [lambda x: x * math.nan, lambda x: x * math.inf, lambda x: (x - x.detach()).sqrt()])
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path, how):
+    """The last of them has a finite loss, and a gradient that is not."""
+    before = []
+    o = spoil(objective(), {4, 5}, how)
+    o.learning_rate = lambda step: before.append([p.clone() for p in o.model.parameters()]) or 1e-2
+    train(o, tmp_path, settings(max_skipped=2), **QUIET)
+    same = [all(torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(before, before[1:])]
+    assert same == [step in {4, 5} for step in range(11)]
+    assert [line["skipped"] for line in log_of(tmp_path)] == [0, 2, 2, 2]
+    assert all(math.isfinite(value) for line in log_of(tmp_path) for value in line.values())
+
+
+def test_too_many_in_a_row_are_an_error_that_names_the_last_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match=r"3 steps in a row, up to step 10; the last checkpoint is step-000000005"):
+        train(spoil(objective(), range(7, 12), lambda x: x * math.nan), tmp_path, settings(max_skipped=2), **QUIET)
+    for value in checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).weights.values():
+        assert value.isfinite().all()
+
+
+def test_an_interval_without_a_finite_step(tmp_path):
+    train(spoil(objective(), {3, 4, 5}, lambda x: x * math.nan), tmp_path, settings(), **QUIET)
+    assert log_of(tmp_path)[1] == {"step": 6, "skipped": 3}
+
+
+# -- what a run tells --------------------------------------------------------------------------------------------------
+
+
+def test_log_pictures_and_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(objective(), tmp_path, settings(picture_every=6, evaluate_every=6), progress=False)
+    log = log_of(tmp_path)
+    assert [line["step"] for line in log] == [3, 6, 6, 9, 12, 12]
+    names = {"loss", "reconstruction", "kl", "tau", "beta", "perplexity", "codes_used", "learning_rate"}
+    assert names <= log[0].keys() and {"evaluation/psnr", "evaluation/captions_read"} <= log[2].keys()
+    assert 1 <= log[0]["perplexity"] <= 12 and 0 < log[0]["codes_used"] <= 1
+    assert log[0]["beta"] == pytest.approx(np.mean([RECIPE.beta_at(step) for step in range(3)]))
+    for step in (6, 12):
+        with Image.open(tmp_path / "pictures" / f"reconstructions-{step:09d}.png") as picture:
+            assert picture.size == (2 + 8 * 98, 2 + 2 * 98)  # 8 pictures of 16 pixels, six times as large
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert names | {"evaluation/psnr", "examples_per_second"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("kl")] == [3, 6, 9, 12]
+    assert [event.step for event in events.Images("reconstructions")] == [6, 12]
+
+
+def test_without_tensorboard_there_is_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    train(objective(), tmp_path, settings(), progress=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "tensorboard is not installed: no files for it (pip install tensorboard)"
+    ]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_lines_where_no_one_watches(tmp_path, capsys):
+    train(objective(), tmp_path, settings(), tensorboard=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
+    assert all("examples/s" in line and "loss" in line and "perplexity" in line for line in lines)
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def test_usage():
+    perplexity, used = usage(torch.tensor([5, 5, 0, 5, 5, 0, 0, 0]))
+    assert perplexity.item() == pytest.approx(4) and used.item() == 0.5
+    assert usage(torch.tensor([7, 0]))[0].item() == 1
+
+
+def test_the_divergence_does_not_depend_on_the_batch_size():
+    """Of the same pictures twice, it is what it was: nothing is divided by 1 or by a sum over the batch."""
+    o = objective(dataclasses.replace(RECIPE, beta_share=0.0))
+    batch = next(o.batches(0))
+    twice = batch._replace(images=batch.images.repeat(2, 1, 1, 1))
+    with torch.no_grad():
+        (_, one), (_, two) = o.loss(batch, 3), o.loss(twice, 3)
+    torch.testing.assert_close(one["kl"], two["kl"], rtol=1e-5, atol=1e-7)
+    assert one["beta"] == 6.6
+
+
+def test_noise_differs_between_steps_and_seeds_and_batches_follow_the_start():
+    o, other = objective(), objective(seed=1)
+    other.model.load_state_dict(o.model.state_dict())
+    batch = next(o.batches(2))
+    stream = o.batches(0)
+    assert [next(stream).indices for _ in range(3)][2] == batch.indices != next(other.batches(2)).indices
+    with torch.no_grad():
+        losses = [o.loss(batch, 20)[0], o.loss(batch, 21)[0], other.loss(batch, 20)[0], o.loss(batch, 20)[0]]
+    assert len({x.item() for x in losses}) == 3 and losses[0] == losses[3]
+
+
+def test_it_learns_at_low_precision_too(tmp_path):
+    recipe = dataclasses.replace(RECIPE, steps=60, tau_share=1.0, beta=0.1, batch_size=8)
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        train(objective(recipe), folder, settings(steps=60, log_every=10, precision=precision), **QUIET)
+        log = log_of(folder)
+        assert log[-1]["reconstruction"] < log[0]["reconstruction"] - 0.3, precision
+        weights = checkpoint.load(folder / checkpoint.CHECKPOINTS).tensors
+        assert all(x.dtype == torch.float32 for x in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DVAERecipe(steps=0), ["steps", "positive", "0"]),
+        (lambda: DVAERecipe(tau=0.0), ["tau", "positive", "0.0"]),
+        (lambda: DVAERecipe(beta=-1.0), ["beta", "-1.0"]),
+        (lambda: DVAERecipe(beta=math.nan), ["beta", "nan"]),
+        (lambda: DVAERecipe(tau_share=1.5), ["tau_share", "from 0 to 1", "1.5"]),
+        (lambda: LoopSettings(steps=0), ["steps", "0"]),
+        (lambda: LoopSettings(steps=1, clip=-1.0), ["clip", "-1"]),
+        (lambda: LoopSettings(steps=1, precision="float8"), ["precision", "bfloat16", "float8"]),
+        (lambda: objective(seed=-1), ["seed", "-1"]),
+        (lambda: objective(config=dataclasses.replace(SMALL, channels=1)), ["channels", "3", "1"]),
+        (lambda: EMA(torch.nn.Linear(1, 1), decay=1.0), ["decay", "1.0"]),
+        (lambda: EMA(torch.nn.Linear(1, 1), decay=0.5, every=0), ["every", "0"]),
+    ],
+)
+def test_bad_input(make, words):
+    with pytest.raises(ValueError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
