@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "codebook.h"
+#include "product.h"
 
 namespace dalle_fast {
 
@@ -19,5 +20,6 @@ const char* instruction_set();
 
 const AttentionKernels& attention_kernels();
 const CodebookKernels& codebook_kernels();
+const ProductKernels& product_kernels();
 
 }  // namespace dalle_fast

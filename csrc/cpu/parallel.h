@@ -1,0 +1,33 @@
+// Tasks shared between threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "scratch.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace dalle_fast {
+
+// Calls task(x, scratch) for 0 <= x < count, on at most `threads` threads, each with memory of its own.
+template <class Task>
+void for_each(int64_t count, int threads, size_t scratch_bytes, Task&& task) {
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+    const Scratch scratch(scratch_bytes, threads);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#endif
+    for (int64_t x = 0; x < count; ++x) {
+#if defined(_OPENMP)
+        task(x, scratch.of(omp_get_thread_num()));
+#else
+        task(x, scratch.of(0));
+#endif
+    }
+}
+
+}  // namespace dalle_fast
