@@ -38,14 +38,63 @@ struct VectorPhilox {
     }
 };
 
-struct VectorLanes {
-    typedef Vec Float;
-    typedef IntVec Int;
-    typedef WordVec Word;
-    static DF_INLINE_MEMBER Vec from_word(WordVec x) { return __builtin_convertvector(x, Vec); }
-    static DF_INLINE_MEMBER Vec from_int(IntVec x) { return __builtin_convertvector(x, Vec); }
-    static DF_INLINE_MEMBER IntVec bits_of(Vec x) { return (IntVec)x; }
-    static DF_INLINE_MEMBER Vec of_bits(IntVec x) { return (Vec)x; }
+// All vectors of a block at once, step by step: one vector's logarithms are a chain of some 30 operations that each wait
+// for the one before, and a core does not look far enough ahead to find the next vector's meanwhile.
+template <class V>
+struct Several {
+    V part[kVecs];
+
+    template <class F>
+    static DF_INLINE_MEMBER Several of(F&& f) {
+        Several out;
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) out.part[v] = f(v);
+        return out;
+    }
+    friend DF_INLINE_MEMBER Several operator-(const Several& a) {
+        return of([&](int v) DF_INLINE_LAMBDA { return -a.part[v]; });
+    }
+#define DF_OPERATOR(op)                                                                   \
+    friend DF_INLINE_MEMBER Several operator op(const Several& a, const Several& b) {     \
+        return of([&](int v) DF_INLINE_LAMBDA { return a.part[v] op b.part[v]; });        \
+    }                                                                                     \
+    template <class Scalar>                                                               \
+    friend DF_INLINE_MEMBER Several operator op(const Several& a, Scalar b) {             \
+        return of([&](int v) DF_INLINE_LAMBDA { return a.part[v] op b; });                \
+    }
+    friend DF_INLINE_MEMBER Several operator-(float a, const Several& b) {
+        return of([&](int v) DF_INLINE_LAMBDA { return a - b.part[v]; });
+    }
+    DF_OPERATOR(+)
+    DF_OPERATOR(-)
+    DF_OPERATOR(*)
+    DF_OPERATOR(&)
+    DF_OPERATOR(>>)
+#undef DF_OPERATOR
+};
+
+struct BlockLanes {
+    typedef Several<Vec> Float;
+    typedef Several<IntVec> Int;
+    typedef Several<WordVec> Word;
+    static DF_INLINE_MEMBER Float from_word(const Word& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return __builtin_convertvector(x.part[v], Vec); });
+    }
+    static DF_INLINE_MEMBER Float from_int(const Int& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return __builtin_convertvector(x.part[v], Vec); });
+    }
+    static DF_INLINE_MEMBER Int bits_of(const Float& x) {
+        return Int::of([&](int v) DF_INLINE_LAMBDA { return (IntVec)x.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float of_bits(const Int& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return (Vec)x.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float smaller(const Float& a, const Float& b) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return a.part[v] < b.part[v] ? a.part[v] : b.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float where_zero(const Int& x, const Float& a, const Float& b) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return x.part[v] == 0 ? a.part[v] : b.part[v]; });
+    }
 };
 
 // The noise of one row.
@@ -64,6 +113,7 @@ struct RowNoise {
     // The noise of the codes [64 * block, 64 * block + 64).
     DF_INLINE_MEMBER void fill(int64_t block, Vec (&noise)[kVecs]) const {
         constexpr int kParts = kNoiseLanes / VW;  // of a block's counters, one lane each
+        Several<WordVec> words;
         for (int part = 0; part < kParts; ++part) {
             const uint32_t first = uint32_t(block * kNoiseLanes + part * VW);
             WideVec even;  // every other counter, one in a lane of 64 bits
@@ -75,11 +125,11 @@ struct RowNoise {
                 philox_round<VectorPhilox>(e, key_low[round], key_high[round]);
                 philox_round<VectorPhilox>(o, key_low[round], key_high[round]);
             }
-            for (int w = 0; w < 4; ++w) {
-                const WideVec words = (e.word[w] & 0xffffffffu) | (o.word[w] << 32);
-                noise[w * kParts + part] = gumbel_noise<VectorLanes>((WordVec)words);
-            }
+            for (int w = 0; w < 4; ++w)
+                words.part[w * kParts + part] = (WordVec)((e.word[w] & 0xffffffffu) | (o.word[w] << 32));
         }
+        const Several<Vec> all = gumbel_noise<BlockLanes>(words);
+        for (int v = 0; v < kVecs; ++v) noise[v] = all.part[v];
     }
 };
 
