@@ -12,13 +12,16 @@
 
 namespace dalle_fast {
 
-// What the text below needs of a lane type: its floats, signed and unsigned integers, and how they become each other.
+// What the text below needs of a lane type: its floats, signed and unsigned integers with their arithmetic, and how they
+// become each other.
 struct ScalarLanes {
     typedef float Float;
     typedef int32_t Int;
     typedef uint32_t Word;
     DALLE_FAST_INLINE float from_word(uint32_t x) { return float(x); }
     DALLE_FAST_INLINE float from_int(int32_t x) { return float(x); }
+    DALLE_FAST_INLINE float smaller(float a, float b) { return a < b ? a : b; }
+    DALLE_FAST_INLINE float where_zero(int32_t x, float a, float b) { return x == 0 ? a : b; }
     DALLE_FAST_INLINE int32_t bits_of(float x) {
         int32_t bits;
         std::memcpy(&bits, &x, 4);
@@ -65,11 +68,10 @@ template <class Lanes>
 DALLE_FAST_INLINE typename Lanes::Float gumbel_noise(typename Lanes::Word word) {
     typedef typename Lanes::Float Float;
     // The middle of the word's interval, so never 0. The largest ones would be rounded to 1.
-    const Float middle = Lanes::from_word(word) * 0x1p-32f + 0x1p-33f, largest = Float() + (1.0f - 0x1p-24f);
-    const Float u = middle < largest ? middle : largest;
+    const Float middle = Lanes::from_word(word) * 0x1p-32f + 0x1p-33f, u = Lanes::smaller(middle, Float() + (1.0f - 0x1p-24f));
     Split<Lanes> parts = split<Lanes>(1.0f - u);
     // For small u the difference has lost digits of u, but there the fraction is -u.
-    parts.fraction = parts.exponent == 0 ? -u : parts.fraction;
+    parts.fraction = Lanes::where_zero(parts.exponent, -u, parts.fraction);
     return -log_of<Lanes>(split<Lanes>(-log_of<Lanes>(parts)));
 }
 

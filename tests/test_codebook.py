@@ -256,17 +256,6 @@ def test_every_stride(serve, how):
             check(serve, [strided(x, how) if n in changed else x for n, x in enumerate(plain)], 0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("how", [None, *HOW])
-def test_operands_converted_in_parts(serve, monkeypatch, how, dtype):
-    """What happens to weights and codebooks whose float32 copy would be large."""
-    if serve.impl != "cpu":
-        pytest.skip("only the CPU converts operands")
-    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)
-    plain = inputs(37, 130, 20, 12, dtype)
-    check(serve, [strided(x, how) if how else x for x in plain], 0.5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_equal_the_whole(serve, monkeypatch, dtype):
     """Chunks of 16 rows, the last of one row: codes as in one chunk; the rest to rounding, as products go."""

@@ -11,7 +11,7 @@ from test_codebook import DTYPES, HOW, SEED, SIZES, inputs, strided
 from torch.autograd import grad, gradcheck
 
 from dalle_fast.nn import functional as F
-from dalle_fast.ops.codebook import chunked, cpu
+from dalle_fast.ops.codebook import chunked
 from dalle_fast.testing import (
     assert_as_exact_as_eager,
     codebook_gradient_terms,
@@ -154,16 +154,6 @@ def test_every_stride_of_what_comes_in(serve):
     odd = grad(loss, leaves[:3], torch.ones((), device=serve.device).expand(37), retain_graph=True)
     plain = grad(loss, leaves[:3], torch.ones(37, device=serve.device))
     assert all(torch.equal(a, b) for a, b in zip(odd, plain, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operands_converted_in_parts(serve, monkeypatch, dtype):
-    if serve.impl != "cpu":
-        pytest.skip("only the CPU converts operands")
-    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)
-    plain = inputs(37, 130, 20, 12, dtype)
-    check(serve, plain, 0.5)
-    check(serve, [strided(x, "transposed") for x in plain], 0.5)
 
 
 @pytest.mark.parametrize("hard", [False, True])

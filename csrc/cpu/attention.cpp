@@ -4,11 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "scratch.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace dalle_fast {
 namespace {
@@ -23,22 +19,13 @@ void run(Kernel kernel, const AttentionArgs& a, const std::vector<AttentionTask>
     if (count == 0 || a.layout.seq_len == 0) return;
     // Waking threads costs more than a few tiles do.
     if (a.B * a.H * a.layout.num_tiles * a.D < kSerialWork) threads = 1;
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
-    const Scratch scratch(scratch_bytes, threads);
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-#endif
-    for (int64_t x = 0; x < count; ++x) {
+    for_each(count, threads, scratch_bytes, [&](int64_t x, void* scratch) {
         AttentionTask task = per_head[size_t(x % int64_t(per_head.size()))];
         const int64_t head = x / int64_t(per_head.size());
         task.batch = head / a.H;
         task.head = head % a.H;
-#if defined(_OPENMP)
-        kernel(a, task, scratch.of(omp_get_thread_num()));
-#else
-        kernel(a, task, scratch.of(0));
-#endif
-    }
+        kernel(a, task, static_cast<char*>(scratch));
+    });
 }
 
 // Into how many parts to cut a head, so that threads have enough to share.

@@ -29,6 +29,17 @@ NoiseRows noise_rows(int64_t seed, bool seed_per_row, int64_t first_row) {
     return {at<const int64_t>(seed), seed_per_row, first_row};
 }
 
+// A matrix: address, dtype, rows, columns, stride of the rows and of the columns.
+typedef std::array<int64_t, 6> Matrix;
+
+Operand operand(const Matrix& x) {
+    return {at<const void>(x[0]), static_cast<CodebookDType>(x[1]), x[2], x[4], x[5]};
+}
+
+LogitFactors logit_factors(const Matrix& hidden, const Matrix& weight) {
+    return {operand(hidden), operand(weight), hidden[3]};
+}
+
 py::array_t<uint32_t> philox_counter_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const auto words = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     py::array_t<uint32_t> out(4);
@@ -85,6 +96,26 @@ void bind_codebook(py::module_& m) {
                              at<const float>(row_weight), weight_per_row, at<void>(grad_logits),
                              CodebookDType::float32},
                             threads);
+          }, released);
+    m.def("product",
+          [](const Matrix& a, const Matrix& b, int64_t out, int64_t stride_out, bool add, int threads) {
+              multiply(product_kernels(), {operand(a), operand(b), a[3], at<float>(out), stride_out, add}, threads);
+          }, released);
+    m.def("sample_streaming",
+          [](const Matrix& hidden, const Matrix& weight, int64_t bias, int64_t seed, bool seed_per_row,
+             int64_t temperature, int64_t codes, int threads) {
+              sample_streaming(codebook_kernels(), product_kernels(),
+                               {logit_rows(hidden[2], weight[2], 0, bias), noise_rows(seed, seed_per_row, 0),
+                                at<const float>(temperature), at<int64_t>(codes)},
+                               logit_factors(hidden, weight), threads);
+          }, released);
+    m.def("cross_entropy_streaming",
+          [](const Matrix& hidden, const Matrix& weight, int64_t bias, int64_t target, int64_t ignore_index, int64_t loss,
+             int threads) {
+              cross_entropy_streaming(codebook_kernels(), product_kernels(),
+                                      {logit_rows(hidden[2], weight[2], 0, bias), at<const int64_t>(target),
+                                       ignore_index, at<float>(loss), nullptr, false, nullptr, CodebookDType::float32},
+                                      logit_factors(hidden, weight), threads);
           }, released);
     m.def("gumbel_softmax",
           [](int64_t R, int64_t K, int64_t logits, int64_t out, int dtype, int64_t seed, float tau, int64_t codes,

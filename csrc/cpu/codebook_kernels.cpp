@@ -37,14 +37,63 @@ struct VectorPhilox {
     }
 };
 
-struct VectorLanes {
-    typedef Vec Float;
-    typedef IntVec Int;
-    typedef WordVec Word;
-    static DF_INLINE_MEMBER Vec from_word(WordVec x) { return __builtin_convertvector(x, Vec); }
-    static DF_INLINE_MEMBER Vec from_int(IntVec x) { return __builtin_convertvector(x, Vec); }
-    static DF_INLINE_MEMBER IntVec bits_of(Vec x) { return (IntVec)x; }
-    static DF_INLINE_MEMBER Vec of_bits(IntVec x) { return (Vec)x; }
+// All vectors of a block at once, step by step: one vector's logarithms are a chain of some 30 operations that each wait
+// for the one before, and a core does not look far enough ahead to find the next vector's meanwhile.
+template <class V>
+struct Several {
+    V part[kVecs];
+
+    template <class F>
+    static DF_INLINE_MEMBER Several of(F&& f) {
+        Several out;
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) out.part[v] = f(v);
+        return out;
+    }
+    friend DF_INLINE_MEMBER Several operator-(const Several& a) {
+        return of([&](int v) DF_INLINE_LAMBDA { return -a.part[v]; });
+    }
+#define DF_OPERATOR(op)                                                                   \
+    friend DF_INLINE_MEMBER Several operator op(const Several& a, const Several& b) {     \
+        return of([&](int v) DF_INLINE_LAMBDA { return a.part[v] op b.part[v]; });        \
+    }                                                                                     \
+    template <class Scalar>                                                               \
+    friend DF_INLINE_MEMBER Several operator op(const Several& a, Scalar b) {             \
+        return of([&](int v) DF_INLINE_LAMBDA { return a.part[v] op b; });                \
+    }
+    friend DF_INLINE_MEMBER Several operator-(float a, const Several& b) {
+        return of([&](int v) DF_INLINE_LAMBDA { return a - b.part[v]; });
+    }
+    DF_OPERATOR(+)
+    DF_OPERATOR(-)
+    DF_OPERATOR(*)
+    DF_OPERATOR(&)
+    DF_OPERATOR(>>)
+#undef DF_OPERATOR
+};
+
+struct BlockLanes {
+    typedef Several<Vec> Float;
+    typedef Several<IntVec> Int;
+    typedef Several<WordVec> Word;
+    static DF_INLINE_MEMBER Float from_word(const Word& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return __builtin_convertvector(x.part[v], Vec); });
+    }
+    static DF_INLINE_MEMBER Float from_int(const Int& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return __builtin_convertvector(x.part[v], Vec); });
+    }
+    static DF_INLINE_MEMBER Int bits_of(const Float& x) {
+        return Int::of([&](int v) DF_INLINE_LAMBDA { return (IntVec)x.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float of_bits(const Int& x) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return (Vec)x.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float smaller(const Float& a, const Float& b) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return a.part[v] < b.part[v] ? a.part[v] : b.part[v]; });
+    }
+    static DF_INLINE_MEMBER Float where_zero(const Int& x, const Float& a, const Float& b) {
+        return Float::of([&](int v) DF_INLINE_LAMBDA { return x.part[v] == 0 ? a.part[v] : b.part[v]; });
+    }
 };
 
 // The noise of one row.
@@ -63,6 +112,7 @@ struct RowNoise {
     // The noise of the codes [64 * block, 64 * block + 64).
     DF_INLINE_MEMBER void fill(int64_t block, Vec (&noise)[kVecs]) const {
         constexpr int kParts = kNoiseLanes / VW;  // of a block's counters, one lane each
+        Several<WordVec> words;
         for (int part = 0; part < kParts; ++part) {
             const uint32_t first = uint32_t(block * kNoiseLanes + part * VW);
             WideVec even;  // every other counter, one in a lane of 64 bits
@@ -74,11 +124,11 @@ struct RowNoise {
                 philox_round<VectorPhilox>(e, key_low[round], key_high[round]);
                 philox_round<VectorPhilox>(o, key_low[round], key_high[round]);
             }
-            for (int w = 0; w < 4; ++w) {
-                const WideVec words = (e.word[w] & 0xffffffffu) | (o.word[w] << 32);
-                noise[w * kParts + part] = gumbel_noise<VectorLanes>((WordVec)words);
-            }
+            for (int w = 0; w < 4; ++w)
+                words.part[w * kParts + part] = (WordVec)((e.word[w] & 0xffffffffu) | (o.word[w] << 32));
         }
+        const Several<Vec> all = gumbel_noise<BlockLanes>(words);
+        for (int v = 0; v < kVecs; ++v) noise[v] = all.part[v];
     }
 };
 
@@ -114,13 +164,13 @@ DF_INLINE void store_block(const Vec (&from)[kVecs], int valid, T* to) {
     for (int x = 0; x < valid; ++x) from_float(copy[x], to + x);
 }
 
-// Logits with their bias; padding is -inf.
-DF_INLINE void load_logits(const LogitRows& x, const float* row, int64_t block, int valid, Vec (&z)[kVecs]) {
+// Logits with their bias, where there is one; padding is -inf.
+DF_INLINE void load_logits(const float* bias, const float* row, int64_t block, int valid, Vec (&z)[kVecs]) {
     load_block(row + block * kNoiseBlock, valid, -kInfinity, z);
-    if (!x.bias) return;
-    Vec bias[kVecs];
-    load_block(x.bias + block * kNoiseBlock, valid, 0, bias);
-    for (int v = 0; v < kVecs; ++v) z[v] += bias[v];
+    if (!bias) return;
+    Vec b[kVecs];
+    load_block(bias + block * kNoiseBlock, valid, 0, b);
+    for (int v = 0; v < kVecs; ++v) z[v] += b[v];
 }
 
 DF_INLINE float sum_of(const Vec (&parts)[kVecs]) {
@@ -153,16 +203,18 @@ public:
 
     float value() const { return max_of(best_); }
 
+    // 0 where none is above -inf.
     int64_t code() const {
         const float most = value();
-        int64_t first = std::numeric_limits<int64_t>::max();
+        if (!(most > -kInfinity)) return 0;
+        const IntVec none = IntVec{} + std::numeric_limits<int32_t>::max();
+        IntVec lane, blocks = none, places = none;
+        for (int x = 0; x < VW; ++x) lane[x] = x;
+        for (int v = 0; v < kVecs; ++v) blocks = min(blocks, best_[v] == most ? block_[v] : none);
+        const int32_t block = horizontal_min(blocks);
         for (int v = 0; v < kVecs; ++v)
-            for (int x = 0; x < VW; ++x) {
-                const int64_t code = int64_t(block_[v][x]) * kNoiseBlock + v * VW + x;
-                // A lane that saw nothing above -inf stands for the first block, where it may lie behind the last code.
-                if (best_[v][x] == most && most > -kInfinity && code < first) first = code;
-            }
-        return first == std::numeric_limits<int64_t>::max() ? 0 : first;
+            places = min(places, (best_[v] == most) & (block_[v] == block) ? lane + v * VW : none);
+        return int64_t(block) * kNoiseBlock + horizontal_min(places);
     }
 
 private:
@@ -170,12 +222,12 @@ private:
     IntVec block_[kVecs];
 };
 
-float max_logit(const LogitRows& x, const float* row) {
+DF_INLINE float max_logit(const float* bias, const float* row, int64_t K) {
     Vec most[kVecs];
     for (int v = 0; v < kVecs; ++v) most[v] = splat(-kInfinity);
-    for_each_block(x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+    for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
         Vec z[kVecs];
-        load_logits(x, row, block, valid, z);
+        load_logits(bias, row, block, valid, z);
         for (int v = 0; v < kVecs; ++v) most[v] = max(z[v], most[v]);
     });
     return max_of(most);
@@ -222,12 +274,12 @@ void gumbel_forward(const GumbelForward& a, int64_t begin, int64_t end, float* n
     for (int64_t r = begin; r < end; ++r) {
         const float* logits = a.x.logits + r * K;
         const RowNoise noise(a.noise, r);
-        const float most = max_logit(a.x, logits);
+        const float most = max_logit(a.x.bias, logits, K);
         Vec sum[kVecs] = {}, weighted[kVecs] = {};
         Argmax argmax;
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec z[kVecs];
-            load_logits(a.x, logits, block, valid, z);
+            load_logits(a.x.bias, logits, block, valid, z);
             for (int v = 0; v < kVecs; ++v) {
                 // -inf has the weight 0, and 0 * -inf must not become NaN.
                 const Vec below = max(splat(-88.f), z[v] - most), e = exp2(below * kLog2e);
@@ -263,7 +315,7 @@ void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float*
         Vec dots[kVecs] = {};
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec z[kVecs], grad[kVecs], of_kl[kVecs];
-            load_logits(a.x, logits, block, valid, z);
+            load_logits(a.x.bias, logits, block, valid, z);
             load_block(grad_weights + block * kNoiseBlock, valid, 0, grad);
             for (int v = 0; v < kVecs; ++v) {
                 const Vec below = max(splat(-88.f), z[v] - stats.max_logit);
@@ -291,30 +343,54 @@ void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float*
     }
 }
 
-void sample(const SampleRows& a, int64_t begin, int64_t end, float*) {
+void best_codes(const SampleRows& a, const LogitTile& tile, BestCode* of_rows) {
     const float temperature = a.temperature ? *a.temperature : 0;
-    for (int64_t r = begin; r < end; ++r) {
-        const float* logits = a.x.logits + r * a.x.K;
+    const int64_t first = tile.of.column, count = tile.of.end_column - first, first_block = first / kNoiseBlock;
+    const float* bias = a.x.bias ? a.x.bias + first : nullptr;
+    for (int64_t r = tile.of.row; r < tile.of.end_row; ++r) {
+        const float* logits = tile.logits + (r - tile.of.row) * tile.stride;
         Argmax argmax;
         if (temperature == 0) {
-            for_each_block(a.x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            for_each_block(count, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
                 Vec z[kVecs];
-                load_logits(a.x, logits, block, valid, z);
+                load_logits(bias, logits, block, valid, z);
                 argmax.see(block, z);
             });
         } else {
             const RowNoise noise(a.noise, r);
-            for_each_block(a.x.K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            for_each_block(count, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
                 Vec z[kVecs];
-                load_logits(a.x, logits, block, valid, z);
-                add_noise(noise, block, temperature, z);
+                load_logits(bias, logits, block, valid, z);
+                add_noise(noise, first_block + block, temperature, z);
                 argmax.see(block, z);
             });
         }
-        a.codes[r] = argmax.code();
+        *of_rows++ = {argmax.value(), first + argmax.code()};
     }
 }
 
+// Of rows that count. The tile that has a row's target writes its logit to a.loss.
+void exp_sums(const CrossEntropyRows& a, const LogitTile& tile, ExpSum* of_rows) {
+    const int64_t first = tile.of.column, count = tile.of.end_column - first;
+    const float* bias = a.x.bias ? a.x.bias + first : nullptr;
+    for (int64_t r = tile.of.row; r < tile.of.end_row; ++r, ++of_rows) {
+        if (a.target[r] == a.ignore_index) continue;
+        const float* logits = tile.logits + (r - tile.of.row) * tile.stride;
+        // Not -inf: where all codes of the tile are forbidden, their weights are 0 and not NaN.
+        const float most = std::fmax(max_logit(bias, logits, count), std::numeric_limits<float>::lowest());
+        Vec sums[kVecs] = {};
+        for_each_block(count, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec z[kVecs];
+            load_logits(bias, logits, block, valid, z);
+            for (int v = 0; v < kVecs; ++v) sums[v] += exp2((z[v] - most) * kLog2e);
+        });
+        *of_rows = {most, sum_of(sums)};
+        const int64_t target = a.target[r] - first;
+        if (0 <= target && target < count) a.loss[r] = logits[target] + (bias ? bias[target] : 0);
+    }
+}
+
+// With gradients, which replace the logits.
 void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* weights) {
     const int64_t K = a.x.K;
     for (int64_t r = begin; r < end; ++r) {
@@ -323,24 +399,23 @@ void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float*
         const int64_t target = a.target[r];
         if (target == a.ignore_index) {
             a.loss[r] = 0;
-            if (grad_logits) std::memset(grad_logits, 0, size_t(K) * sizeof(float));
+            std::memset(grad_logits, 0, size_t(K) * sizeof(float));
             continue;
         }
-        const float most = max_logit(a.x, logits);
+        const float most = max_logit(a.x.bias, logits, K);
         const float of_target = logits[target] + (a.x.bias ? a.x.bias[target] : 0);
         Vec sums[kVecs] = {};
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec z[kVecs];
-            load_logits(a.x, logits, block, valid, z);
+            load_logits(a.x.bias, logits, block, valid, z);
             for (int v = 0; v < kVecs; ++v) {
                 z[v] = exp2((z[v] - most) * kLog2e);
                 sums[v] += z[v];
             }
-            if (grad_logits) store_block(z, valid, weights + block * kNoiseBlock);
+            store_block(z, valid, weights + block * kNoiseBlock);
         });
         const double sum = sum_of(sums);
         a.loss[r] = float(std::log(sum) - double(of_target - most));
-        if (!grad_logits) continue;
         const float weight = a.row_weight[a.weight_per_row ? r : 0];
         const float factor = float(weight / sum);
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
@@ -390,7 +465,8 @@ void gumbel_softmax(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, floa
 }  // namespace
 
 extern const CodebookKernels codebook_kernels;
-const CodebookKernels codebook_kernels = {gumbel_forward, gumbel_backward, sample, cross_entropy, gumbel_softmax};
+const CodebookKernels codebook_kernels = {gumbel_forward, gumbel_backward, cross_entropy, gumbel_softmax,
+                                          best_codes, exp_sums};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

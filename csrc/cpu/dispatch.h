@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "codebook.h"
 #include "decode.h"
+#include "product.h"
 
 namespace dalle_fast {
 
@@ -21,5 +22,6 @@ const char* instruction_set();
 const AttentionKernels& attention_kernels();
 const DecodeKernels& decode_kernels();
 const CodebookKernels& codebook_kernels();
+const ProductKernels& product_kernels();
 
 }  // namespace dalle_fast

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -64,27 +65,6 @@ DF_INLINE void store_row(const float* x, float scale, T* p, int64_t stride, int6
     for (; d < D; ++d) from_float(x[d] * scale, p + d * stride);
 }
 
-typedef int32_t Word __attribute__((may_alias));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
-
-// One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
-template <int w>
-DF_INLINE void transpose_step(Words* rows) {
-    Words first, second;
-    for (int x = 0; x < 16; ++x) {
-        first[x] = x & w ? 16 + x - w : x;
-        second[x] = x & w ? 16 + x : x + w;
-    }
-#pragma GCC unroll 16
-    for (int x = 0; x < 16; ++x)
-        if (!(x & w)) {
-            const Words a = rows[x], b = rows[x + w];
-            rows[x] = __builtin_shuffle(a, b, first);
-            rows[x + w] = __builtin_shuffle(a, b, second);
-        }
-}
-
 // in (16, n) words of 32 bits, rows `stride` words apart -> out (n, 16); n is a multiple of 16... or 8, then in must
 // be readable up to the next multiple of 16 and only n rows are written.
 DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* out) {
@@ -92,10 +72,7 @@ DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* 
         Words rows[16];
 #pragma GCC unroll 16
         for (int x = 0; x < 16; ++x) rows[x] = *reinterpret_cast<const UnalignedWords*>(in + x * stride + d);
-        transpose_step<8>(rows);
-        transpose_step<4>(rows);
-        transpose_step<2>(rows);
-        transpose_step<1>(rows);
+        transpose(rows);
         const int64_t left = n - d < 16 ? n - d : 16;
         for (int64_t x = 0; x < left; ++x) *reinterpret_cast<UnalignedWords*>(out + (d + x) * 16) = rows[x];
     }

@@ -138,10 +138,12 @@ DF_INLINE void store_from_float(T* p, Vec v) {
 // -- mathematics ------------------------------------------------------------------------------------------------------
 
 DF_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+DF_INLINE IntVec min(IntVec a, IntVec b) { return a < b ? a : b; }
 
 #if defined(__AVX512F__)
 DF_INLINE float horizontal_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
 DF_INLINE float horizontal_sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+DF_INLINE int32_t horizontal_min(IntVec v) { return _mm512_reduce_min_epi32((__m512i)v); }
 #else
 DF_INLINE float horizontal_max(Vec v) {
     float m = v[0];
@@ -152,6 +154,11 @@ DF_INLINE float horizontal_sum(Vec v) {
     float sum = 0;
     for (int x = 0; x < VW; ++x) sum += v[x];
     return sum;
+}
+DF_INLINE int32_t horizontal_min(IntVec v) {
+    int32_t m = v[0];
+    for (int x = 1; x < VW; ++x) m = v[x] < m ? v[x] : m;
+    return m;
 }
 #endif
 

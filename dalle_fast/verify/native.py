@@ -1,4 +1,4 @@
-"""The C++ kernels and the host-compiled CUDA kernels under the address and undefined-behaviour sanitizers.
+"""The C++ kernels under the address, undefined-behaviour and thread sanitizers, the host-compiled CUDA under the first two.
 
 Of the C++ kernels the portable instruction set, whose code is the others' but for what `simd.h` spells out: with
 sanitizers a compiler takes many minutes for AVX-512. Those are what `guard` holds to their tensors.
@@ -9,21 +9,33 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from dalle_fast.verify.checkout import copy_of_sources, must_pass, rebuild
 from dalle_fast.verify.figures import NotRun
 
-CASES = ("cpu", "cuda on the host")
+CASES = ("address and undefined behaviour", "cuda on the host", "threads")
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
+# OpenMP's barriers are hidden from the thread sanitizer, so the threads are the language's, and torch has one alone.
+SANITIZE_THREADS = "-fsanitize=thread -DDALLE_FAST_STD_THREADS -fno-omit-frame-pointer -g1 -O1"
+FOUR_THREADS = """
+import torch
+torch.get_num_threads = lambda: 4  # what the kernels ask for theirs
+from dalle_fast.verify import diff
+for number in range(96):
+    diff.case(number, "cpu")
+"""
 CPU_TESTS = ("tests/test_attention.py", "tests/test_attention_grad.py", "tests/test_codebook.py")
 CUDA_TESTS = ("tests/test_codebook_cuda.py", "tests/test_codebook_streaming.py", "tests/test_masks_cuda.py")
 
 
 def case(number: int, device: str) -> dict:
-    if CASES[number] != "cpu":
+    if CASES[number] == "cuda on the host":
         return must_pass(*CUDA_TESTS)
-    libraries = _sanitizer_libraries()
+    if CASES[number] == "threads":
+        return _threads()
+    libraries = _sanitizer_libraries("libasan.so")
     with copy_of_sources() as folder:
         rebuild(Path(folder), CXXFLAGS=SANITIZE)
         # The interpreter is not built with it, so it is loaded first; what Python keeps until its end is no leak.
@@ -31,13 +43,27 @@ def case(number: int, device: str) -> dict:
         return must_pass(*CPU_TESTS, folder=Path(folder), keyword="not instruction_set", **environment)
 
 
-def _sanitizer_libraries() -> str:
+def _threads() -> dict:
+    libraries = _sanitizer_libraries("libtsan.so")
+    with copy_of_sources() as folder:
+        rebuild(Path(folder), CXXFLAGS=SANITIZE_THREADS)
+        environment = {**os.environ, "LD_PRELOAD": libraries, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+        command = [sys.executable, "-c", FOUR_THREADS]
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    said = ran.stdout + ran.stderr
+    if ran.returncode or "WARNING: ThreadSanitizer" in said:
+        at = max(0, said.find("WARNING: ThreadSanitizer"))
+        raise AssertionError(f"ended with {ran.returncode}: {said[at : at + 1200]}")
+    return {}
+
+
+def _sanitizer_libraries(runtime: str) -> str:
     """For LD_PRELOAD. The C++ library too: the sanitizer looks for what throws exceptions when it is loaded."""
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise NotRun("there is no C++ compiler")
     paths = []
-    for name in ("libasan.so", "libstdc++.so.6"):
+    for name in (runtime, "libstdc++.so.6"):
         command = [compiler, f"-print-file-name={name}"]
         paths.append(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
         if not os.path.isabs(paths[-1]):

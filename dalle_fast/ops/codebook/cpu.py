@@ -12,7 +12,7 @@ import torch
 from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
-CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand
+CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
 
 
 def why_not(tensors) -> list[str]:
@@ -52,12 +52,45 @@ def _keep(name, size):
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
-# float32 throughout: on the CPUs where it was measured (see CONTRIBUTING.md) the product of bfloat16 matrices is slower
-# than converting them, and its result would be rounded to bfloat16.
+
+# Who multiplies matrices, by the instruction set in use: "ours" (csrc/cpu/product_kernels.cpp) or "vendor" (torch.mm).
+# Where it is ours, `sample` and the loss without gradients go tile by tile and have no logits in memory. Measured on an
+# AMD EPYC of Zen 5 with two cores, 384 x 512 x 8,192 in float32: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
+# their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. On Intel's CPUs only torch's was.
+PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "ours", "avx512_bf16": "ours"}
+
+
+def _ours():
+    return PRODUCTS[_extension.native().instruction_set()] == "ours"
 
 
 def product(a, b, out=None):
-    """a (R, I) @ b (J, I).T -> (R, J) in float32."""
+    """a (R, I) @ b (J, I).T -> (R, J) in float32, in `out` where it is given: neighbours in a row side by side."""
+    if not _ours():
+        return _vendor_product(a, b, out)
+    out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
+    _multiply(a, b, out, False)
+    return out
+
+
+def accumulate(total, a, b):
+    """total (J, I) += a (R, J).T @ b (R, I), in float32."""
+    if _ours():
+        _multiply(a.T, b.T, total, True)
+    else:
+        total.addmm_(a.T, b.float())
+
+
+def _multiply(a, b, out, add):
+    _extension.native().product(_matrix(a), _matrix(b), out.data_ptr(), out.stride(0), add, torch.get_num_threads())
+
+
+def _matrix(x):
+    return x.data_ptr(), DTYPES[x.dtype], *x.shape, *x.stride()
+
+
+def _vendor_product(a, b, out):
+    """In float32 too: torch's product of 16-bit matrices would be rounded to 16 bits."""
     a = a.float()
     if b.dtype == torch.float32:
         return torch.mm(a, b.T, out=out)
@@ -79,11 +112,6 @@ def _parts(count, width):
 
 def _converted(part):
     return _keep("part", part.numel()).view(part.shape).copy_(part)
-
-
-def accumulate(total, a, b):
-    """total (J, I) += a (R, J).T @ b (R, I), in float32."""
-    total.addmm_(a.T, b.float())
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -149,7 +177,29 @@ def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# -- without logits in memory -----------------------------------------------------------------------------------------
+
+
 def streams(operation, hidden, weight):
-    """No kernel here makes its logits itself: the vendor's product runs at nearly the peak of the CPU, and a pass over
-    logits that are in cache takes a thirtieth of its time at Din 512 (argmax, benchmarks/codebook_bench.py)."""
-    return False
+    """Does `operation` run as one of the two functions below?"""
+    return _ours()
+
+
+def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
+    """Returns codes (N,) as `sample` does, of hidden (N, I) and weight (K, I)."""
+    codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+    _extension.native().sample_streaming(
+        _matrix(hidden), _matrix(weight), _address(bias), _address(seed), seed_per_row, _address(temperature),
+        codes.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
+def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
+    """Returns loss (N,) as `cross_entropy` does, of hidden (N, I) and weight (K, I)."""
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    _extension.native().cross_entropy_streaming(
+        _matrix(hidden), _matrix(weight), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss

@@ -1,0 +1,216 @@
+// Products of matrices, for one instruction set: see product.h.
+//
+// Both operands are packed by panels of 16 lanes. So whatever their strides and types, the innermost loop reads two
+// streams: at every step of the depth some vectors of b, and numbers of a that each is multiplied with. The sums of a
+// tile stay in registers, a's panel in the first-level cache, b's panels in the second.
+//
+// A sum is taken in the order of the depth, by blocks of kWords: it depends on nothing but its two lanes.
+#include "product.h"
+
+#include <algorithm>
+
+#include "simd.h"
+#include "transpose.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+namespace {
+
+constexpr int kPanel = 16;                    // lanes
+constexpr int NV = kPanel / VW;               // vectors in a panel
+constexpr int PANELS = VW == 16 ? 2 : 1;      // of b in a tile
+constexpr int TILE_COLUMNS = PANELS * kPanel;
+constexpr int TILE_ROWS = VW == 16 ? 14 : VW == 8 ? 6 : 4;       // as many sums as the register file holds
+constexpr int PANEL_ROWS = kPanel / TILE_ROWS * TILE_ROWS;       // of a, that a panel of it has for its tiles
+constexpr int64_t kWords = 512;               // of 32 bits, of the depth at once
+
+static_assert(kColumnsAtOnce % TILE_COLUMNS == 0, "b's panels fill whole tiles");
+
+// -- packing ------------------------------------------------------------------------------------------------------------
+// A word of a panel is a float. Or, for the dot product of bfloat16, two neighbours in the depth.
+
+DF_INLINE void store_words(Word* p, const Words& x) { *reinterpret_cast<UnalignedWords*>(p) = x; }
+
+template <class T>
+DF_INLINE void load_floats(const T* p, Words* words) {
+    Vec x[NV];
+    for (int v = 0; v < NV; ++v) x[v] = load_as_float(p + v * VW);
+    std::memcpy(words, x, sizeof(*words));
+}
+
+// A panel's words from depth d on -> (depth, 16); lanes that the operand does not have are 0.
+template <class T>
+DF_NOINLINE void pack_floats(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    const T* p = static_cast<const T*>(x.data) + lane * x.stride_lane + d * x.stride_depth;
+    const int64_t lanes = std::min<int64_t>(kPanel, x.lanes - lane);
+    int64_t i = 0;
+    if (x.stride_depth == 1 && lanes > 0) {
+        for (; i + 16 <= depth; i += 16) {
+            Words rows[16];
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; ++l) load_floats(p + (l < lanes ? l : 0) * x.stride_lane + i, &rows[l]);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; ++l) store_words(out + (i + l) * kPanel, rows[l]);
+        }
+    } else if (x.stride_lane == 1 && lanes == kPanel) {
+        Words words;
+        for (; i < depth; ++i) {
+            load_floats(p + i * x.stride_depth, &words);
+            store_words(out + i * kPanel, words);
+        }
+    }
+    for (; i < depth; ++i) {
+        T some[kPanel] = {};
+        for (int64_t l = 0; l < lanes; ++l) some[l] = p[l * x.stride_lane + i * x.stride_depth];
+        Words words;
+        load_floats(some, &words);
+        store_words(out + i * kPanel, words);
+    }
+}
+
+typedef void (*Pack)(const Operand&, int64_t lane, int64_t d, int64_t depth, Word* out);
+
+Pack pack_as_floats(CodebookDType dtype) {
+    switch (dtype) {
+        case CodebookDType::float16: return pack_floats<Half>;
+        case CodebookDType::bfloat16: return pack_floats<BFloat16>;
+        default: return pack_floats<float>;
+    }
+}
+
+// -- tiles --------------------------------------------------------------------------------------------------------------
+
+struct FloatDot {
+    static DF_INLINE_MEMBER Vec add(Vec sum, Vec b, const Word* a) {
+        return sum + b * *reinterpret_cast<const float*>(a);
+    }
+};
+
+// out (TILE_ROWS, TILE_COLUMNS) = or += rows of a's panel times PANELS panels of b, all of `words` words.
+template <class Dot>
+DF_NOINLINE void tile_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
+    Vec sum[TILE_ROWS][PANELS * NV] = {};
+    for (int64_t w = 0; w < words; ++w) {
+        Vec columns[PANELS * NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < PANELS * NV; ++v)
+            columns[v] = load(reinterpret_cast<const float*>(b + (v / NV * words + w) * kPanel + v % NV * VW));
+#pragma GCC unroll 16
+        for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < PANELS * NV; ++v) sum[r][v] = Dot::add(sum[r][v], columns[v], a + w * kPanel + r);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANELS * NV; ++v) {
+            float* to = out + r * stride + v * VW;
+            store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+        }
+}
+
+typedef void (*TileProduct)(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add);
+
+// How words are made of the operands, and multiplied.
+struct Format {
+    int64_t elements;  // of the depth in a word
+    Pack pack_a, pack_b;
+    TileProduct product;
+};
+
+#if defined(__AVX512BF16__)
+struct PairDot {
+    static DF_INLINE_MEMBER Vec add(Vec sum, Vec b, const Word* a) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
+    }
+};
+
+// As pack_floats; the elements of a lane lie side by side. Behind an odd depth there is a 0.
+DF_NOINLINE void pack_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(x.data) + lane * x.stride_lane + d;
+    const int64_t lanes = std::min<int64_t>(kPanel, x.lanes - lane);
+    int64_t i = 0;
+    if (lanes > 0)
+        for (; i + 32 <= depth; i += 32) {
+            Words rows[16];
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; ++l) std::memcpy(&rows[l], p + (l < lanes ? l : 0) * x.stride_lane + i, 64);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; ++l) store_words(out + (i / 2 + l) * kPanel, rows[l]);
+        }
+    for (; i < depth; i += 2)
+        for (int64_t l = 0; l < kPanel; ++l) {
+            const uint16_t* pair = p + l * x.stride_lane + i;
+            const uint32_t low = l < lanes ? pair[0] : 0, high = l < lanes && i + 1 < depth ? pair[1] : 0;
+            out[i / 2 * kPanel + l] = int32_t(low | high << 16);
+        }
+}
+#endif
+
+Format format_of(const Operand& a, const Operand& b) {
+#if defined(__AVX512BF16__)
+    if (a.dtype == CodebookDType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1)
+        return {2, pack_pairs, pack_pairs, tile_product<PairDot>};
+#endif
+    return {1, pack_as_floats(a.dtype), pack_as_floats(b.dtype), tile_product<FloatDot>};
+}
+
+// A tile of which only some rows and columns are in the result.
+void part_of_tile(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
+                  bool add, int64_t rows, int64_t columns) {
+    float whole[TILE_ROWS * TILE_COLUMNS];
+    format.product(a, b, words, whole, TILE_COLUMNS, false);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) {
+            float* to = out + r * stride + c;
+            *to = (add ? *to : 0) + whole[r * TILE_COLUMNS + c];
+        }
+}
+
+// out (rows, columns) = or += a's panel times b's panels.
+void panel_product(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
+                   bool add, int64_t rows, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += TILE_COLUMNS)
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            const Word* b_panels = b + c * words;
+            float* tile = out + r * stride + c;
+            if (r + TILE_ROWS <= rows && c + TILE_COLUMNS <= columns)
+                format.product(a + r, b_panels, words, tile, stride, add);
+            else
+                part_of_tile(format, a + r, b_panels, words, tile, stride, add, std::min<int64_t>(TILE_ROWS, rows - r),
+                             std::min<int64_t>(TILE_COLUMNS, columns - c));
+        }
+}
+
+void multiply(const Product& p, void* scratch) {
+    const Format format = format_of(p.a, p.b);
+    const int64_t elements = kWords * format.elements;
+    Word* b_panels = static_cast<Word*>(scratch);
+    Word* a_panel = b_panels + kColumnsAtOnce * kWords;
+    for (int64_t column = 0; column < p.b.lanes; column += kColumnsAtOnce) {
+        const int64_t columns = std::min(kColumnsAtOnce, p.b.lanes - column);
+        for (int64_t d = 0; d == 0 || d < p.depth; d += elements) {
+            const int64_t depth = std::min(elements, p.depth - d);
+            const int64_t words = (depth + format.elements - 1) / format.elements;
+            const int64_t tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+            for (int64_t x = 0; x < tiles * PANELS; ++x)
+                format.pack_b(p.b, column + x * kPanel, d, depth, b_panels + x * words * kPanel);
+            for (int64_t row = 0; row < p.a.lanes; row += PANEL_ROWS) {
+                format.pack_a(p.a, row, d, depth, a_panel);
+                panel_product(format, a_panel, b_panels, words, p.out + row * p.stride_out + column, p.stride_out,
+                              p.add || d > 0, std::min<int64_t>(PANEL_ROWS, p.a.lanes - row), columns);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern const ProductKernels product_kernels;
+const ProductKernels product_kernels = {(kColumnsAtOnce + kPanel) * kWords * sizeof(Word), PANEL_ROWS, TILE_COLUMNS,
+                                        multiply};
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

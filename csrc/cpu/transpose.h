@@ -1,0 +1,42 @@
+// 16 x 16 words of 32 bits, transposed in registers.
+//
+// Everything has internal linkage: each instruction set must keep its own copy.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+
+typedef int32_t Word __attribute__((may_alias));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
+
+// One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
+template <int w>
+DF_INLINE void transpose_step(Words* rows) {
+    Words first, second;
+    for (int x = 0; x < 16; ++x) {
+        first[x] = x & w ? 16 + x - w : x;
+        second[x] = x & w ? 16 + x : x + w;
+    }
+#pragma GCC unroll 16
+    for (int x = 0; x < 16; ++x)
+        if (!(x & w)) {
+            const Words a = rows[x], b = rows[x + w];
+            rows[x] = __builtin_shuffle(a, b, first);
+            rows[x + w] = __builtin_shuffle(a, b, second);
+        }
+}
+
+DF_INLINE void transpose(Words (&rows)[16]) {
+    transpose_step<8>(rows);
+    transpose_step<4>(rows);
+    transpose_step<2>(rows);
+    transpose_step<1>(rows);
+}
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast

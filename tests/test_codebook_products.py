@@ -1,0 +1,244 @@
+"""The CPU's own matrix products, and what is read off tiles of logits that never become rows in memory.
+
+Small integers make every product and sum exact, so that results must agree to the bit with dense arithmetic.
+
+M rows, J columns, N rows of hidden, K codes, I depth.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_codebook import DTYPES, HOW, SEED, check, inputs, strided
+from test_codebook_grad import check as check_gradients
+from test_codebook_grad import check_cross_entropy
+
+from dalle_fast import _extension
+from dalle_fast.nn import functional as F
+from dalle_fast.ops.codebook import chunked, cpu
+from dalle_fast.testing import nan_poisoned
+
+# (M, J, I): nothing, one, around the tiles of 14 x 32 and 6 x 16, around the 256 columns and 512 words at once.
+SIZES = [
+    (0, 5, 3),
+    (5, 0, 3),
+    (3, 4, 0),
+    (1, 1, 1),
+    (13, 31, 15),
+    (14, 32, 16),
+    (15, 33, 17),
+    (6, 16, 31),
+    (7, 17, 33),
+    (29, 255, 5),
+    (43, 257, 2),
+    (200, 300, 20),
+    (5, 40, 511),
+    (5, 40, 513),
+    (15, 20, 1023),
+    (15, 20, 1025),
+]
+TILE_ROWS, TILE_CODES = 1024, 256  # kTileRows and kTileCodes in csrc/cpu/codebook.cpp
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch):
+    """Whatever is fastest with this instruction set."""
+    monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, "ours"))
+
+
+@pytest.fixture
+def vendor(monkeypatch, ours):
+    monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, "vendor"))
+
+
+def integers(shape, dtype, seed):
+    """-2 to 2: sums of 1,025 products are exact."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_product_of_every_size_and_dtype(sizes):
+    M, J, I = sizes
+    for of_a, of_b in itertools.product(DTYPES, DTYPES):
+        a, b = integers((M, I), of_a, 0), integers((J, I), of_b, 1)
+        exact = a.float() @ b.float().T
+        with nan_poisoned():
+            assert torch.equal(cpu.product(a, b), exact)
+            wide = torch.full((M, J + 3), torch.nan)
+            cpu.product(a, b, out=wide[:, 1 : J + 1])
+        assert torch.equal(wide[:, 1 : J + 1], exact)
+        assert wide[:, 0].isnan().all() and wide[:, J + 1 :].isnan().all()
+        total = torch.ones(M, J)
+        cpu.accumulate(total, a.T, b.T)
+        assert torch.equal(total, exact + 1)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_product_of_every_stride(how):
+    for dtype, (M, J, I) in itertools.product(DTYPES, ((20, 37, 67), (33, 50, 16))):
+        a, b = integers((M, I), dtype, 0), integers((J, I), dtype, 1)
+        for one, other in ((strided(a, how), b), (a, strided(b, how)), (strided(a, how), strided(b, how))):
+            assert torch.equal(cpu.product(one, other), one.float() @ other.float().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_broken_stays_in_its_row_and_column(dtype):
+    a, b = integers((31, 20), dtype, 0), integers((45, 20), dtype, 1)
+    a[3, 7], b[40, 19] = torch.nan, torch.inf
+    out = cpu.product(a, b)
+    assert out[3].isnan().all() and not out[:, 40].isfinite().any()
+    fine = torch.ones(31, 45, dtype=torch.bool)
+    fine[3], fine[:, 40] = False, False
+    assert torch.equal(out[fine], (a.float() @ b.float().T)[fine])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_element_depends_on_its_two_lanes_alone(threads, dtype):
+    """Not on the number of threads, and not on what else is multiplied."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, 700, generator=generator).to(dtype) for size in (333, 290))
+    whole = cpu.product(a, b)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        assert torch.equal(cpu.product(a, b), whole)
+    for rows, columns in (
+        (slice(5, 6), slice(0, 290)),
+        (slice(20, 90), slice(33, 61)),
+        (slice(332, 333), slice(289, 290)),
+    ):
+        assert torch.equal(cpu.product(a[rows], b[columns]), whole[rows, columns])
+
+
+# -- tiles of logits -----------------------------------------------------------------------------------------------------
+
+
+def make_case(N, K, I, dtype, bias):
+    made = integers((N, I), dtype, 0), integers((K, I), dtype, 1), integers((K,), dtype, 2) if bias else None
+    return made, torch.randint(K, (N,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1), (7, 63, 3), (3, 255, 2), (15, 256, 4), (5, 257, 0), (2, 1000, 33), (TILE_ROWS + 5, 300, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_tiles_say_what_rows_say(monkeypatch, threads, sizes, bias):
+    """Exact logits, most of them equal to others: codes to the bit, the first of equals included."""
+    threads(3)
+    for dtype in DTYPES:
+        tensors, target = make_case(*sizes, dtype, bias)
+        target[: len(target) // 2 : 3] = -100
+        seeds = torch.arange(len(target)) + 7
+
+        def everything():
+            codes = [F.codebook_argmax(*tensors), *(F.codebook_sample(*tensors, seed=seed) for seed in (SEED, seeds))]  # noqa: B023
+            loss = F.codebook_cross_entropy(*tensors, target, reduction="none")  # noqa: B023
+            return codes, loss
+
+        with nan_poisoned():
+            codes, loss = everything()
+        monkeypatch.setattr(cpu, "streams", lambda *_: False)
+        expected, expected_loss = everything()
+        monkeypatch.undo()
+        monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, "ours"))
+        assert all(torch.equal(a, b) for a, b in zip(codes, expected, strict=True))
+        torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=2e-6)
+
+
+def test_equals_in_different_tiles():
+    weight = torch.zeros(3 * TILE_CODES, 1)
+    for codes in ((255, 256), (300, 700), (5, 767), (512, 513)):
+        weight[:] = -1
+        weight[list(codes)] = 1
+        assert F.codebook_argmax(torch.ones(3, 1), weight).tolist() == [min(codes)] * 3
+    assert F.codebook_argmax(torch.ones(3, 1), weight * 0).tolist() == [0] * 3
+
+
+def test_tiles_without_a_code_that_counts():
+    """A whole tile forbidden, and all of them: never NaN by itself, never a code outside [0, K)."""
+    hidden, weight, bias, _ = inputs(9, 2 * TILE_CODES + 10, 5, 1)
+    bias[:TILE_CODES] = -torch.inf
+    rest = slice(TILE_CODES, None)
+    for seed in (None, SEED):
+        options = {} if seed is None else {"seed": seed}
+        codes = (F.codebook_argmax if seed is None else F.codebook_sample)(hidden, weight, bias, **options)
+        assert (codes >= TILE_CODES).all()
+    target = torch.arange(9) + TILE_CODES
+    loss = F.codebook_cross_entropy(hidden, weight, bias, target, reduction="none")
+    expected = F.codebook_cross_entropy(hidden, weight[rest], bias[rest], target - TILE_CODES, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert (F.codebook_cross_entropy(hidden, weight, bias, target * 0, reduction="none") == torch.inf).all()
+    bias[:] = -torch.inf
+    assert (F.codebook_argmax(hidden, weight, bias) == 0).all()
+    hidden[4] = torch.nan
+    assert (F.codebook_sample(hidden, weight, seed=1)[4] == 0) and F.codebook_argmax(hidden, weight)[4] == 0
+
+
+def test_a_row_does_not_depend_on_its_batch(threads):
+    """Codes, samples and losses to the bit: of one row, of some, of more than a tile has, with any number of threads."""
+    hidden, weight, bias, _ = inputs(TILE_ROWS + 40, 600, 50, 1)
+    seeds, target = torch.arange(len(hidden)), torch.arange(len(hidden)) % 600
+
+    def of(rows):
+        product = hidden[rows], weight, bias
+        loss = F.codebook_cross_entropy(*product, target[rows], reduction="none")
+        return F.codebook_argmax(*product), F.codebook_sample(*product, seed=seeds[rows]), loss
+
+    whole = of(slice(None))
+    for count in (1, 2, 5):
+        threads(count)
+        for rows in (slice(None), slice(0, 1), slice(13, 30), slice(TILE_ROWS - 3, TILE_ROWS + 3)):
+            assert all(torch.equal(a, b[rows]) for a, b in zip(of(rows), whole, strict=True))
+
+
+# -- the vendor's products -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", [None, "transposed", "last sliced", "zero strides"])
+def test_the_vendors_products_serve_as_well(vendor, monkeypatch, how, dtype):
+    """Operands converted by parts, logits in memory, by chunks of rows."""
+    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    tensors = [strided(x, how) if how else x for x in inputs(37, 130, 20, 12, dtype)]
+    check(_OnCPU, tensors, 0.5)
+    check_gradients(_OnCPU, inputs(37, 130, 20, 12, dtype), 0.5)
+    check_cross_entropy(_OnCPU, inputs(37, 130, 20, 12, dtype)[:3], torch.arange(37))
+    product = tensors[:3]
+    logits = torch.nn.functional.linear(*(x.double() for x in product))
+    behind = logits.amax(-1) - logits.gather(-1, F.codebook_argmax(*product)[:, None])[:, 0]
+    assert (behind < 1e-4).all()
+    assert torch.equal(F.codebook_sample(*product, temperature=0), F.codebook_argmax(*product))
+
+
+class _OnCPU:
+    """What the checks of other files take for an implementation."""
+
+    impl, device = "cpu", "cpu"
+    gumbel_codebook = staticmethod(F.gumbel_codebook)
+    codebook_cross_entropy = staticmethod(F.codebook_cross_entropy)
+
+
+# -- instruction sets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    """This file in a process that uses `isa`."""
+    available = _extension.native().instruction_sets()
+    if isa not in available:
+        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
+    if _extension.native().instruction_set() == isa:
+        return  # that is how the other tests have run
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set", __file__]
+    environment = {**os.environ, "DALLE_FAST_ISA": isa}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
