@@ -46,7 +46,7 @@ def pictures(tmp_path):
 
 def test_a_run_leaves_a_model_and_says_how_good_it_is(trained):
     evaluation = json.loads((trained / "evaluation.json").read_text())
-    assert evaluation.keys() >= {"step", "images", "psnr", "perplexity", "codes_used", "captions_read"}
+    assert evaluation.keys() >= {"step", "images", "psnr", "perplexity", "codes_used", "captions_read", "heldout_captions_read"}
     assert evaluation["captions_read_from_originals"] > 0.98 and evaluation["step"] == 4
     config = checkpoint.load_model(trained, kind="DiscreteVAE").config
     assert (config.image_size, config.num_codes, config.likelihood, config.hard) == (16, 12, "l1", True)
