@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dalle_fast.nn as fnn
-from dalle_fast import checkpoint, cli
+from dalle_fast import checkpoint
 from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
 from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, random_state, train
