@@ -1,7 +1,7 @@
 """Train a discrete VAE, stage 1: pictures to codes and back.
 
-The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by SIGTERM
-or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by
+SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from dalle_fast.errors import UserError
 from dalle_fast.training.recipes import RECIPES, DVAERecipe
@@ -27,7 +26,7 @@ def add_arguments(parser) -> None:
 
 def _add_run_arguments(group) -> None:
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, or .tar shards")
+    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     group.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in DIR")
     group.add_argument("--preset", choices=RECIPES, default="tiny", help="of the model and its recipe")
@@ -94,16 +93,14 @@ def run(arguments) -> int:
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
     try:
-        result = train(
-            objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard
-        )
+        result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if result.signal is not None:
         print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
         return 128 + result.signal
     print(json.dumps(result.evaluation, indent=1))
-    print(f"the model is in {Path(arguments.out)}: try dalle-fast reconstruct --model {arguments.out} IMAGE --out FILE.png")
+    print(f"try: dalle-fast reconstruct --model {arguments.out} IMAGE --out FILE.png")
     return 0
 
 
@@ -119,15 +116,16 @@ def make_objective(arguments):
 
     given = vars(arguments)
     config = _replaced(dvae.PRESETS[arguments.preset], given)
-    source, validation = (
-        open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
-        for split in ("train", "validation")
-    )
+    sources = {
+        split: open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
+        for split in ("train", "validation", *(["heldout"] if arguments.data == "shapes" else []))
+    }
     return stage1.DVAEObjective(
         config,
         _replaced(RECIPES[arguments.preset], given),
-        source,
-        validation,
+        sources["train"],
+        sources["validation"],
+        heldout=sources.get("heldout"),
         seed=arguments.seed,
         flip=arguments.flip,
         workers=arguments.workers,
