@@ -159,6 +159,43 @@ class AttentionMask:
         return min(reach + 1, self.image_len)
 
     @property
+    def cache_slots(self) -> int:
+        """How many image tokens a decoding cache must have room for: `cache_slot` says where each of them goes.
+
+        `kv_reach` for all rules but column, whose reach spares only W - 1 tokens and would scatter its keys.
+        """
+        return self.image_len if self.rule == "column" else self.kv_reach
+
+    def cache_slot(self, j):
+        """The slot of image token `j` in a decoding cache of `cache_slots` slots.
+
+        A ring, j % cache_slots, which never wraps where the reach is the whole image; for column the transposed grid,
+        c * H + r, so that the keys of a query lie side by side. When token i decodes, the tokens it sees are in
+        distinct slots that no token from then on to i has taken.
+
+        Args:
+            j: integer tensor (or array, or Python integer) of image positions in [0, H * W), in raster order.
+
+        Returns:
+            The same kind and shape, values in [0, cache_slots).
+        """
+        H, W = self.grid
+        return j % W * H + j // W if self.rule == "column" else j % self.cache_slots
+
+    def visible_slots(self, device="cpu"):
+        """Which slots of a decoding cache each image token sees, `allows` and `cache_slot` as tables for kernels.
+
+        Args:
+            device: where the tables are wanted. They are kept there, shared by all callers: do not write to them.
+
+        Returns:
+            slots (H * W, V) int32, for every image position the slots that it sees, in rising order, V the most that
+            any of them sees; entries from counts[i] on mean nothing. counts (H * W,) int32. For causal, slots is one
+            row, expanded.
+        """
+        return _visible_slots(self, str(device))
+
+    @property
     def num_pairs(self) -> int:
         """Exact number of (query, key) pairs that attend, over the whole sequence."""
         return _num_pairs(self)
@@ -307,6 +344,30 @@ def _num_pairs(mask: AttentionMask) -> int:
         j = i - back
         image += int((mask._image_allows(i, j) & (j >= 0)).sum())
     return text + image
+
+
+@functools.lru_cache(maxsize=64)
+def _visible_slots(mask: AttentionMask, device: str):
+    import torch
+
+    if device != "cpu":
+        return tuple(x.to(device) for x in _visible_slots(mask, "cpu"))
+    N, C = mask.image_len, mask.cache_slots
+    if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new
+        slots = torch.arange(N, dtype=torch.int32)
+        return slots.expand(N, N), slots + 1
+    back = torch.arange(mask.kv_reach)
+    rows = max(1, _COUNT_CHUNK // mask.kv_reach)
+    tables = []
+    for start in range(0, N, rows):
+        i = torch.arange(start, min(start + rows, N))[:, None]
+        j = i - back
+        seen = mask._image_allows(i, j) & (j >= 0)
+        slots = torch.where(seen, mask.cache_slot(j), C).sort(1).values  # the hidden ones to the end
+        tables.append(slots[:, : int(seen.sum(1).max())].to(torch.int32))
+    width = max(table.shape[1] for table in tables)
+    slots = torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1]), value=C) for table in tables])
+    return slots, (slots < C).sum(1, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=64)

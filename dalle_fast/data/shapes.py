@@ -46,7 +46,8 @@ LENGTHS = {"train": 50_000, "validation": 2_000, "heldout": 2_000}
 MIN_SIZE = 16
 READ_SIZE = 32  # pictures are read at this size, larger ones reduced to it
 READ_BLUR = 0.04  # of the blurred half of the templates: reconstructions have soft edges
-MIN_EXPLAINED = 0.2  # of a picture's variance, below which it is not read as a scene
+MIN_EXPLAINED = 0.25  # of a picture's variance, below which it is not read as a scene
+MAX_SECOND = 0.2  # of the variance that the object explains may be explained by a second one, beside it
 MAX_COLOUR_ERROR = 100  # distance in RGB, beyond which a colour is not one of ours
 
 _CAPTION = re.compile(r"a (\w+) (\w+) (\w+) at the ([\w ]+) on a (\w+) background")
@@ -185,7 +186,11 @@ def _fit(scenes, bank, mean, norm, image) -> str | None:
     level = pixels.mean(0)
     products = bank @ (pixels - level)  # (M, 3)
     best = int(np.square(products).sum(1).argmax())
-    if np.square(products[best]).sum() < MIN_EXPLAINED * np.square(pixels - level).sum() or not products[best].any():
+    explained = np.square(products[best]).sum()
+    if explained == 0 or explained < MIN_EXPLAINED * np.square(pixels - level).sum():
+        return None
+    rest = products - np.outer(bank @ bank[best], products[best])  # the products with what the best leaves over
+    if np.square(rest).sum(1).max() > MAX_SECOND * explained:
         return None
     contrast = products[best] / norm[best]  # colour - background
     background = level - mean[best] * contrast

@@ -23,6 +23,7 @@ __all__ = [
     "noise_seed",
     "scaled_dot_product_attention",
     "sparse_attention",
+    "sparse_attention_decode",
 ]
 
 
@@ -57,6 +58,65 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
     """
     return attention.sparse_attention(
         query, key, value, mask, scale=scale, text_lengths=text_lengths, return_lse=return_lse, impl=impl
+    )
+
+
+def sparse_attention_decode(
+    query,
+    text_key,
+    text_value,
+    image_key,
+    image_value,
+    mask,
+    position,
+    *,
+    text_lengths=None,
+    scale=None,
+    impl="auto",
+):
+    """One step of decoding: what `sparse_attention` gives at image position `position`, from cached keys and values.
+
+    The text is stored once for all samples of a caption, which is most of what a step reads, and an image cache keeps
+    only the tokens that the mask can still see. One softmax over the text and the image keys that the query sees
+    (Ramesh et al. 2021, appendix B). A sample's result does not depend on the others, bit for bit. Not differentiable,
+    and autocast does not touch it: the query must have the caches' dtype.
+
+    Args:
+        query: (B, H, D), of the image token at `position` of B samples; float32, float16 or bfloat16 (float64 on the
+            reference), D from 1 to 128.
+        text_key, text_value: (P, H, T, D), T = mask.text_len, of P prompts. B is a multiple of P: the first B / P
+            samples belong to prompt 0, the next ones to prompt 1, and so on.
+        image_key, image_value: (B, H, C, D), C = mask.cache_slots: image token j is in slot mask.cache_slot(j), the
+            token at `position` included. Slots that the query does not see are never looked at.
+        mask: an `AttentionMask`.
+        position: of the query in the image, in raster order: an integer from 0 to H * W - 1 of the mask's grid, or an
+            int64 tensor without dimensions on query's device. A tensor off the CPU is read by the kernel, so that a
+            CUDA graph follows it; it is clamped to the image.
+        text_lengths: (P,) integers from 0 to T on query's device, or None: text keys >= text_lengths[p] are hidden.
+        scale: factor of the logits, D ** -0.5 if None.
+        impl: as in `sparse_attention`.
+
+    All tensors are of one dtype on one device and may have any strides.
+
+    Returns:
+        (B, H, D), contiguous, in query's dtype.
+
+    Raises:
+        TypeError: an argument is not of the right kind or dtype.
+        ValueError: an argument has the wrong shape, device or value, or `impl` cannot serve it (with every reason).
+        RuntimeError: gradients are on and an argument needs one.
+    """
+    return attention.sparse_attention_decode(
+        query,
+        text_key,
+        text_value,
+        image_key,
+        image_value,
+        mask,
+        position,
+        text_lengths=text_lengths,
+        scale=scale,
+        impl=impl,
     )
 
 

@@ -1,6 +1,10 @@
-"""Sparse attention over [text | image grid] sequences: `op` is its face, the other modules are its implementations."""
+"""Sparse attention over [text | image grid] sequences.
 
+`op` (whole sequences) and `decode` (one step against a cache) are its face, the other modules its implementations.
+"""
+
+from dalle_fast.ops.attention.decode import sparse_attention_decode
 from dalle_fast.ops.attention.op import sparse_attention
 from dalle_fast.ops.attention.reference import attention_weights
 
-__all__ = ["attention_weights", "sparse_attention"]
+__all__ = ["attention_weights", "sparse_attention", "sparse_attention_decode"]

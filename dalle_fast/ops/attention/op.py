@@ -28,7 +28,7 @@ MAX_HEAD_DIM = 128
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
-_AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
+AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
 _NAME_AND_COST = ("sparse_attention", "holds S x S logits in memory")
 
 
@@ -38,7 +38,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
     if dtype := _autocast_dtype(query):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
-        out, lse = reference.forward(query, key, value, _canonical_lengths(text_lengths, mask.text_len), mask, scale)
+        out, lse = reference.forward(query, key, value, canonical_lengths(text_lengths, mask.text_len), mask, scale)
     else:
         out, lse = _forward_op(query, key, value, text_lengths, mask.encode(), scale, impl)
     return (out, lse) if return_lse else out
@@ -61,13 +61,7 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
         raise TypeError(f"mask must be an AttentionMask (see dalle_fast.masks), got {type(mask).__name__}")
     check_impl(impl)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        check_tensor(name, tensor)
     if query.dim() != 4:
         raise ValueError(f"query must have 4 dimensions (batch, heads, sequence, head size), got {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
@@ -83,7 +77,23 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head size from 1 to {MAX_HEAD_DIM}, got {D}")
     if text_lengths is not None:
-        _check_text_lengths(text_lengths, B, query.device)
+        check_text_lengths(text_lengths, B, query.device)
+    return check_scale(scale, D)
+
+
+def check_tensor(name, tensor):
+    """Raise TypeError where `tensor` is no dense tensor of floating-point numbers that an operation takes."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_scale(scale, D) -> float:
+    """The factor of the logits as a float; D ** -0.5 for None. Raises TypeError or ValueError."""
     if scale is None:
         return D**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
@@ -93,8 +103,8 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     return float(scale)
 
 
-def _check_text_lengths(text_lengths, B, device):
-    """All but the range, which only a look at the numbers can tell: see `_canonical_lengths`."""
+def check_text_lengths(text_lengths, B, device):
+    """Raise for all but the range, which only a look at the numbers can tell: see `canonical_lengths`."""
     if not isinstance(text_lengths, torch.Tensor):
         raise TypeError(f"text_lengths must be an integer tensor or None, got {type(text_lengths).__name__}")
     if text_lengths.dtype not in LENGTH_DTYPES:
@@ -105,7 +115,7 @@ def _check_text_lengths(text_lengths, B, device):
         raise ValueError(f"text_lengths must be on query's device {device}, got {text_lengths.device}")
 
 
-def _canonical_lengths(text_lengths, T):
+def canonical_lengths(text_lengths, T):
     """int32, contiguous, in [0, T]: checked on a CPU, clamped elsewhere, where a look would wait for the device."""
     if text_lengths is None:
         return None
@@ -122,7 +132,7 @@ def _canonical_lengths(text_lengths, T):
 
 
 @functools.cache
-def _implementation(name):
+def implementation(name):
     """The module that is called `name`; those but the reference are imported when first asked for."""
     if name == "cuda":
         return ['there are no CUDA C++ kernels for attention; impl="triton" serves CUDA tensors']
@@ -130,22 +140,22 @@ def _implementation(name):
 
 
 def _choose(impl, query, key, value, mask):
-    return choose(_NAME_AND_COST, impl, query.device, _implementation, _AUTO, query, key, value, mask)
+    return choose(_NAME_AND_COST, impl, query.device, implementation, AUTO, query, key, value, mask)
 
 
 # -- the operations ----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("dalle_fast", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define(
+library = torch.library.Library("dalle_fast", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+library.define(
     "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
     "str impl) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_library.define(
+library.define(
     "sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     "Tensor out, Tensor lse, Tensor? text_lengths, int[] mask, float scale, str impl) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 _forward_op = torch.ops.dalle_fast.sparse_attention.default
 _backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
@@ -153,21 +163,21 @@ _backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
 
 def _forward_kernel(query, key, value, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
-    text_lengths = _canonical_lengths(text_lengths, mask.text_len)
+    text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    with _current_device(query):
+    with current_device(query):
         return serving.forward(query, key, value, text_lengths, mask, scale)
 
 
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
-    text_lengths = _canonical_lengths(text_lengths, mask.text_len)
+    text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    with _current_device(query):
+    with current_device(query):
         return serving.backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
 
 
-def _current_device(tensor):
+def current_device(tensor):
     """Kernels are launched on the current device, which need not be the tensors': make it so."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -288,10 +298,10 @@ def _vmapped(op, tensors):
 def _register(op, kernel, fake, function, tensors):
     """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last."""
     name = op._schema.name
-    _library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
-    _library.impl(name, _with_autograd(op, function, tensors - 1), "Autograd")
-    torch.library.register_fake(name, fake, lib=_library)
-    torch.library.register_vmap(name, _vmapped(op, tensors), lib=_library)
+    library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
+    library.impl(name, _with_autograd(op, function, tensors - 1), "Autograd")
+    torch.library.register_fake(name, fake, lib=library)
+    torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
 
 
 _register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)

@@ -11,7 +11,7 @@ With s = scale * query @ key^T where a key is visible and -inf elsewhere, over t
 
 A query that sees no key has lse -inf, p and out 0 and no gradient. float16 and bfloat16 are computed in float32.
 
-B batch, H heads, S sequence, D head size, T text.
+B batch, H heads, S sequence, D head size, T text. Of decoding: N samples of each of P prompts, C slots of a cache.
 """
 
 from __future__ import annotations
@@ -47,6 +47,30 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask
         ds = (scale * p * (dp - delta[..., None])).masked_fill(scores == -torch.inf, 0)
         grads = ds @ k, ds.mT @ q, p.mT @ do
     return tuple(grad.to(query.dtype).contiguous() for grad in grads)
+
+
+def decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
+    """One query (B, H, D) per sample at image position `position` against (P, H, T, D) and (B, H, C, D): (B, H, D).
+
+    Off the CPU it waits for the device, to see the position, which is clamped to the image.
+    """
+    T, N = mask.text_len, query.shape[0] // max(1, len(text_key))
+    i = max(0, min(int(position), mask.image_len - 1))
+    j = torch.arange(i + 1, device=query.device)
+    slots = mask.cache_slot(j[mask.allows(T + i, T + j)])
+    hidden = torch.zeros(1, 1, T + len(slots), 1, dtype=torch.bool, device=query.device)
+    if text_lengths is not None:
+        position = torch.arange(T + len(slots), device=query.device)
+        hidden = (position < T) & (position >= text_lengths.repeat_interleave(N)[:, None])
+        hidden = hidden[:, None, :, None]
+    keys, values = (
+        torch.cat([_wide(text.repeat_interleave(N, 0)), _wide(image[:, :, slots])], 2).masked_fill(hidden, 0)
+        for text, image in ((text_key, image_key), (text_value, image_value))
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (keys @ _wide(query)[..., None] * scale).masked_fill(hidden, -torch.inf)
+        out = torch.softmax(scores, 2).mT @ values
+    return out[:, :, 0].to(query.dtype).contiguous()
 
 
 def attention_weights(query, key, mask, *, scale, text_lengths=None):

@@ -1,0 +1,295 @@
+"""Image codes one after another from a `DALLE`, with a cache for each layer as small as its mask allows.
+
+P prompts, N images of each, B = P * N samples, T text positions, h x w grid, G = h * w image positions, K image codes,
+W width, n codes that are known at the start.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from typing import NamedTuple
+
+import torch
+
+from dalle_fast.nn import functional as F
+from dalle_fast.nn.kv_cache import KVCache
+from dalle_fast.ops.codebook.noise import gumbel_noise
+
+EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
+WORKING_SPACE = 1.25  # what generating takes, in sizes of its cache
+
+
+@torch.no_grad()
+def generate(
+    model,
+    text,
+    *,
+    num_images=1,
+    text_lengths=None,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    guidance=None,
+    seed=None,
+    first_image=0,
+    codes=None,
+    known=None,
+    progress=False,
+):
+    """Sample image codes for captions.
+
+    A caption goes through the whole model once for all its images, then one code after another. The noise of a code is
+    a function of (seed, number of the image among its caption's, position) alone, so an image does not depend on what
+    else is in the batch (matrix products of another size may round otherwise, which decides between codes whose noisy
+    logits are equal in all digits but the last).
+
+    Args:
+        model: a `DALLE`, used as it is: in its dtype, or autocast's where that is on.
+        text: (P, T) int64. text_lengths: (P,) int64 or None. As in `DALLE.forward`.
+        num_images: N.
+        temperature: divides the logits; 0 takes the most likely code.
+        top_k: sample among the k most likely codes. top_p: among the fewest most likely ones whose probabilities add up
+            to top_p, in (0, 1]. With both, top_p is taken of the k.
+        guidance: g of classifier-free guidance (Ho and Salimans 2022): logits are u + g * (c - u), c with the caption
+            and u with an empty one. For models that have seen empty captions (text_lengths 0); twice the work. None
+            means 1, without that work.
+        seed: from 0 to 2^20 - 1; None draws one from torch's generator.
+        first_image: number of the first image, to make the N images of a caption in several calls.
+        codes: complete images: (P, n) or (P, rows, w) int64, the codes of the first n positions, or of whole rows. With
+            `known` those of all positions, not looked at where they are not known.
+        known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
+            what is drawn should reach to the bottom right.
+        progress: show a bar.
+
+    Returns:
+        (P * N, h, w) int64, the N images of the first caption first.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
+        torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
+    """
+    G, P = model.config.image_len, len(text)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
+    sampling.check(model.config.num_codes)
+    seeds = _seeds(seed, first_image, num_images, G, text.device)
+    model.check_text(text, text_lengths, look=True)
+    codes, known, n = _completion(model, codes, known, text)
+    if n == G or P == 0:
+        return codes.repeat_interleave(num_images, 0).view(-1, *model.config.grid)
+    given = codes[:, :n]
+    if guidance is not None:  # a second half of prompts without captions
+        lengths = text.new_full((P,), model.config.text_len) if text_lengths is None else text_lengths
+        text_lengths = torch.cat((lengths, torch.zeros_like(lengths)))
+        text, given = text.repeat(2, 1), given.repeat(2, 1)
+    memory = Memory(model, len(text), num_images, text.device)
+    memory.check()
+    try:
+        cache = memory.cache(text.device, model.attention_lengths(text_lengths))
+        hidden = model.hidden(text, given, text_lengths=text_lengths, cache=cache)[:, -1]
+        samples = Samples(model, cache, sampling, seeds.repeat(P), codes, known)
+        samples.choose(hidden.repeat_interleave(num_images, 0))
+        for _ in _bar(samples.steps(G - 1 - n), G - 1 - n, progress):
+            pass
+        return samples.codes.view(-1, *model.config.grid)
+    except torch.OutOfMemoryError as error:
+        raise memory.error(str(error)) from error
+
+
+class Sampling(NamedTuple):
+    """How a code is drawn; see `generate`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+
+    def check(self, num_codes):
+        for name in ("temperature", "top_p", "guidance"):
+            value = getattr(self, name)
+            if (value is None and name != "temperature") or (_is(value, numbers.Real) and math.isfinite(value)):
+                continue
+            raise TypeError(f"{name} must be a finite number, got {value!r}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None and not (_is(self.top_k, numbers.Integral) and 1 <= self.top_k <= num_codes):
+            raise ValueError(f"top_k must be an integer from 1 to {num_codes}, the model's codes, got {self.top_k!r}")
+
+    def draw(self, hidden, weight, seeds, impl="auto"):
+        """One code for each row of hidden (B, W), weight (K, W), with the noise of seeds (B,): codes (B,) int64."""
+        if self.temperature == 0 or (self.top_k is None and self.top_p is None):
+            return F.codebook_sample(hidden, weight, temperature=self.temperature, seed=seeds, impl=impl)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = hidden.float() @ weight.float().T / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None:
+            ordered, order = logits.sort(descending=True)
+            p = ordered.softmax(-1)
+            ordered = ordered.masked_fill(p.cumsum(-1) - p >= self.top_p, -torch.inf)  # the first always stays
+            logits = logits.scatter(1, order, ordered)
+        noise = gumbel_noise(seeds, seeds.new_zeros(1), len(weight))  # codebook_sample's
+        return (logits + noise).argmax(-1)
+
+
+class Samples:
+    """B images in the making. All state is in tensors that stay where they are, so that a CUDA graph can replay a step.
+
+    Args:
+        model, cache: the cache holds captions and n codes, with guidance of 2 P prompts.
+        sampling, seeds: how to draw, and a seed (B,) for each image.
+        codes: (P, G), of which the first n and those that are `known`, bool (P, G) or None, stay.
+    """
+
+    def __init__(self, model, cache, sampling, seeds, codes, known):
+        self.model, self.cache, self.sampling, self.seeds = model, cache, sampling, seeds
+        self.codes = codes.repeat_interleave(cache.num_images, 0)  # (B, G)
+        self.known = None if known is None else known.repeat_interleave(cache.num_images, 0)
+
+    def steps(self, count):
+        """Draw `count` more codes of each image, yielding after each. On a GPU one step becomes a graph."""
+        graph = None
+        for done in range(count):
+            if not self.codes.is_cuda or done < EAGER_STEPS:
+                self.step()
+            elif graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records, and computes nothing
+                    self.step()
+                graph.replay()
+            else:
+                graph.replay()
+            yield
+
+    def step(self):
+        """Put the latest code through the model, and draw the next one."""
+        latest = self.codes.index_select(1, self.cache.position.view(1))[:, 0]
+        if self.sampling.guidance is not None:
+            latest = latest.repeat(2)
+        self.choose(self.model.step(latest, self.cache))
+
+    def choose(self, hidden):
+        """Draw the code at the cache's position from what predicts it: hidden (B, W), with guidance (2 B, W)."""
+        if self.sampling.guidance is not None:  # logits are linear in hidden, so this guides them
+            with_caption, without = hidden.chunk(2)
+            hidden = torch.lerp(without, with_caption, self.sampling.guidance)
+        position = self.cache.position.view(1)
+        codes = self.sampling.draw(hidden, self.model.image_weight, self.seeds + position, self.model.impl)
+        if self.known is not None:
+            codes = torch.where(
+                self.known.index_select(1, position)[:, 0], self.codes.index_select(1, position)[:, 0], codes
+            )
+        self.codes.index_copy_(1, position, codes[:, None])
+
+
+class Memory:
+    """What the cache takes, and how many images would fit."""
+
+    def __init__(self, model, num_prompts, num_images, device):
+        self.model, self.num_prompts, self.num_images, self.device = model, num_prompts, num_images, device
+        one, two = (self.cache("meta", num_images=count).nbytes for count in (1, 2))
+        self.per_image, self.text = two - one, 2 * one - two
+        self.needed = self.text + num_images * self.per_image
+
+    def cache(self, device, text_lengths=None, num_images=None):
+        config = self.model.config
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return KVCache(
+            config.masks,
+            num_prompts=self.num_prompts,
+            num_images=num_images or self.num_images,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            text_lengths=text_lengths,
+            device=device,
+            dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.model.head.weight.dtype,
+        )
+
+    def check(self):
+        """Raise where the cache alone is larger than the free memory: a CPU would begin to swap, or end the process."""
+        free = free_memory(self.device)
+        if free is not None and self.needed > free:
+            raise self.error()
+
+    def error(self, reason=""):
+        """The error that names the batch that would fit."""
+        free = free_memory(self.device)
+        what = f"{self.num_images} images of each of {self.num_prompts} prompts (with guidance two for a caption)"
+        message = f"generating {what} needs {self.needed / 1e9:.3g} GB of cache"
+        if free is not None:
+            fits = min(int((free / WORKING_SPACE - self.text) // self.per_image), self.num_images - 1)
+            advice = f"num_images={fits} would fit" if fits > 0 else "not even one of each fits; pass fewer captions"
+            message += f", {free / 1e9:.3g} GB are free on {self.device}: {advice}"
+        return torch.OutOfMemoryError(f"{message} ({reason})" if reason else message)
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on `device`, or None where that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            sizes = dict(line.split(":", 1) for line in lines)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def _seeds(seed, first_image, num_images, image_len, device):
+    """A seed (N,) for each image, to which a code's position is added: all are different below 2^32 of them."""
+    if not _is(num_images, numbers.Integral) or num_images < 1:
+        raise ValueError(f"num_images must be an integer of at least 1, got {num_images!r}")
+    last = (1 << 32) // image_len - num_images
+    if not _is(first_image, numbers.Integral) or not 0 <= first_image <= last:
+        raise ValueError(f"first_image must be an integer from 0 to {last}, got {first_image!r}")
+    if seed is None:
+        seed = int(torch.randint(1 << 20, ()))
+    numbers_ = torch.arange(first_image, first_image + num_images, device=device)
+    return F.noise_seed(seed) + numbers_ * image_len
+
+
+def _completion(model, codes, known, text):
+    """codes (P, G), 0 where not known; known, bool (P, G), or None where only the first are; n, of those first ones."""
+    P, G = len(text), model.config.image_len
+    if codes is None:
+        if known is not None:
+            raise ValueError("known needs codes, got none")
+        return text.new_zeros(P, G), None, 0
+    codes = model.check_codes(codes, P, least=0 if known is None else G, look=False)
+    if codes.device != text.device:
+        raise ValueError(f"codes must be on text's device {text.device}, got {codes.device}")
+    if known is None:
+        n = codes.shape[1]
+        known = (torch.arange(G, device=codes.device) < n).expand(P, G)
+        codes = torch.nn.functional.pad(codes, (0, G - n))
+    else:
+        known = _known(model, known, P, codes.device)
+        n = int(known.all(0).to(torch.int64).cumprod(0).sum()) if P else 0
+    codes = model.check_codes(codes.masked_fill(~known, 0), P, least=G, look=True)
+    return codes, known if bool(known[:, n:].any()) else None, n
+
+
+def _known(model, known, P, device):
+    h, w = model.config.grid
+    if not isinstance(known, torch.Tensor) or known.dtype != torch.bool or known.device != device:
+        got = f"{known.dtype} on {known.device}" if isinstance(known, torch.Tensor) else type(known).__name__
+        raise TypeError(f"known must be a bool tensor on {device}, got {got}")
+    if tuple(known.shape) not in ((h, w), (P, h, w)):
+        raise ValueError(f"known must have shape ({h}, {w}) or ({P}, {h}, {w}), got {tuple(known.shape)}")
+    return known.expand(P, h, w).flatten(1)
+
+
+def _is(value, kind):
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _bar(steps, total, show):
+    if not show:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, desc="image tokens", unit="token")

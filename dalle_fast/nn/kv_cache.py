@@ -1,0 +1,121 @@
+"""What decoding keeps of the tokens so far: for each layer no more keys and values than its mask can still look at.
+
+P prompts, N images of each, B = P * N samples, H heads, D head size, T text positions, C slots of an image cache, n image
+tokens known at the start.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_fast.nn import functional as F
+
+
+class LayerCache:
+    """One layer's keys and values: text (P, H, T, D), which the images of a prompt share, and image (B, H, C, D).
+
+    Image tokens lie where the mask says (`AttentionMask.cache_slot`): a ring as long as the reach of a row or conv
+    layer, columns one after another for a column layer.
+    """
+
+    def __init__(self, cache, mask):
+        self.cache, self.mask = cache, mask
+        text = (cache.num_prompts, cache.num_heads, mask.text_len, cache.head_dim)
+        image = (cache.num_prompts * cache.num_images, cache.num_heads, mask.cache_slots, cache.head_dim)
+        self.text_key, self.text_value, self.image_key, self.image_value = (
+            torch.empty(shape, device=cache.device, dtype=cache.dtype) for shape in (text, text, image, image)
+        )
+
+    @property
+    def tensors(self):
+        return self.text_key, self.text_value, self.image_key, self.image_value
+
+    def prefill(self, key, value):
+        """Take the first T + n tokens of the stream, (P, H, T + n, D), the n image tokens for all images of a prompt."""
+        T, C = self.mask.text_len, self.mask.cache_slots
+        n = key.shape[2] - T
+        first = max(0, n - C)  # what was before is out of reach
+        slots = self.mask.cache_slot(torch.arange(first, n, device=key.device))
+        for new, text, image in ((key, self.text_key, self.image_key), (value, self.text_value, self.image_value)):
+            text.copy_(new[:, :, :T])
+            image[:, :, slots] = new[:, :, T + first :].repeat_interleave(self.cache.num_images, 0).to(image.dtype)
+
+    def append(self, key, value):
+        """Take the next image token, (B, H, D).
+
+        Raises:
+            ValueError: the image is complete.
+        """
+        if self.cache.length >= self.mask.image_len:
+            raise ValueError(
+                f"the cache holds {self.cache.length} image tokens, all of {self.mask!r}: no more can be appended"
+            )
+        slot = self.mask.cache_slot(self.cache.position).view(1)
+        self.image_key.index_copy_(2, slot, key[:, :, None].to(self.image_key.dtype))
+        self.image_value.index_copy_(2, slot, value[:, :, None].to(self.image_value.dtype))
+
+    def attend(self, query, *, impl="auto"):
+        """Attention of the token that was appended last, query (B, H, D) -> (B, H, D)."""
+        return F.sparse_attention_decode(
+            query, *self.tensors, self.mask, self.cache.position, text_lengths=self.cache.text_lengths, impl=impl
+        )
+
+
+class KVCache:
+    """Keys and values of every layer for generating N images for each of P captions, allocated once.
+
+    First `layer(l).prefill(...)` for each layer, then for each image token `layer(l).append(...)` and `.attend(...)`,
+    and after each of the two `advance(count)`: what `Transformer.forward` and `Transformer.step` do.
+
+    Args:
+        masks: an `AttentionMask` for each layer, all over one stream.
+        num_prompts: P. num_images: N. num_heads: H. head_dim: D.
+        text_lengths: (P,) or None, as in `dalle_fast.nn.functional.sparse_attention`.
+        device, dtype: as of torch.empty. On device "meta" there are only sizes.
+
+    Attributes:
+        length: number of image tokens that all layers hold; position: the same as an int64 tensor on the device.
+    """
+
+    def __init__(
+        self, masks, *, num_prompts, num_images, num_heads, head_dim, text_lengths=None, device=None, dtype=None
+    ):
+        for name, value in (("num_prompts", num_prompts), ("num_images", num_images)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        masks = tuple(masks)
+        if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
+            raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {masks!r}")
+        self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
+        self.text_lengths, self.device, self.dtype = text_lengths, device, dtype
+        self.length = 0
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self._layers = [LayerCache(self, mask) for mask in masks]
+
+    def layer(self, index) -> LayerCache:
+        return self._layers[index]
+
+    def advance(self, count=1):
+        """Another `count` image tokens are in all layers."""
+        self.length += count
+        self.position += count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(tensor.nbytes for layer in self._layers for tensor in layer.tensors)
+
+    @property
+    def nbytes_read(self) -> float:
+        """Bytes of the keys and values that one step reads: those its masks allow, the mean over an image's G steps.
+
+        The text of a prompt is read once for all its images.
+        """
+        total = 0
+        for layer in self._layers:
+            mask, text, image = layer.mask, layer.text_key, layer.image_key
+            G, T = mask.image_len, mask.text_len
+            image_pairs = mask.num_pairs - T * (T + 1) // 2 - G * T
+            per_key = 2 * self.num_heads * self.head_dim * image.element_size()
+            total += per_key * (text.shape[0] * T + image.shape[0] * image_pairs / G)
+        return total

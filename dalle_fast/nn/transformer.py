@@ -1,0 +1,237 @@
+"""The decoder-only transformer over [text | image grid] tokens, one attention mask for each layer (Ramesh et al. 2021).
+
+B batch, S sequence, W width, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_fast.masks import AttentionMask
+from dalle_fast.nn import functional as F
+
+INIT_STD = 0.02  # GPT-2's
+# A gradient scale of a residual block: the paper starts at 2^13 and keeps it from 2^7 to 2^24. It grows by 2^(1/1000)
+# an update; here it doubles after 1,000, as multiplying by a power of two rounds nothing.
+FIRST_SCALE, MIN_SCALE, MAX_SCALE = 2.0**13, 2.0**7, 2.0**24
+UPDATES_TO_DOUBLE = 1000
+
+
+class Attention(nn.Module):
+    """Self-attention under an `AttentionMask`; the packed projection is read in place."""
+
+    def __init__(self, width, num_heads, head_dim, mask, impl):
+        super().__init__()
+        self.num_heads, self.head_dim, self.mask, self.impl = num_heads, head_dim, mask, impl
+        self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
+        self.out = nn.Linear(num_heads * head_dim, width)
+
+    def forward(self, x, text_lengths=None, cache=None):
+        """x (B, S, W) -> (B, S, W); keys and values also go into `cache`, a `KVCache.layer`."""
+        q, k, v = self._heads(x).permute(2, 0, 3, 1, 4).unbind()  # three views (B, H, S, D)
+        if cache is not None:
+            cache.prefill(k, v)
+        out = F.sparse_attention(q, k, v, self.mask, text_lengths=text_lengths, impl=self.impl)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def step(self, x, cache):
+        """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it."""
+        q, k, v = self._heads(x).unbind(1)  # three views (B, H, D)
+        cache.append(k, v)
+        return self.out(cache.attend(q, impl=self.impl).flatten(1))
+
+    def _heads(self, x):
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+
+
+class Block(nn.Module):
+    """Two residual blocks, attention and a perceptron, each behind a layer norm."""
+
+    def __init__(self, width, num_heads, head_dim, mask, impl):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads, head_dim, mask, impl)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("up", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("down", nn.Linear(4 * width, width))
+
+    def forward(self, x, text_lengths=None, cache=None, scales=None):
+        if scales is None:
+            x = x + self.attention(self.attention_norm(x), text_lengths, cache)
+            return x + self.mlp(self.mlp_norm(x))
+        # The identity path is float32. Only after its gradient has been scaled may it become float16.
+        of_attention, of_mlp = scales
+        inner = self.attention_norm(_Unscale.apply(x, of_attention))
+        x = x + _Scale.apply(self.attention(inner, text_lengths, cache).float(), of_attention)
+        inner = self.mlp_norm(_Unscale.apply(x, of_mlp))
+        return x + _Scale.apply(self.mlp(inner).float(), of_mlp)
+
+    def step(self, x, cache):
+        x = x + self.attention.step(self.attention_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def residual_blocks(self):
+        """The parameters of each residual block."""
+        yield [*self.attention_norm.parameters(), *self.attention.parameters()]
+        yield [*self.mlp_norm.parameters(), *self.mlp.parameters()]
+
+
+class Transformer(nn.Module):
+    """Pre-norm residual blocks of sparse attention, and a last norm.
+
+    Initialised as GPT-2: normal with standard deviation 0.02, smaller where a residual block ends, biases 0.
+
+    With `gradient_scaling` every residual block scales the gradient that enters it by a power of two of its own and
+    unscales the one that leaves it, setting what is not finite to 0 (the paper's appendix on mixed precision): what
+    float16 needs in place of one scale for the whole loss, bfloat16 does not. Then call `unscale_gradients` after each
+    backward pass.
+
+    Args:
+        masks: an `AttentionMask` for each layer.
+        width: W. num_heads: H. head_dim: D, W / H if None.
+        activation_checkpointing: keep each layer's input only and compute the layer again in the backward pass.
+        gradient_scaling: see above.
+        impl: as in `dalle_fast.nn.functional.sparse_attention`.
+
+    Raises:
+        TypeError: masks holds something else.
+        ValueError: there are no masks, or a size is wrong.
+    """
+
+    def __init__(
+        self,
+        masks,
+        width,
+        num_heads,
+        head_dim=None,
+        *,
+        activation_checkpointing=False,
+        gradient_scaling=False,
+        impl="auto",
+    ):
+        super().__init__()
+        masks = tuple(masks)
+        for mask in masks:
+            if not isinstance(mask, AttentionMask):
+                raise TypeError(f"masks must hold AttentionMasks, got {type(mask).__name__}")
+        if not masks or width < 1 or num_heads < 1:
+            sizes = f"{len(masks)} masks, width {width} and num_heads {num_heads}"
+            raise ValueError(f"masks must hold at least one, and width and num_heads be positive, got {sizes}")
+        if head_dim is None and width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads where head_dim is None, got {width}, {num_heads}")
+        head_dim = head_dim or width // num_heads
+        self.activation_checkpointing, self.gradient_scaling = activation_checkpointing, gradient_scaling
+        self.blocks = nn.ModuleList(Block(width, num_heads, head_dim, mask, impl) for mask in masks)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("gradient_scale", torch.full((len(masks), 2), FIRST_SCALE))
+        self.register_buffer("updates_at_scale", torch.zeros(len(masks), 2, dtype=torch.int64))
+        self.reset_parameters()
+
+    @property
+    def masks(self):
+        """The layers' masks."""
+        return tuple(block.attention.mask for block in self.blocks)
+
+    def reset_parameters(self):
+        last = INIT_STD / math.sqrt(2 * len(self.blocks))  # the sum over blocks does not grow with their number
+        for block in self.blocks:
+            for linear, std in (
+                (block.attention.qkv, INIT_STD),
+                (block.attention.out, last),
+                (block.mlp.up, INIT_STD),
+                (block.mlp.down, last),
+            ):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x, text_lengths=None, cache=None):
+        """x (B, S, W) -> (B, S, W).
+
+        Args:
+            text_lengths: (B,) or None, as in `dalle_fast.nn.functional.sparse_attention`.
+            cache: a `KVCache` that takes the keys and values of these first S positions, or None.
+        """
+        scaled = self.gradient_scaling and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            arguments = (
+                text_lengths,
+                None if cache is None else cache.layer(index),
+                self.gradient_scale[index].unbind() if scaled else None,
+            )
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *arguments, use_reentrant=False)
+            else:
+                x = block(x, *arguments)
+        return self.norm(x)
+
+    def step(self, x, cache):
+        """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token."""
+        for index, block in enumerate(self.blocks):
+            x = block.step(x, cache.layer(index))
+        cache.advance()
+        return self.norm(x)
+
+    @torch.no_grad()
+    def unscale_gradients(self):
+        """Take the scales out of the parameters' gradients, and move the scales. After backward, before clipping.
+
+        A residual block with a gradient that is not finite gets gradients of 0 and half its scale. The others' scales
+        double after 1,000 calls. Nothing waits for the device.
+
+        Returns:
+            bool (layers, 2): the blocks (attention, perceptron) whose gradients were dropped.
+        """
+        dropped = torch.zeros_like(self.updates_at_scale, dtype=torch.bool)
+        if not self.gradient_scaling:
+            return dropped
+        for index, block in enumerate(self.blocks):
+            for part, parameters in enumerate(block.residual_blocks()):
+                grads = [p.grad for p in parameters if p.grad is not None]
+                if not grads:
+                    continue
+                bad = torch.stack([~grad.isfinite().all() for grad in grads]).any()
+                dropped[index, part] = bad
+                for grad in grads:
+                    grad.div_(self.gradient_scale[index, part]).masked_fill_(bad, 0)
+        self.updates_at_scale.add_(1).masked_fill_(dropped, 0)
+        grows = self.updates_at_scale >= UPDATES_TO_DOUBLE
+        self.updates_at_scale.masked_fill_(grows, 0)
+        self.gradient_scale.mul_(1.0 - 0.5 * dropped).mul_(1.0 + 1.0 * grows).clamp_(MIN_SCALE, MAX_SCALE)
+        return dropped
+
+
+class _Scale(torch.autograd.Function):
+    """The identity; the gradient is multiplied by `scale` as it enters a residual block."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad * scale, None
+
+
+class _Unscale(torch.autograd.Function):
+    """The identity; the gradient is divided by `scale` as it leaves, and what is not finite set to 0.
+
+    Else an overflow in one block would make the scales of all blocks before it drop.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return torch.nan_to_num(grad / scale, nan=0.0, posinf=0.0, neginf=0.0), None
