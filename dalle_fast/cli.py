@@ -13,6 +13,8 @@ from dalle_fast.errors import UserError
 
 COMMANDS = {
     "train-dvae": "dalle_fast.commands.train_dvae",
+    "train-dalle": "dalle_fast.commands.train_dalle",
+    "generate": "dalle_fast.commands.generate",
     "reconstruct": "dalle_fast.commands.reconstruct",
     "info": "dalle_fast.info",
 }

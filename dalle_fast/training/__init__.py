@@ -3,6 +3,8 @@
 import importlib
 
 _HOMES = {
+    "DALLEObjective": "stage2",
+    "DALLERecipe": "recipes",
     "DVAEObjective": "stage1",
     "DVAERecipe": "recipes",
     "LoopSettings": "loop",
