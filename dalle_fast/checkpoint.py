@@ -32,6 +32,7 @@ from dalle_fast.errors import UserError
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints in the folder of a run
 KEEP = 2
+PHASES = ("begun", "model written", "training written", "state written", "manifest written", "renamed", "older removed")
 FORMAT, HEADER = "dalle_fast 1", "dalle_fast"
 MODELS = {  # kind -> module, class of the model, class of its config
     "DiscreteVAE": ("dalle_fast.nn.dvae", "DiscreteVAE", "DVAEConfig"),
@@ -85,6 +86,7 @@ def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: d
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         unfinished.mkdir()
+        _reached("begun")
         _write_model(unfinished / MODEL, model)
         _reached("model written")
         _write_tensors(unfinished / TRAINING, tensors)

@@ -9,6 +9,13 @@ import numpy as np
 import torch
 
 
+def seed(number: int) -> None:
+    """Seed all of them, so that two processes that begin a run have the same."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
 def get() -> dict:
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()

@@ -14,6 +14,7 @@ from dalle_fast.checkpoint import config_to_json
 from dalle_fast.data import batches
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
+from dalle_fast.training import random_state
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DVAERecipe
 
@@ -40,7 +41,7 @@ class DVAEObjective:
         F.noise_seed(seed, step=recipe.steps - 1)  # refuses what is out of range now, not in the last step
         self.config, self.recipe, self.source, self.validation = config, recipe, source, validation
         self.seed, self.flip, self.workers = seed, flip, workers
-        torch.manual_seed(seed)
+        random_state.seed(seed)
         self.model = DiscreteVAE(config).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.examples_per_step = recipe.batch_size

@@ -1,0 +1,95 @@
+"""At OpenAI's codebook sizes the step from encoder features to decoder features needs a tenth of the eager memory.
+
+And a whole training step needs less by what that saves. Measured as the growth of resident memory, each in a fresh
+process (see `cpu_extra_bytes` of benchmarks/harness.py).
+
+N rows, K codes, Din features, D embedding.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+harness = pytest.importorskip("harness")
+
+DIN, K, D = 2048, 8192, 128
+ROWS = 2048
+# The encoder's and decoder's widths are OpenAI's, as the codebook's sizes ask for; one block in a group saves time.
+CONFIG = fnn.DVAEConfig(image_size=32, hidden=256, num_codes=K, embedding_dim=D, blocks_per_group=1)
+BATCH = 64
+
+
+def eager_codebook(hidden, weight, bias, codebook, tau):
+    """What a user would write: torch's own gumbel_softmax and log_softmax of all logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    log_p = torch.log_softmax(logits, -1)
+    kl = torch.nn.functional.kl_div(
+        torch.full_like(log_p, 1 / K).log(), log_p, log_target=True, reduction="none"
+    ).sum(-1)
+    return torch.nn.functional.gumbel_softmax(logits, tau=tau) @ codebook, kl
+
+
+def our_codebook(hidden, weight, bias, codebook, tau):
+    return F.gumbel_codebook(hidden, weight, bias, codebook, tau)[:2]
+
+
+def codebook_step(function):
+    torch.set_num_threads(1)
+    sizes = [(ROWS, DIN), (K, DIN), (K,), (K, D)]
+    tensors = [(torch.randn(size) / size[-1] ** 0.5).requires_grad_() for size in sizes]
+
+    def call():
+        embedding, kl = function(*tensors, 0.5)
+        return torch.autograd.grad([embedding, kl], tensors, [torch.ones_like(embedding), torch.ones_like(kl)])
+
+    return harness.cpu_extra_bytes(call)
+
+
+class EagerVAE(fnn.DiscreteVAE):
+    def forward(self, images, *, tau, beta):
+        weight, bias, codebook, shift = self._codebook()
+        features = self._features(images)
+        embedding, kl = eager_codebook(features, weight, bias, codebook, tau)
+        loss = self._reconstruction_loss(images, *self._statistics(embedding + shift))
+        return (loss + beta * kl.mean(),)
+
+
+def training_step(model_class):
+    torch.set_num_threads(2)
+    model = model_class(CONFIG)
+    images = torch.rand(BATCH, 3, CONFIG.image_size, CONFIG.image_size)
+    parameters = list(model.parameters())
+
+    def call():
+        return torch.autograd.grad(model(images, tau=0.5, beta=1.0)[0], parameters)
+
+    return harness.cpu_extra_bytes(call)
+
+
+def measured(function, contenders):
+    results = harness.isolated(function, {name: (x,) for name, x in contenders.items()}, workers=1)
+    for result in results.values():
+        if isinstance(result, harness.NotRun):
+            pytest.skip(f"memory cannot be measured here: {result}")
+        if isinstance(result, Exception):
+            raise result
+    print({name: f"{result / harness.MIB:.1f} MiB" for name, result in results.items()})
+    return results["ours"], results["eager"]
+
+
+def test_from_encoder_features_to_decoder_features():
+    ours, eager = measured(codebook_step, {"ours": our_codebook, "eager": eager_codebook})
+    assert ours < eager / 10
+
+
+def test_a_whole_training_step():
+    """The eager step keeps logits and probabilities from its forward to its backward pass, so they are in its peak."""
+    ours, eager = measured(training_step, {"ours": fnn.DiscreteVAE, "eager": EagerVAE})
+    rows = BATCH * CONFIG.grid**2
+    assert eager - ours > 3 * rows * K * 4
