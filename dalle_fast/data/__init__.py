@@ -24,7 +24,22 @@ _HOMES = {
 }
 _PARTS = ("emoji", "folder", "images", "loading", "shapes", "source", "stamps", "tar", "text")
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "Batch",
+    "DataError",
+    "Example",
+    "Scene",
+    "Source",
+    "Tokenizer",
+    "all_scenes",
+    "batches",
+    "caption_of_scene",
+    "draw",
+    "open_source",
+    "read_caption",
+    "read_captions",
+    "scene_of_caption",
+]
 
 
 def __getattr__(name):

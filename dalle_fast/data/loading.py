@@ -70,6 +70,7 @@ def batches(
         batch_sampler=order,
         num_workers=num_workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # which it draws its workers' seeds from: not from the global one
     )
     return _stream(source, loader)
 

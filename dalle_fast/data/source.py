@@ -85,7 +85,35 @@ def open_source(
         from dalle_fast.data.shapes import Shapes
 
         return Shapes(image_size, split=split, seed=seed)
-    raise DataError(f"{spec}: no such file or folder, nor one of the sources {', '.join(SOURCES)}")
+    if spec == "emoji":
+        from dalle_fast.data.emoji import Emoji
+
+        return Emoji(image_size, split=split)
+    if spec == "stamps":
+        from dalle_fast.data.stamps import Stamps
+
+        return Stamps(image_size, split=split, max_bad_share=max_bad_share)
+    if _is_tar(spec):
+        from dalle_fast.data.tar import Tar as Files
+    elif os.path.isdir(spec):
+        from dalle_fast.data.folder import Folder as Files
+    else:
+        raise DataError(
+            f"{spec}: no such folder or tar file, nor one of the sources {', '.join(SOURCES)}"
+            if not os.path.exists(spec)
+            else f"{spec}: neither a folder nor a .tar file"
+        )
+    return Files(spec, image_size, split=split, require_captions=require_captions, max_bad_share=max_bad_share)
+
+
+def _is_tar(spec: str) -> bool:
+    """Whether it names tar files, also compressed ones, which are refused later, or a folder with any."""
+    if os.path.isdir(spec):
+        try:
+            return any(entry.endswith(".tar") for entry in os.listdir(spec))
+        except OSError as error:
+            raise DataError(f"{spec}: cannot be read: {error.strerror}") from error
+    return ".tar" in os.path.basename(spec) or spec.endswith(".tgz")
 
 
 def generator(seed: int, use: int, *counters: int) -> np.random.Generator:

@@ -1,0 +1,73 @@
+"""Pictures in a folder and the folders below it, each with a caption in a .txt file of the same stem, if any."""
+
+from __future__ import annotations
+
+import os
+
+from dalle_fast.data.images import ENDINGS, BadImage, Pictures, decode, read_caption_text, read_file
+from dalle_fast.data.source import DataError, Example
+
+
+class Folder(Pictures):
+    """The source of a folder path. See `open_source`; pictures with less than `image_size` pixels a side are bad ones.
+
+    Raises:
+        DataError: the folder cannot be read or has no pictures, or no captions where they are required.
+    """
+
+    def __init__(self, path: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
+        self.path, self.image_size, self.require_captions = path, image_size, require_captions
+        names, captioned = list_pictures(path)
+        if not names:
+            raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}")
+        if require_captions and not captioned:
+            raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
+        self._captioned = captioned
+        super().__init__(path, names, split=split, max_bad_share=max_bad_share)
+
+    def read(self, number: int) -> Example:
+        name = self.names[number]
+        caption = ""
+        if name in self._captioned:
+            caption = read_caption_text(read_file(os.path.join(self.path, os.path.splitext(name)[0] + ".txt")))
+        return usable(read_file(os.path.join(self.path, name)), caption, self.image_size, self.require_captions)
+
+
+def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -> Example:
+    """The example of an image file, if it is good enough.
+
+    Raises:
+        BadImage: it cannot be decoded, is smaller than `image_size`, or lacks a required caption.
+    """
+    if require_captions and not caption:
+        raise BadImage("it has no caption")
+    image = decode(data, draft=3 * image_size)
+    height, width = image.shape[:2]
+    if min(height, width) < image_size:
+        raise BadImage(f"{width} x {height} pixels, smaller than the crop of {image_size}")
+    return Example(image, caption)
+
+
+def list_pictures(path: str) -> tuple[list[str], set[str]]:
+    """The names of the pictures below a folder, sorted and relative to it, and which of them have a caption.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    pictures, texts = [], set()
+    for folder, folders, files in os.walk(path, onerror=_refuse):
+        folders.sort()
+        for file in files:
+            if file.startswith("."):  # leftovers of other systems
+                continue
+            name = os.path.relpath(os.path.join(folder, file), path)
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in ENDINGS:
+                pictures.append(name)
+            elif ending == ".txt":
+                texts.add(stem)
+    return sorted(pictures), {name for name in pictures if os.path.splitext(name)[0] in texts}
+
+
+def _refuse(error: OSError):
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error

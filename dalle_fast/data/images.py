@@ -1,0 +1,220 @@
+"""Pictures from files: decoding within limits, and sources that replace the pictures that cannot be decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from dalle_fast.data.source import DataError, Example, check_index
+
+# Endings that are taken for pictures, and the decoders that may be used whatever the ending: no others, as some of
+# Pillow's start other programs.
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**28
+VALIDATION_SHARE = 0.05
+FIRST_LOOK = 400  # pictures that count for the share of bad ones before they were looked at, if there are as many
+
+
+class BadImage(Exception):
+    """One picture that cannot be used; its message is the reason."""
+
+
+def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
+    """The picture in a file, as its EXIF orientation says, on white where it is transparent.
+
+    Args:
+        data: the file.
+        draft: a picture of at least so many pixels a side is enough: large JPEGs are decoded at a fraction.
+
+    Returns:
+        (height, width, 3) uint8, RGB.
+
+    Raises:
+        BadImage: not a picture, truncated, or of more than MAX_PIXELS pixels.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, on sizes and tags: what matters is raised here
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                if draft is not None:
+                    image.draft(image.mode, (draft, draft))
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # a broken file makes decoders raise whatever they happen to
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _rgb(image) -> np.ndarray:
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = on_white(image)
+    return np.array(image.convert("RGB"))
+
+
+def on_white(image):
+    """A Pillow image with transparency, in RGB on white."""
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def fit(image: np.ndarray, size: int) -> np.ndarray:
+    """A whole picture scaled to a square of `size` pixels a side, with white beside what is not square."""
+    from PIL import Image, ImageOps
+
+    whole = ImageOps.pad(Image.fromarray(image), (size, size), Image.Resampling.LANCZOS, color="white")
+    return np.asarray(whole)
+
+
+def read_file(path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BadImage: it cannot be read, or has more than MAX_BYTES.
+    """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise BadImage("not a file")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from error
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"more than {MAX_BYTES} bytes")
+    return data
+
+
+def read_caption_text(data: bytes) -> str:
+    """A caption file's text, its white space made single spaces.
+
+    Raises:
+        BadImage: it is not UTF-8.
+    """
+    try:
+        return " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise BadImage(f"its caption is not UTF-8: {error}") from error
+
+
+def in_split(names: Sequence[str], split: str, source: str) -> list[int]:
+    """Which of the pictures belong to a split, in a shuffled order.
+
+    Pictures are ordered by the hash of their names, whatever order they come in; the first twentieth, at least one, is
+    for validation. So a picture that is added moves few others.
+
+    Raises:
+        DataError: no pictures, or only one where a second is needed.
+    """
+    order = sorted(
+        range(len(names)), key=lambda x: hashlib.sha256(names[x].encode("utf-8", "surrogateescape")).digest()
+    )
+    count = max(1, round(VALIDATION_SHARE * len(names))) if len(names) > 1 else 0
+    chosen = order[:count] if split == "validation" else order[count:]
+    if not chosen:
+        raise DataError(f"{source}: has no pictures for the split {split!r}, of {len(names)} in all")
+    return chosen
+
+
+class Pictures:
+    """Base of the sources whose pictures may be bad. A subclass has `names` and `read(number) -> Example`.
+
+    A bad picture is replaced by the next one that is good, so every index has a picture and always the same one. Bad
+    ones are counted, once each; when they are more than the allowed share of all pictures (of 400 or those looked at,
+    whichever is more, where there are more of them), that is an error.
+
+    Args:
+        name: of the source.
+        names: of its pictures, for messages and for the split.
+        split, max_bad_share: as of `open_source`.
+
+    Attributes:
+        bad: number -> reason, of the bad pictures that were met.
+        replaced: how many these are.
+    """
+
+    crop = True
+
+    def __init__(self, name: str, names: Sequence[str], *, split: str, max_bad_share: float):
+        self.name, self.names, self.max_bad_share = name, names, max_bad_share
+        self._numbers = in_split(names, split, name)
+        self._looked = np.zeros(len(names), bool)
+        self.bad: dict[int, str] = {}
+
+    def read(self, number: int) -> Example:
+        """Picture `number` of all splits.
+
+        Raises:
+            BadImage: it cannot be used.
+        """
+        raise NotImplementedError
+
+    @property
+    def replaced(self) -> int:
+        return len(self.bad)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        example, looked = self.load(index)
+        self.note(looked)
+        return example
+
+    def load(self, index: int) -> tuple[Example, list[tuple[int, str | None]]]:
+        """The picture, and what was looked at for it: (number, why it is bad or None) each. Changes nothing.
+
+        Raises:
+            DataError: too many bad pictures in a row.
+        """
+        index = check_index(index, len(self))
+        looked = []
+        for step in range(len(self)):
+            number = self._numbers[(index + step) % len(self)]
+            try:
+                example = self.read(number)
+            except BadImage as error:
+                looked.append((number, str(error)))
+                self._check(looked, len(looked))
+                continue
+            return example, [*looked, (number, None)]
+        raise DataError(self._complaint(looked, len(looked)))
+
+    def note(self, looked: list[tuple[int, str | None]]) -> None:
+        """Count what `load` looked at.
+
+        Raises:
+            DataError: now there are more bad pictures than allowed.
+        """
+        for number, reason in looked:
+            self._looked[number] = True
+            if reason is not None:
+                self.bad[number] = reason
+        self._check(list(self.bad.items()), int(self._looked.sum()))
+
+    def _check(self, bad, looked):
+        if len(bad) > self.max_bad_share * max(looked, min(len(self), FIRST_LOOK)):
+            raise DataError(self._complaint(bad, looked))
+
+    def _complaint(self, bad, looked):
+        number, reason = bad[0]
+        return (
+            f"{self.name}: {len(bad)} of {looked} pictures looked at are bad, of {len(self)} in all, and max_bad_share "
+            f"is {self.max_bad_share}; the first is {self.names[number]}: {reason}"
+        )

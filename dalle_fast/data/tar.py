@@ -1,0 +1,160 @@
+"""WebDataset tar shards: pictures and captions whose names differ in the ending only lie together in a tar file.
+
+Shards are listed and entries grouped by the `webdataset` library's rules, but read at random: a shard is indexed once,
+by its headers, and an entry is read where it lies. The library itself reads shards from front to back, which can
+neither be resumed at a given batch nor shuffled over a whole epoch, and passes over links and what follows a broken
+header in silence. Nothing is ever unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from typing import NamedTuple
+
+from dalle_fast.data.folder import usable
+from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures, read_caption_text
+from dalle_fast.data.source import DataError, Example
+
+_BLOCK = 512
+
+
+class Entry(NamedTuple):
+    """A file in a tar: where it lies and how long it is, in bytes."""
+
+    offset: int
+    size: int
+
+
+class Pair(NamedTuple):
+    """A picture and its caption, if any, in shard number `shard`."""
+
+    shard: int
+    image: Entry
+    caption: Entry | None
+
+
+class Tar(Pictures):
+    """The source of tar shards. See `open_source`; pictures with less than `image_size` pixels a side are bad ones.
+
+    Raises:
+        DataError: a shard is not there or broken, or has an entry that reaches outside or links; no pictures in all,
+            or no captions where they are required.
+        ImportError: webdataset is not installed.
+    """
+
+    def __init__(self, spec: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
+        self.image_size, self.require_captions = image_size, require_captions
+        self.shards = find_shards(spec)
+        self._pairs, names = [], []
+        for number, shard in enumerate(self.shards):
+            for key, (image, caption) in index_shard(shard).items():
+                self._pairs.append(Pair(number, image, caption))
+                names.append(f"{os.path.basename(shard)}/{key}")
+        if not names:
+            raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; looked for {', '.join(ENDINGS)}")
+        if require_captions and all(pair.caption is None for pair in self._pairs):
+            raise DataError(f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt")
+        super().__init__(spec, names, split=split, max_bad_share=max_bad_share)
+
+    def read(self, number: int) -> Example:
+        shard, image, caption = self._pairs[number]
+        try:
+            with open(self.shards[shard], "rb") as file:
+                text = read_caption_text(_read(file, caption)) if caption else ""
+                data = _read(file, image)
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+        return usable(data, text, self.image_size, self.require_captions)
+
+
+def _read(file, entry: Entry) -> bytes:
+    if entry.size > MAX_BYTES:
+        raise BadImage(f"more than {MAX_BYTES} bytes")
+    file.seek(entry.offset)
+    data = file.read(entry.size)
+    if len(data) < entry.size:
+        raise BadImage("the tar file ends before it")
+    return data
+
+
+def find_shards(spec: str) -> list[str]:
+    """The tar files of a folder, or of a path in which braces count ("x-{000..003}.tar").
+
+    Raises:
+        DataError: there is none, one is missing, or it is compressed.
+        ImportError: webdataset is not installed.
+    """
+    if os.path.isdir(spec):
+        return sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
+    shards = [spec] if os.path.exists(spec) else _webdataset("shardlists").expand_urls(spec)
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise DataError(f"{shard}: no such file")
+        if not shard.endswith(".tar"):
+            raise DataError(f"{shard}: compressed tar files cannot be read at random: unpack it to a .tar")
+    return shards
+
+
+def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
+    """The pictures of a tar file: key -> where its image and its caption lie.
+
+    Raises:
+        DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
+            or a device; a name that is there twice.
+    """
+    base_plus_ext = _webdataset("tariterators").base_plus_ext
+    found: dict[str, dict[str, Entry]] = {}
+    for entry in _entries(path):
+        key, ending = base_plus_ext(entry.name)
+        if key is None or re.match(r"__[^/]*__($|/)", entry.name):  # the library's mark of what is no example
+            continue
+        files, ending = found.setdefault(key, {}), ending.lower()
+        if ending in files:
+            raise DataError(f"{path}: {entry.name}: is there twice")
+        files[ending] = Entry(entry.offset_data, entry.size)
+    pairs = {}
+    for key, files in found.items():
+        images = [files[ending] for ending in sorted(files) if ("." + ending).endswith(ENDINGS)]
+        if images:
+            pairs[key] = images[0], files.get("txt")
+    return pairs
+
+
+def _entries(path: str):
+    """The files in a tar, each checked to lie inside it."""
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for entry in tar:
+                _check_entry(path, entry)
+                if entry.isreg():
+                    yield entry
+            # tarfile takes a broken header, or the end of the file, for the end of the archive: see that it is one.
+            file.seek(tar.offset)
+            mark = file.read(_BLOCK)
+    except (OSError, tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable tar file: {error}") from error
+    if mark != bytes(_BLOCK):
+        raise DataError(f"{path}: truncated or broken at byte {tar.offset}: no end mark there")
+
+
+def _check_entry(path: str, entry: tarfile.TarInfo):
+    parts = re.split(r"[/\\]", entry.name)
+    if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", entry.name):
+        raise DataError(f"{path}: {entry.name}: refused, as the name leads out of the archive")
+    if not (entry.isreg() or entry.isdir()) or entry.issparse():
+        kind = "a link" if entry.issym() or entry.islnk() else "not an ordinary file"
+        raise DataError(f"{path}: {entry.name}: refused, as it is {kind}")
+
+
+def _webdataset(part: str):
+    import importlib
+
+    try:
+        return importlib.import_module(f"webdataset.{part}")
+    except ImportError as error:
+        raise ImportError("tar shards need webdataset: pip install 'dalle_fast[data]'") from error

@@ -1,0 +1,238 @@
+"""Captions to token ids and back: byte-pair encoding by the `tokenizers` library, with dropout that can be repeated.
+
+B captions, T text positions, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dalle_fast.data.source import DataError, check_count
+
+VOCAB_SIZE = 16_384  # Ramesh et al. 2021
+MIN_VOCAB_SIZE = 257  # every byte and the padding
+PADDING = "<pad>"
+_UNKNOWN_TO_PIECES = (  # parts of the library's BPE that `_pieces` does not have
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "unk_token",
+    "byte_fallback",
+    "ignore_merges",
+)
+
+
+class Tokenizer:
+    """A byte-pair encoding. It lower-cases, and as its alphabet is the 256 bytes there are no unknown tokens.
+
+    Made by `train` or `load`; can be pickled.
+
+    Attributes:
+        vocab_size: V.
+    """
+
+    def __init__(self, json_text: str):
+        tokenizers = _library()
+        parsed = json.loads(json_text)
+        model = parsed["model"]
+        if model.get("type") != "BPE":
+            raise ValueError(f"its type must be BPE, got {model.get('type')}")
+        model["dropout"] = None  # it would apply to every call
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(parsed))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # a caption is text, even if it says "<pad>"
+        unknown = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
+        if unknown and not model.get("unk_token") and not model.get("byte_fallback"):
+            raise ValueError(
+                f"it must have a token for every byte, or for what is unknown; {len(unknown)} bytes lack one"
+            )
+        merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        self._ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        self._not_plain = [name for name in _UNKNOWN_TO_PIECES if model.get(name)]
+        if self._tokenizer.pre_tokenizer is None:
+            self._not_plain.append("no pre-tokenizer")
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+        """A tokenizer whose merges are the most frequent ones of the captions.
+
+        Args:
+            vocab_size: V at most; less where the captions do not have so many pairs.
+
+        Raises:
+            ValueError: no captions, or `vocab_size` below 257 (every byte, and padding).
+        """
+        vocab_size = check_count("vocab_size", vocab_size, minimum=MIN_VOCAB_SIZE)
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
+            raise ValueError("captions must hold a caption that is not empty, got none")
+        tokenizers = _library()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
+            [
+                tokenizers.normalizers.NFC(),
+                tokenizers.normalizers.Lowercase(),
+                tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                tokenizers.normalizers.Strip(),
+            ]
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PADDING],
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer.to_str())
+
+    @classmethod
+    def load(cls, path) -> Tokenizer:
+        """A tokenizer that `save` wrote, or any BPE of the `tokenizers` library's JSON files.
+
+        Raises:
+            DataError: the file cannot be read or is something else.
+        """
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a BPE tokenizer file: {error}") from error
+
+    def save(self, path) -> None:
+        """Write it as JSON: wholly or, if that fails, not at all."""
+        path = Path(path)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            with open(fresh, "w", encoding="utf-8") as file:
+                file.write(self._tokenizer.to_str(pretty=True))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(
+        self,
+        captions: list[str],
+        text_len: int,
+        *,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        truncate: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids of captions.
+
+        Args:
+            captions: B strings; an empty one has length 0.
+            text_len: T.
+            dropout: the probability with which a merge is left out, for training (Provilkov et al. 2020).
+            seed: of the dropout; a caption's tokens depend on the seed and the caption alone. Needed for dropout.
+            truncate: cut captions of more than T tokens.
+
+        Returns:
+            ids (B, T) int64, 0 behind a caption's end, and lengths (B,) int64.
+
+        Raises:
+            ValueError: a caption has more than T tokens, and `truncate` is False; dropout outside [0, 1] or without a
+                seed, or of a loaded tokenizer that is not a plain BPE.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions must be a list of strings, got one string")
+        text_len = check_count("text_len", text_len, minimum=1)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
+        captions = list(captions)
+        if dropout:
+            rows = self._encode_with_dropout(captions, dropout, seed)
+        else:
+            encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
+            rows = [encoding.ids for encoding in encoded]
+        ids = torch.zeros(len(rows), text_len, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            if len(row) > text_len and not truncate:
+                raise ValueError(
+                    f"caption must have at most text_len {text_len} tokens, got {len(row)}: {captions[number]!r}"
+                )
+            ids[number, : len(row)] = torch.tensor(row[:text_len], dtype=torch.int64)
+        return ids, torch.tensor([min(len(row), text_len) for row in rows], dtype=torch.int64)
+
+    def decode(self, ids) -> str | list[str]:
+        """The text of ids (T,), or the texts of ids (B, T); padding is left out.
+
+        Raises:
+            ValueError: an id is not below `vocab_size`.
+        """
+        ids = torch.as_tensor(ids)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"ids must be below vocab_size {self.vocab_size}, got {int(ids.min())} to {int(ids.max())}"
+            )
+        texts = [text.strip() for text in self._tokenizer.decode_batch(ids.reshape(-1, ids.shape[-1]).tolist())]
+        return texts if ids.dim() > 1 else texts[0]
+
+    # The library's dropout draws from the thread's own random numbers, which cannot be seeded: a resumed run would see
+    # other tokens. So with dropout the merges are applied here, to the words that the library cuts captions into.
+
+    def _encode_with_dropout(self, captions, dropout, seed):
+        if self._not_plain:
+            raise ValueError(f"dropout must be 0 for a tokenizer with {', '.join(self._not_plain)}, got {dropout}")
+        if seed is None:
+            raise ValueError(f"seed must be given with dropout {dropout}, got None")
+        seed = check_count("seed", seed, minimum=0)
+        rows = []
+        for caption in captions:
+            digest = hashlib.sha256(f"{seed} {caption}".encode("utf-8", "surrogatepass")).digest()
+            draw = random.Random(int.from_bytes(digest, "big")).random
+            text = caption
+            if self._tokenizer.normalizer:
+                text = self._tokenizer.normalizer.normalize_str(text)
+            words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            pieces = [piece for word, _ in words for piece in self._pieces(word, dropout, draw)]
+            rows.append([self._tokenizer.token_to_id(piece) for piece in pieces])
+        return rows
+
+    def _pieces(self, word, dropout, draw):
+        """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first."""
+        pieces = list(word)
+        while True:
+            pairs = enumerate(itertools.pairwise(pieces))
+            able = [(self._ranks[pair], at) for at, pair in pairs if pair in self._ranks and draw() >= dropout]
+            if not able:
+                return pieces
+            _, at = min(able)
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+    def __getstate__(self):
+        return self._tokenizer.to_str()
+
+    def __setstate__(self, json_text):
+        self.__init__(json_text)
+
+
+def _library():
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.normalizers
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise ImportError("text needs the tokenizers library: pip install tokenizers") from error
+    return tokenizers
