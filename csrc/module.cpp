@@ -40,6 +40,7 @@ PYBIND11_MODULE(_native, m) {
           "The one in use. ValueError where DALLE_FAST_ISA names one that is not available.");
     m.def("build_info", &build_info, "How this module was built; `cuda` is None where `why_no_cuda` says why.");
     dalle_fast::bind_attention(m);
+    dalle_fast::bind_decode(m);
     dalle_fast::bind_codebook(m);
 #if DALLE_FAST_CUDA
     dalle_fast::bind_cuda(m);

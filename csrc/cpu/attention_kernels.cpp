@@ -4,6 +4,7 @@
 // vector load and 8 broadcast multiply-adds per element of the head. Softmax is exact and in two passes: all scores of
 // 8 queries stay in cache, so no running rescale is needed. D head size, Dp = D rounded up to whole panels of 16.
 #include "attention.h"
+#include "rows.h"
 #include "simd.h"
 
 #if defined(__AVX512BF16__)
@@ -19,98 +20,7 @@ constexpr int PANELS = VW == 16 ? 2 : 1;     // panels whose scores of a block f
 constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
 constexpr int COLS = 2;                      // ... and its vectors
 constexpr int kBlocksPerSum = 8;             // blocks of queries whose shares of dK and dV are summed on their own
-constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
 constexpr float LN2 = 0.6931471805599453f;
-
-DF_INLINE float minus_infinity() { return -__builtin_inff(); }
-
-// -- memory -------------------------------------------------------------------------------------------------------------
-
-// Cuts one thread's scratch memory into aligned arrays; with a null base it only counts.
-struct Arena {
-    char* base;
-    size_t used;
-    template <class T>
-    T* take(size_t count) {
-        T* p = reinterpret_cast<T*>(base + used);
-        used += (count * sizeof(T) + 63) / 64 * 64;
-        return p;
-    }
-};
-
-DF_INLINE int64_t padded(int64_t D) { return (D + kPanel - 1) / kPanel * kPanel; }
-
-template <class T>
-DF_INLINE T* row_of(const Strided& x, int64_t b, int64_t h, int64_t s) {
-    return reinterpret_cast<T*>(x.data) + b * x.stride_b + h * x.stride_h + s * x.stride_s;
-}
-
-// One row of D elements as Dp floats, zeros at the end.
-template <class T>
-DF_INLINE void load_row(const T* p, int64_t stride, int64_t D, int64_t Dp, float* out) {
-    int64_t d = 0;
-    if (stride == 1)
-        for (; d + VW <= D; d += VW) store(out + d, load_as_float(p + d));
-    for (; d < D; ++d) out[d] = to_float(p[d * stride]);
-    for (; d < Dp; ++d) out[d] = 0;
-}
-
-// Begins to fetch a row that is used a little later: a head's tensors do not fit the second-level cache together.
-template <class T>
-DF_INLINE void prefetch_row(const T* p, int64_t stride, int64_t D) {
-    if (stride != 1) return;
-    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + d);
-}
-template <class T>
-DF_INLINE void prefetch_row_for_write(const T* p, int64_t stride, int64_t D) {
-    if (stride != 1) return;
-    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) prefetch_for_write(p + d);
-}
-
-template <class T>
-DF_INLINE void store_row(const float* x, float scale, T* p, int64_t stride, int64_t D) {
-    int64_t d = 0;
-    if (stride == 1)
-        for (; d + VW <= D; d += VW) store_from_float(p + d, load(x + d) * scale);
-    for (; d < D; ++d) from_float(x[d] * scale, p + d * stride);
-}
-
-typedef int32_t Word __attribute__((may_alias));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
-
-// One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
-template <int w>
-DF_INLINE void transpose_step(Words* rows) {
-    Words first, second;
-    for (int x = 0; x < 16; ++x) {
-        first[x] = x & w ? 16 + x - w : x;
-        second[x] = x & w ? 16 + x : x + w;
-    }
-#pragma GCC unroll 16
-    for (int x = 0; x < 16; ++x)
-        if (!(x & w)) {
-            const Words a = rows[x], b = rows[x + w];
-            rows[x] = __builtin_shuffle(a, b, first);
-            rows[x + w] = __builtin_shuffle(a, b, second);
-        }
-}
-
-// in (16, n) words of 32 bits, rows `stride` words apart -> out (n, 16); n is a multiple of 16... or 8, then in must
-// be readable up to the next multiple of 16 and only n rows are written.
-DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* out) {
-    for (int64_t d = 0; d < n; d += 16) {
-        Words rows[16];
-#pragma GCC unroll 16
-        for (int x = 0; x < 16; ++x) rows[x] = *reinterpret_cast<const UnalignedWords*>(in + x * stride + d);
-        transpose_step<8>(rows);
-        transpose_step<4>(rows);
-        transpose_step<2>(rows);
-        transpose_step<1>(rows);
-        const int64_t left = n - d < 16 ? n - d : 16;
-        for (int64_t x = 0; x < left; ++x) *reinterpret_cast<UnalignedWords*>(out + (d + x) * 16) = rows[x];
-    }
-}
 
 // -- products of small matrices -------------------------------------------------------------------------------------------
 

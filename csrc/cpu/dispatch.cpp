@@ -29,24 +29,25 @@ struct InstructionSet {
     bool supported;  // by this CPU
     bool automatic;  // chosen unasked where supported
     const AttentionKernels& attention;
+    const DecodeKernels& decode;
     const CodebookKernels& codebook;
 };
 
 // CMake defines DALLE_FAST_WITH_* for what it compiled. The plainest one first.
 const std::vector<InstructionSet>& compiled() {
     static const std::vector<InstructionSet> sets = {
-        {"portable", true, true, portable::attention_kernels, portable::codebook_kernels},
+        {"portable", true, true, portable::attention_kernels, portable::decode_kernels, portable::codebook_kernels},
 #if defined(DALLE_FAST_WITH_avx2)
-        {"avx2", cpu_has_avx2(), true, avx2::attention_kernels, avx2::codebook_kernels},
+        {"avx2", cpu_has_avx2(), true, avx2::attention_kernels, avx2::decode_kernels, avx2::codebook_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512)
-        {"avx512", cpu_has_avx512(), true, avx512::attention_kernels, avx512::codebook_kernels},
+        {"avx512", cpu_has_avx512(), true, avx512::attention_kernels, avx512::decode_kernels, avx512::codebook_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512_bf16)
         // Intel's cores issue vdpbf16ps at a quarter of the rate of a float32 FMA (measured on Sapphire Rapids): half
         // the multiply-adds. There bfloat16 is faster converted to float32, as avx512 does.
         {"avx512_bf16", cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0,
-         avx512_bf16::attention_kernels, avx512_bf16::codebook_kernels},
+         avx512_bf16::attention_kernels, avx512_bf16::decode_kernels, avx512_bf16::codebook_kernels},
 #endif
     };
     return sets;
@@ -83,6 +84,7 @@ std::vector<std::string> instruction_sets() {
 const char* instruction_set() { return active().name; }
 
 const AttentionKernels& attention_kernels() { return active().attention; }
+const DecodeKernels& decode_kernels() { return active().decode; }
 const CodebookKernels& codebook_kernels() { return active().codebook; }
 
 }  // namespace dalle_fast

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "codebook.h"
+#include "decode.h"
 
 namespace dalle_fast {
 
@@ -18,6 +19,7 @@ std::vector<std::string> instruction_sets();
 const char* instruction_set();
 
 const AttentionKernels& attention_kernels();
+const DecodeKernels& decode_kernels();
 const CodebookKernels& codebook_kernels();
 
 }  // namespace dalle_fast

@@ -62,6 +62,28 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask
     return grads
 
 
+def decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
+    """One query (B, H, D) per sample against (P, H, T, D) and (B, H, C, D): (B, H, D), fresh and contiguous.
+
+    Fastest where the text positions of text_key are neighbours in memory, as in a (P, H, D, T) tensor's `.mT`: other
+    layouts are transposed at every step.
+    """
+    B, H, D = query.shape
+    out = torch.empty((B, H, D), dtype=query.dtype)
+    slots, counts = mask.visible_slots()
+    _extension.native().attention_decode(
+        (B, len(text_key), H, mask.text_len, D),
+        DTYPES[query.dtype],
+        scale,
+        0 if text_lengths is None else text_lengths.data_ptr(),
+        (slots.data_ptr(), slots.stride(0), counts.data_ptr()),
+        int(position),
+        [_numbers(x) for x in (query[:, :, None], text_key, text_value, image_key, image_value, out[:, :, None])],
+        torch.get_num_threads(),
+    )
+    return out
+
+
 @functools.lru_cache(maxsize=64)
 def _layout(mask, seq_len):
     return _extension.native().AttentionLayout(mask.encode(), seq_len)

@@ -123,18 +123,14 @@ library.define(
 _decode_op = torch.ops.dalle_fast.sparse_attention_decode.default
 
 
-def _decode_kernel(
-    query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl
-):
+def _decode_kernel(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     if position.device.type == "cpu":
         _check_range(int(position), mask)
     serving = choose(_NAME_AND_COST, impl, query.device, implementation, AUTO, query, text_key, text_value, mask)
     with current_device(query):
-        return serving.decode(
-            query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale
-        )
+        return serving.decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
 
 
 def _decode_fake(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):

@@ -1,0 +1,176 @@
+"""From captions to pictures: tokenizer, `DALLE`, `DiscreteVAE`, and the best of many by any score.
+
+P captions, N images of each, C channels, H x W pixels, h x w grid of codes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["best_of", "check_fit", "draw", "save_grid"]
+
+
+@torch.no_grad()
+def draw(
+    dalle,
+    dvae,
+    tokenizer,
+    captions,
+    *,
+    num_images=1,
+    score=None,
+    keep=None,
+    batch_size=64,
+    truncate=False,
+    seed=None,
+    codes=None,
+    known=None,
+    progress=False,
+    **options,
+):
+    """Pictures of captions.
+
+    The images of one caption are made together as far as `batch_size` allows, as they share what is kept of the caption.
+    An image depends on the seed, its caption and its number among the caption's, not on the batches (see
+    `dalle_fast.nn.generation.generate`): equal captions get equal images.
+
+    Scoring with CLIP (`pip install open_clip_torch`; the best 4 of 64):
+
+        clip, _, _ = open_clip.create_model_and_transforms("ViT-B-32", pretrained="laion2b_s34b_b79k")
+        words = open_clip.get_tokenizer("ViT-B-32")
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+
+        def score(images, caption):
+            images = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic")
+            pictures = clip.encode_image((images - mean) / std, normalize=True)
+            return (pictures @ clip.encode_text(words([caption]), normalize=True).T)[:, 0]
+
+        draw(dalle, dvae, tokenizer, ["a red circle"], num_images=64, score=score, keep=4)
+
+    Args:
+        dalle, dvae, tokenizer: a `DALLE`, the `DiscreteVAE` whose codes it was trained on, and its `Tokenizer`.
+        captions: a sequence of P strings.
+        num_images: N to draw for each caption.
+        score: a callable of images (N, C, H, W), pixels from 0 to 1, and their caption, that returns N numbers; None
+            keeps the images in the order in which they were drawn.
+        keep: how many of the N are returned, those with the highest scores first; None keeps all.
+        batch_size: the most images that are drawn at once.
+        truncate: cut captions that are too long, instead of refusing them.
+        seed, codes, known, options: as of `generate`; codes and known of P images to complete.
+        progress: show a bar for each batch.
+
+    Returns:
+        (P, keep, C, H, W) float, pixels from 0 to 1, on the model's device.
+
+    Raises:
+        TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
+    """
+    check_fit(dalle, dvae, tokenizer)
+    if isinstance(captions, str):
+        raise TypeError(f"captions must be a sequence of strings, got the string {captions!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if keep is not None:
+        _checked_keep(keep, num_images)
+    device = dalle.head.weight.device
+    captions = list(captions)
+    text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
+    options |= {"seed": int(torch.randint(1 << 20, ())) if seed is None else seed, "progress": progress}
+    together = max(1, batch_size // max(1, num_images))  # captions
+    pictures = []
+    for first in range(0, len(captions), together):
+        part = slice(first, first + together)
+        drawn = _draw_codes(
+            dalle,
+            text[part].to(device),
+            num_images,
+            batch_size,
+            text_lengths=lengths[part].to(device),
+            codes=None if codes is None else codes[part],
+            known=known[part] if known is not None and known.dim() == 3 else known,
+            **options,
+        )
+        for caption, of_caption in zip(captions[part], drawn, strict=True):
+            images = torch.cat([dvae.decode(some) for some in of_caption.split(batch_size)])
+            pictures.append(_select(images, caption, score, keep))
+    if not pictures:
+        config = dvae.config
+        return torch.empty(0, keep or num_images, config.channels, config.image_size, config.image_size, device=device)
+    return torch.stack(pictures)
+
+
+def _draw_codes(dalle, text, num_images, batch_size, **options):
+    """Codes (P, N, h, w), at most batch_size of a caption at once."""
+    parts = [
+        dalle.generate(text, num_images=min(batch_size, num_images - first), first_image=first, **options)
+        for first in range(0, max(1, num_images), batch_size)  # generate says what is wrong with N = 0
+    ]
+    return torch.cat([part.unflatten(0, (len(text), -1)) for part in parts], 1)
+
+
+def _select(images, caption, score, keep):
+    if score is None:
+        return images[:_checked_keep(keep, len(images))]
+    return best_of(images, lambda images: score(images, caption), len(images) if keep is None else keep)
+
+
+def best_of(images, score, keep=1):
+    """The `keep` images with the highest scores, best first; of equal ones those that come first.
+
+    Args:
+        images: (N, ...), not changed. score: a callable of them that returns N numbers.
+
+    Raises:
+        ValueError: keep is not from 1 to N, or the scores are not N numbers.
+    """
+    keep = _checked_keep(keep, len(images))
+    scores = torch.as_tensor(score(images)).detach()
+    if scores.shape != (len(images),):
+        raise ValueError(f"score must return {len(images)} numbers, one for each image, got {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError(f"score must return numbers, got NaN for image {int(scores.isnan().nonzero()[0])}")
+    return images[scores.argsort(descending=True, stable=True)[:keep].to(images.device)]
+
+
+def check_fit(dalle, dvae, tokenizer=None):
+    """Raise ValueError where the parts were not made for each other, with what each of them has."""
+    grid = (dvae.config.grid, dvae.config.grid)
+    if dvae.config.num_codes != dalle.config.num_codes:
+        raise ValueError(f"the dVAE has {dvae.config.num_codes} codes, the transformer takes {dalle.config.num_codes}")
+    if grid != dalle.config.grid:
+        sides = "the dVAE makes a grid of {} x {} codes, the transformer takes {} x {}"
+        raise ValueError(sides.format(*grid, *dalle.config.grid))
+    if tokenizer is not None and tokenizer.vocab_size > dalle.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the transformer takes {dalle.config.vocab_size}"
+        raise ValueError(f"the tokenizer has {sizes}")
+
+
+def save_grid(images, path, columns=None):
+    """Save images as one picture, in a format that Pillow knows from the path.
+
+    Args:
+        images: (N, C, H, W), or (P, N, C, H, W) for a row of each caption; C is 1 or 3, pixels from 0 to 1.
+        columns: images in a row; None means N of a caption, and about a square where there are no captions.
+    """
+    from PIL import Image
+
+    if images.dim() == 5:
+        columns = images.shape[1] if columns is None else columns
+        images = images.flatten(0, 1)
+    if images.dim() != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {tuple(images.shape)}")
+    N, C, H, W = images.shape
+    columns = min(N, columns or int((N - 1) ** 0.5) + 1)
+    rows = -(-N // columns)
+    sheet = images.new_zeros(rows * columns, C, H, W)
+    sheet[:N] = images
+    sheet = sheet.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
+    pixels = (sheet.float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, -1, 3)
+    Image.fromarray(pixels.cpu().numpy()).save(path)
+
+
+def _checked_keep(keep, available):
+    keep = available if keep is None else keep
+    if not 1 <= keep <= available:
+        raise ValueError(f"keep must be from 1 to {available}, the images that are drawn, got {keep}")
+    return keep
