@@ -20,6 +20,15 @@ COMMANDS = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows defaults, but not "(default: None)" or that of a switch."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `arguments.run(arguments)` runs the chosen one."""
     parser = argparse.ArgumentParser(prog="dalle-fast", description="DALL-E style models, fast. See COMMAND --help.")
@@ -31,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=module.__doc__.partition("\n")[0],
             description=module.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
