@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_PARTS = ("masks", "nn", "ops", "sampling")
+_PARTS = ("data", "masks", "nn", "ops", "sampling")
 
 
 def __getattr__(name):

@@ -49,6 +49,15 @@ def test_the_package_itself_and_its_masks_do_not_need_torch():
     assert fresh_python(code).strip() == "False"
 
 
+def test_the_data_package_itself_and_its_scenes_do_not_need_torch():
+    code = (
+        "import sys, dalle_fast.data as data; heavy = ['torch', 'PIL', 'tokenizers', 'webdataset', 'numpy']; "
+        "before = [name for name in heavy if name in sys.modules]; "
+        "data.open_source('shapes', image_size=32)[0]; print(before, [name for name in heavy if name in sys.modules])"
+    )
+    assert fresh_python(code).strip() == "[] ['numpy']"
+
+
 def test_parts_load_when_first_used():
     code = (
         "import sys, dalle_fast; before = 'dalle_fast.nn' in sys.modules; dalle_fast.nn.functional; dalle_fast.masks; "

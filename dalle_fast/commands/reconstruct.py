@@ -36,12 +36,24 @@ def reconstructions(model, paths):
     Raises:
         UserError: a file that cannot be read as a picture.
     """
+    import numpy as np
     import torch
 
     from dalle_fast.training.pictures import picture_grid
     from dalle_fast.training.stage1 import to_uint8
 
-    originals = torch.stack([torch.from_numpy(_read(path, model.config.image_size)) for path in paths])
+    originals = torch.from_numpy(np.stack([_read(path, model.config.image_size) for path in paths]))
     device = next(model.parameters()).device
     pixels = originals.movedim(-1, 1).to(device).float() / 255
     return picture_grid([originals.numpy(), to_uint8(model.reconstruct(pixels))])
+
+
+def _read(path, size):
+    """The middle square of the picture in a file: (size, size, 3) uint8."""
+    from dalle_fast.data.images import BadImage, decode, read_file
+    from dalle_fast.data.loading import centre_crop
+
+    try:
+        return centre_crop(decode(read_file(path), draft=size), size)
+    except (BadImage, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error

@@ -45,6 +45,7 @@ COLOUR_JITTER = 8
 LENGTHS = {"train": 50_000, "validation": 2_000, "heldout": 2_000}
 MIN_SIZE = 16
 READ_SIZE = 32  # pictures are read at this size, larger ones reduced to it
+READ_CHUNK = 64  # pictures that are read together
 READ_BLUR = 0.04  # of the blurred half of the templates: reconstructions have soft edges
 MIN_EXPLAINED = 0.25  # of a picture's variance, below which it is not read as a scene
 MAX_SECOND = 0.2  # of the variance that the object explains may be explained by a second one, beside it
@@ -177,28 +178,37 @@ def read_captions(images: np.ndarray) -> list[str | None]:
         raise ValueError(f"images must be at least {MIN_SIZE} pixels a side, got {images.shape[1]}")
     if images.shape[1] > READ_SIZE:
         images = np.stack([_reduce(image) for image in images]) if len(images) else images[:, :READ_SIZE, :READ_SIZE]
-    scenes, bank, mean, norm = _templates(images.shape[1])
-    return [_fit(scenes, bank, mean, norm, image) for image in images]
+    chunks = [_read_chunk(images[start : start + READ_CHUNK]) for start in range(0, len(images), READ_CHUNK)]
+    return [caption for chunk in chunks for caption in chunk]
 
 
-def _fit(scenes, bank, mean, norm, image) -> str | None:
-    pixels = image.reshape(-1, 3).astype(np.float32)
-    level = pixels.mean(0)
-    products = bank @ (pixels - level)  # (M, 3)
-    best = int(np.square(products).sum(1).argmax())
-    explained = np.square(products[best]).sum()
-    if explained == 0 or explained < MIN_EXPLAINED * np.square(pixels - level).sum():
+def _read_chunk(images) -> list[str | None]:
+    objects, bank, mean, norm = _templates(images.shape[1])
+    pixels = images.reshape(len(images), -1, 3).astype(np.float32)
+    level = pixels.mean(1)
+    pixels -= level[:, None]
+    products = np.moveaxis(np.tensordot(bank, pixels, (1, 1)), 1, 0)  # (N, M, 3)
+    best = np.square(products).sum(2).argmax(1)
+    contrast = products[np.arange(len(images)), best]  # (N, 3), along the template of norm 1
+    # A second object is what the best template leaves over and another one explains.
+    rest = products - (bank @ bank[best].T).T[:, :, None] * contrast[:, None]
+    second = np.square(rest).sum(2).max(1)
+    explained, variance = np.square(contrast).sum(1), np.square(pixels).sum((1, 2))
+    is_scene = (explained > 0) & (explained >= MIN_EXPLAINED * variance) & (second <= MAX_SECOND * explained)
+    contrast /= norm[best, None]  # colour - background
+    background = level - mean[best, None] * contrast
+    return [
+        _name(objects[best[n]], background[n] + contrast[n], background[n]) if is_scene[n] else None
+        for n in range(len(images))
+    ]
+
+
+def _name(thing, colour, background) -> str | None:
+    shape, size, place = thing
+    colour, background = _nearest(colour, COLOURS), _nearest(background, BACKGROUNDS)
+    if colour is None or background is None:
         return None
-    rest = products - np.outer(bank @ bank[best], products[best])  # the products with what the best leaves over
-    if np.square(rest).sum(1).max() > MAX_SECOND * explained:
-        return None
-    contrast = products[best] / norm[best]  # colour - background
-    background = level - mean[best] * contrast
-    names = _nearest(background + contrast, COLOURS), _nearest(background, BACKGROUNDS)
-    if None in names:
-        return None
-    shape, size, place = scenes[best]
-    return caption_of_scene(Scene(shape, names[0], size, place, names[1]))
+    return caption_of_scene(Scene(shape, colour, size, place, background))
 
 
 def _nearest(colour, table) -> str | None:
@@ -215,23 +225,23 @@ def _reduce(image):
 
 @functools.cache
 def _templates(image_size: int):
-    """What `_fit` compares with: (shape, size, place) of the templates, their coverage as rows (M, P) of mean 0 and
+    """What pictures are compared with: (shape, size, place) of the templates, their coverage as rows (M, P) of mean 0 and
     norm 1, and the mean and the norm that were taken out."""
-    steps = np.linspace(-PLACE_JITTER, PLACE_JITTER, 5)
-    scales = (1 - SIZE_JITTER * 2 / 3, 1.0, 1 + SIZE_JITTER * 2 / 3)
+    steps = PLACE_JITTER * np.array([-0.75, -0.25, 0.25, 0.75])  # the middles of quarters and thirds of what varies
+    scales = 1 + SIZE_JITTER * np.array([-2 / 3, 0, 2 / 3])
     blurs = [np.eye(image_size), _blur(image_size, READ_BLUR)]
-    scenes, rows = [], []
+    objects, rows = [], []
     for shape, (size, radius), (place, (x, y)) in itertools.product(SHAPES, SIZES.items(), PLACES.items()):
         for scale, dx, dy in itertools.product(scales, steps, steps):
             cover = coverage(shape, scale * radius, (x + dx, y + dy), image_size)
             for blur in blurs:
-                scenes.append((shape, size, place))
+                objects.append((shape, size, place))
                 rows.append((blur @ cover @ blur.T).ravel())
     bank = np.array(rows, np.float32)
     mean = bank.mean(1)
     bank -= mean[:, None]
     norm = np.linalg.norm(bank, axis=1)
-    return scenes, bank / norm[:, None], mean, norm
+    return objects, bank / norm[:, None], mean, norm
 
 
 def _blur(image_size: int, sigma: float) -> np.ndarray:

@@ -101,6 +101,8 @@ class LoopSettings:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 

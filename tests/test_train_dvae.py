@@ -1,0 +1,149 @@
+"""The commands train-dvae and reconstruct: a tokenizer from one line, and errors of one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_fast import checkpoint, cli
+from dalle_fast.commands import train_dvae, training
+from dalle_fast.data import open_source
+from dalle_fast.nn.dvae import LIKELIHOODS
+from dalle_fast.training.loop import PRECISIONS
+
+SMALL = ["--image-size", "16", "--downsampling", "8", "--num-codes", "12", "--hidden", "8"]
+TRAIN = ["train-dvae", "--data", "shapes", *SMALL, "--batch-size", "4", "--no-tensorboard", "--device", "cpu"]
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dvae"
+    flags = ["--steps", "4", "--likelihood", "l1", "--hard", "--flip", "--workers", "1", "--seed", "3"]
+    assert run(*TRAIN, *flags, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Files of a scene, of a wide picture, and of one that is smaller than a model takes."""
+    from PIL import Image
+
+    scene = open_source("shapes", image_size=16)[0].image
+    for name, image in (("scene", scene), ("wide", np.zeros((20, 50, 3), np.uint8)), ("small", scene[:8, :8])):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def test_a_run_leaves_a_model_and_says_how_good_it_is(trained):
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert evaluation.keys() >= {"step", "images", "psnr", "perplexity", "codes_used", "captions_read"}
+    assert evaluation["captions_read_from_originals"] > 0.98 and evaluation["step"] == 4
+    config = checkpoint.load_model(trained, kind="DiscreteVAE").config
+    assert (config.image_size, config.num_codes, config.likelihood, config.hard) == (16, 12, "l1", True)
+    assert list((trained / "pictures").glob("*.png"))
+
+
+def test_reconstruct_draws_originals_above_reconstructions(trained, pictures, capsys):
+    from PIL import Image
+
+    out = pictures / "out.png"
+    assert run("reconstruct", "--model", trained, pictures / "scene.png", pictures / "wide.png", "--out", out) == 0
+    with Image.open(out) as image, Image.open(pictures / "scene.png") as scene:
+        grid, scene = np.asarray(image), np.asarray(scene)
+    assert grid.shape == (2 + 2 * 98, 2 + 2 * 98, 3)
+    assert np.array_equal(grid[2:98:6, 2:98:6], scene)
+    model = checkpoint.load_model(trained)
+    expected = model.reconstruct(torch.tensor(scene).movedim(-1, 0)[None].float() / 255)
+    assert np.abs(grid[100:196:6, 2:98:6] / 255 - expected[0].movedim(0, -1).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], ["nowhere", "shapes"]),
+        (["--batch-size", "0"], ["batch_size", "positive", "0"]),
+        (["--num-codes", "-3"], ["num_codes", "-3"]),
+        (["--downsampling", "3"], ["downsampling", "power of two", "3"]),
+        (["--tau", "0"], ["tau", "0.0"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
+        (["--log-every", "-1"], ["log_every", "-1"]),
+        (["--ema-decay", "2"], ["decay", "2"]),
+        (["--out", "/dev/null/x"], ["/dev/null"]),
+    ],
+)
+def test_wrong_flags_are_one_line(tmp_path, capsys, flags, words):
+    assert run(*TRAIN, "--steps", "2", "--out", tmp_path / "run", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle-fast: error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_a_folder_without_pictures(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(*TRAIN, "--steps", "2", "--out", tmp_path / "run", "--data", tmp_path / "empty") == 2
+    assert "empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(trained, capsys):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert run(*TRAIN, "--steps", "4", "--out", trained) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert run(*TRAIN, "--steps", "4", "--out", trained, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "model.likelihood 'l1', not 'logit_laplace'" in error and "seed 3, not 0" in error
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_what_reconstruct_cannot_read(trained, pictures, capsys):
+    (pictures / "broken.png").write_bytes((pictures / "scene.png").read_bytes()[:60])
+    (pictures / "text.png").write_text("no picture")
+    out = pictures / "out.png"
+    for name in ("missing.png", "broken.png", "text.png", "small.png"):
+        assert run("reconstruct", "--model", trained, pictures / name, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1
+    assert run("reconstruct", "--model", pictures, pictures / "scene.png", "--out", out) == 2
+    assert "holds no model" in capsys.readouterr().err
+    assert run("reconstruct", "--model", trained, pictures / "scene.png", "--out", pictures / "no" / "out.png") == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_sigterm_saves_exits_with_143_and_resume_goes_on(tmp_path):
+    command = [sys.executable, "-m", "dalle_fast", *TRAIN, "--steps", "100000", "--log-every", "1", "--out", tmp_path]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in output
+    step = checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step
+    assert f"after step {step} of 100000" in output and len(log.read_text().splitlines()) == step
+
+
+def test_choices_are_those_of_the_library():
+    """They are written again in the command, which does without torch until it runs."""
+    assert train_dvae.LIKELIHOODS == LIKELIHOODS and training.PRECISIONS == PRECISIONS
+
+
+def test_help_shows_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        run("train-dvae", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "pictures in one update (default: openai 512, medium 128, small 64, tiny" in text
