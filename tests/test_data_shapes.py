@@ -62,7 +62,9 @@ def test_what_is_no_scene_is_not_read():
     flat = np.broadcast_to(rng.integers(0, 256, (300, 1, 1, 3), np.uint8), (300, 32, 32, 3))
     assert read_captions(noise) == [None] * 300
     assert read_captions(flat) == [None] * 300
-    smooth = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in noise[:, :4, :4]]
+    smooth = [
+        np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in noise[:, :4, :4]
+    ]
     captions = pictures(32, 300)[1]
     assert share_right(np.stack(smooth), captions) < 0.02  # chance
 

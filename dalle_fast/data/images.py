@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 VALIDATION_SHARE = 0.05
-FIRST_LOOK = 400  # pictures that count for the share of bad ones before they were looked at, if there are as many
+FEW, MANY = 20, 400  # pictures: of the share of bad ones that is an error; see `Pictures`
 
 
 class BadImage(Exception):
@@ -39,7 +39,7 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
     Raises:
         BadImage: not a picture, truncated, or of more than MAX_PIXELS pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -53,6 +53,10 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
                 return _rgb(ImageOps.exif_transpose(image))
     except (BadImage, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"not a picture of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:  # of sizes far above ours
+        raise BadImage(f"more than {MAX_PIXELS} pixels: {error}") from error
     except Exception as error:  # a broken file makes decoders raise whatever they happen to
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -209,12 +213,12 @@ class Pictures:
         self._check(list(self.bad.items()), int(self._looked.sum()))
 
     def _check(self, bad, looked):
-        if len(bad) > self.max_bad_share * max(looked, min(len(self), FIRST_LOOK)):
+        if len(bad) > self.max_bad_share * max(looked, min(len(self.names), MANY), FEW):
             raise DataError(self._complaint(bad, looked))
 
     def _complaint(self, bad, looked):
         number, reason = bad[0]
         return (
-            f"{self.name}: {len(bad)} of {looked} pictures looked at are bad, of {len(self)} in all, and max_bad_share "
+            f"{self.name}: {len(bad)} of {looked} pictures looked at are bad, of {len(self.names)} in all, and max_bad_share "
             f"is {self.max_bad_share}; the first is {self.names[number]}: {reason}"
         )

@@ -65,8 +65,8 @@ def open_source(
             "shapes" has "heldout" too, combinations of attributes that the other two never show.
         seed: of what is drawn at random.
         require_captions: count a picture without a caption as a bad one.
-        max_bad_share: the share of bad pictures (broken, too large, too small) that are replaced by others; more of
-            them are an error, as soon as 20 pictures, or all, were looked at.
+        max_bad_share: the share of bad pictures (broken, too large, too small), which are replaced by others, above
+            which they are an error; `dalle_fast.data.images.Pictures` says of how many.
 
     Raises:
         DataError: nothing there, or nothing that can be read; the message names the file.

@@ -1,0 +1,225 @@
+"""Batches: a stream that depends on the source, the seed and the batch's number alone; crops that are the paper's."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle_fast.data import DataError, Example, batches, open_source
+from dalle_fast.data.loading import centre_crop, random_crop
+
+
+class Numbers:
+    """A source of pictures (40, 50) that tell column, row and number."""
+
+    name, crop = "numbers", True
+
+    def __init__(self, size, crop=True):
+        self.size, self.crop = size, crop
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        image = np.zeros((40, 50, 3), np.uint8)
+        image[..., 0], image[..., 1], image[..., 2] = 5 * np.arange(50), 6 * np.arange(40)[:, None], index
+        return Example(image, f"number {index}")
+
+
+def stream(source, count, batch_size=8, image_size=16, seed=0, **options):
+    return list(itertools.islice(batches(source, batch_size, image_size=image_size, seed=seed, **options), count))
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.images, b.images) and a.captions == b.captions and a.indices == b.indices
+        for a, b in zip(ours, theirs)
+    )
+
+
+def test_a_batch_is_what_it_says():
+    [batch] = stream(Numbers(30), 1)
+    assert batch.images.shape == (8, 3, 16, 16)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous()
+    assert batch.captions == [f"number {index}" for index in batch.indices]
+    assert batch.images[:, 2, 0, 0].tolist() == batch.indices
+
+
+@pytest.mark.parametrize("size, batch_size", [(30, 8), (7, 3), (5, 8), (1, 4), (16, 8)])
+def test_a_stream_from_any_batch_on_is_the_stream_from_there(size, batch_size):
+    whole = stream(Numbers(size), 12, batch_size)
+    for start in (1, 3, 4, 5, 11):
+        assert same(stream(Numbers(size), 12 - start, batch_size, start=start), whole[start:])
+    far = stream(Numbers(size), 2, batch_size, start=10**12)
+    assert same(far[1:], stream(Numbers(size), 1, batch_size, start=10**12 + 1))
+
+
+def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
+    order = [index for batch in stream(Numbers(30), 30, 8) for index in batch.indices]
+    epochs = [order[start : start + 30] for start in range(0, 240, 30)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 8
+    assert list(range(30)) not in epochs
+
+
+def test_seeds_and_epochs_crop_differently():
+    source = Numbers(8)
+    first, second = stream(source, 2)
+    [other] = stream(source, 1, seed=1)
+    assert first.indices != other.indices
+    crops = [
+        {index: image.numpy().tobytes() for index, image in zip(batch.indices, batch.images)}
+        for batch in (first, second, other)
+    ]
+    assert all(crops[a][x] != crops[b][x] for a, b in ((0, 1), (0, 2), (1, 2)) for x in range(8))
+
+
+def test_workers_and_global_random_states_change_nothing_and_are_not_changed():
+    source = open_source("shapes", image_size=16)
+    whole = stream(source, 6)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert same(stream(source, 4, start=2, num_workers=2), whole[2:])
+    assert same(stream(source, 6), whole)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_is_one_pass_in_order_with_centre_crops(num_workers):
+    source = Numbers(19)
+    passed = stream(source, None, train=False, flip=True, num_workers=num_workers)
+    assert [batch.indices for batch in passed] == [[*range(8)], [*range(8, 16)], [16, 17, 18]]
+    assert np.array_equal(passed[2].images[2].permute(1, 2, 0).numpy(), centre_crop(source[18].image, 16))
+    assert same(stream(source, None, train=False, start=2), passed[2:])
+    assert stream(source, None, train=False, start=3) == []
+
+
+def test_flips_are_of_half_of_the_pictures_and_only_where_asked():
+    source = open_source("shapes", image_size=16)
+    plain, flipped = (stream(source, 20, flip=flip) for flip in (False, True))
+    pairs = [(a, b) for one, other in zip(plain, flipped) for a, b in zip(one.images, other.images)]
+    turned = [torch.equal(a.flip(-1), b) and not torch.equal(a, b) for a, b in pairs]
+    assert all(turn or torch.equal(a, b) for turn, (a, b) in zip(turned, pairs))
+    assert 50 < sum(turned) < 110  # of 160
+    assert all(source.check(a.permute(1, 2, 0).numpy()) is not None for a, _ in pairs[:8])
+
+
+def test_a_source_that_is_not_to_be_cropped_is_taken_whole():
+    source = open_source("shapes", image_size=32)
+    [batch] = stream(source, 1, image_size=32)
+    for image, caption, index in zip(*batch):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), source[index].image)
+        assert source.check(image.permute(1, 2, 0).numpy()) == caption
+    with pytest.raises(ValueError, match="image_size must be that of the source shapes, 32, got 16"):
+        stream(source, 1, image_size=16)
+
+
+# -- crops --------------------------------------------------------------------------------------------------------------
+
+
+def ramp(width, height):
+    """A picture whose red is its column and whose green is its row, in units of the size and of 255."""
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    image = np.zeros((height, width, 3))
+    image[..., 0], image[..., 1] = 255 * x, 255 * y[:, None]
+    return np.rint(image).astype(np.uint8)
+
+
+def test_random_crops_are_the_papers():
+    """Their share of the shorter side runs from 8/12 to 8/9, and they lie anywhere."""
+    image, rng, size = ramp(600, 400), np.random.default_rng(0), 64
+    shares, lefts, tops = [], [], []
+    for _ in range(400):
+        crop = random_crop(image, size, rng).astype(float)
+        wide = (crop[:, -1, 0] - crop[:, 0, 0]).mean() / 255 * 600 * size / (size - 1)
+        high = (crop[-1, :, 1] - crop[0, :, 1]).mean() / 255 * 400 * size / (size - 1)
+        assert abs(wide - high) < 6  # not distorted
+        shares.append((wide + high) / 2 / 400)
+        lefts.append((crop[:, 0, 0].mean() / 255 * 600 - wide / size / 2) / (600 - wide))
+        tops.append((crop[0, :, 1].mean() / 255 * 400 - high / size / 2) / (400 - high))
+    assert 8 / 12 - 0.01 < min(shares) < 0.68
+    assert 0.87 < max(shares) < 8 / 9 + 0.01
+    for places in (lefts, tops):
+        assert -0.02 < min(places) < 0.03
+        assert 0.97 < max(places) < 1.02
+        assert abs(np.mean(places) - 0.5) < 0.06
+
+
+def test_a_small_picture_is_not_enlarged():
+    rng, image = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (17, 30, 3), np.uint8)
+    for _ in range(20):  # 17 is less than 9/8 of 16: no resizing
+        crop = random_crop(image, 16, rng)
+        assert crop.shape == (16, 16, 3)
+        spread = abs(crop.astype(int) - 128).mean()
+        assert spread > 40  # of noise: the averages of an enlarged or reduced picture are nearer to the middle
+    assert np.array_equal(random_crop(image[:16, :16], 16, rng), image[:16, :16])
+
+
+def test_centre_crops():
+    image = ramp(96, 64)
+    assert np.array_equal(centre_crop(image, 64), image[:, 16:80])
+    half = np.asarray(Image.fromarray(image[:, 16:80]).reduce(2))
+    assert abs(centre_crop(image, 32).astype(int) - half).max() <= 1
+    odd = centre_crop(ramp(33, 47), 31)
+    assert odd.shape == (31, 31, 3)
+    assert abs(odd[..., 1].mean() - 127.5) < 1
+
+
+@pytest.mark.parametrize("crop", [lambda image, size: random_crop(image, size, np.random.default_rng(0)), centre_crop])
+def test_a_picture_smaller_than_the_crop_is_an_error(crop):
+    with pytest.raises(ValueError, match="at least 16 pixels a side for a crop of 16, got 30 x 15"):
+        crop(np.zeros((15, 30, 3), np.uint8), 16)
+
+
+# -- bad pictures, bad arguments ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for x in range(60):
+        Image.new("RGB", (20, 20), (x, x, x)).save(tmp_path / f"{x}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_workers_replace_is_counted_here(folder, num_workers):
+    (folder / "bad.png").write_bytes(b"")
+    source = open_source(folder, image_size=16)
+    if all(source.names[number] != "bad.png" for number in source._numbers):
+        pytest.fail("bad.png should be in training for this test")
+    epoch = stream(source, 8, num_workers=num_workers)
+    assert source.replaced == 1
+    assert same(stream(open_source(folder, image_size=16), 8), epoch)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_pictures_end_the_stream(folder, num_workers):
+    for x in range(9):
+        (folder / f"bad{x}.png").write_bytes(b"")
+    source = open_source(folder, image_size=16)
+    with pytest.raises(DataError, match=r"4 of \d+ pictures looked at are bad, of 69 in all.*the first is bad\d.png"):
+        stream(source, 9, num_workers=num_workers)
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be from 1 to"),
+        ({"image_size": 1.5}, TypeError, "image_size must be an integer, got 1.5"),
+        ({"seed": -1}, ValueError, "seed must be from 0 to"),
+        ({"start": -1}, ValueError, "start must be from 0 to"),
+    ],
+)
+def test_bad_arguments(changed, error, message):
+    with pytest.raises(error, match=message):
+        stream(Numbers(5), 1, **changed)
+
+
+def test_a_source_without_pictures_is_an_error():
+    with pytest.raises(ValueError, match="source numbers must have pictures, got none"):
+        stream(Numbers(0), 1)

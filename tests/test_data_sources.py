@@ -1,0 +1,498 @@
+"""Sources of files and fonts: what they show, and what bad input gets."""
+
+import io
+import os
+import pickle
+import tarfile
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_fast.data import DataError, emoji, images, open_source, stamps
+from dalle_fast.data.__main__ import main
+
+SIZE = 16
+
+
+def picture(number=0, width=24, height=20):
+    """Pixels that tell which picture it is."""
+    return np.full((height, width, 3), number, np.uint8)
+
+
+def encoded(pixels, kind="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb(width=30_000, height=30_000):
+    """A PNG that says it is enormous."""
+    data = bytearray(encoded(picture()))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+BAD = {
+    "empty": b"",
+    "text": b"no picture",
+    "truncated png": encoded(picture())[:-30],
+    "truncated jpeg": encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), "JPEG")[:-900],
+    "bomb": bomb(),
+    "other format": encoded(picture(), "PPM"),
+    "too small": encoded(picture(0, 24, SIZE - 1)),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(files): tmp_path/data with those files, name -> bytes."""
+
+    def make(files):
+        for name, data in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return str(tmp_path / "data")
+
+    return make
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """shard(files, name): a tar file of a list of (name, bytes or a TarInfo)."""
+
+    def make(files, name="x.tar"):
+        path = tmp_path / name
+        with tarfile.open(path, "w") as tar:
+            for entry, data in files:
+                if isinstance(data, tarfile.TarInfo):
+                    tar.addfile(data)
+                else:
+                    info = tarfile.TarInfo(entry)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        return str(path)
+
+    return make
+
+
+def many(count=40):
+    return {f"{x:03}.png": encoded(picture(x)) for x in range(count)}
+
+
+def both_splits(spec, **options):
+    return [open_source(spec, image_size=SIZE, split=split, **options) for split in ("train", "validation")]
+
+
+def numbers(source):
+    return [int(source[index].image[0, 0, 0]) for index in range(len(source))]
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_shows_every_picture_with_its_caption(folder):
+    path = folder(
+        {**many(), "a/b.JPG": encoded(picture(99), "JPEG"), "a/b.txt": "\ufeff A  dog,\nünder\n".encode(), "c.md": b"x"}
+    )
+    train, validation = both_splits(path)
+    assert (len(train), len(validation)) == (39, 2)
+    assert sorted(numbers(train) + numbers(validation)) == [*range(40), 99]
+    captions = {
+        int(e.image[0, 0, 0]): e.caption
+        for source in (train, validation)
+        for e in map(source.__getitem__, range(len(source)))
+    }
+    assert captions.pop(99) == "A dog, ünder"
+    assert set(captions.values()) == {""}
+    assert np.array_equal(pickle.loads(pickle.dumps(train))[3].image, train[3].image)
+
+
+def test_a_split_does_not_depend_on_seed_or_place(folder, tmp_path):
+    first = [numbers(source) for source in both_splits(folder(many()), seed=1)]
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    assert [numbers(source) for source in both_splits(str(tmp_path / "moved"), seed=2)] == first
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_picture_is_replaced_and_counted_once(folder, kind):
+    path = folder({**many(), "bad.png": BAD[kind]})
+    sources = both_splits(path)
+    shown = [number for source in sources for number in numbers(source)]
+    assert set(shown) == set(range(40))
+    assert len(shown) == 41
+    assert [numbers(source) for source in sources] == [numbers(source) for source in both_splits(path)]
+    [reason] = [reason for source in sources for reason in source.bad.values()]
+    assert sum(source.replaced for source in sources) == 1
+    assert {
+        "bomb": "more than 67108864 pixels: Image size (900000000 pixels)",
+        "too small": "24 x 15 pixels, smaller than the crop of 16",
+    }.get(kind, "") in reason
+    assert not any(isinstance(name, str) for source in sources for name in source.bad)
+
+
+def test_the_replacement_is_the_next_good_one(folder):
+    source = open_source(folder({**many(60), "bad.png": b""}), image_size=SIZE)
+    order = [source.names[number] for number in source._numbers]
+    at = order.index("bad.png")
+    assert np.array_equal(source[at].image, source[(at + 1) % len(source)].image)
+
+
+def test_more_than_the_allowed_share_is_an_error_that_names_the_first(folder):
+    path = folder({**many(40), **{f"bad{x}.png": BAD["text"] for x in range(3)}})
+    source = open_source(path, image_size=SIZE, max_bad_share=0.04)
+    with pytest.raises(
+        DataError, match=r"2 of \d+ pictures looked at are bad, of 43 in all.*first is bad\d.png: not a picture of PNG"
+    ):
+        numbers(source)
+    tolerant = open_source(path, image_size=SIZE, max_bad_share=0.1)
+    numbers(tolerant)
+    assert 1 <= tolerant.replaced <= 3
+
+
+def test_many_bad_pictures_are_an_error_soon(folder):
+    path = folder({f"{x}.png": b"" for x in range(1_000)})
+    with pytest.raises(DataError, match=r"21 of 21 pictures looked at are bad, of 1000 in all"):
+        open_source(path, image_size=SIZE)[0]
+
+
+def test_nothing_but_bad_pictures_is_an_error_whatever_share_is_allowed(folder):
+    path = folder({f"{x}.png": b"" for x in range(5)})
+    with pytest.raises(DataError, match="4 of 4 pictures looked at are bad"):
+        open_source(path, image_size=SIZE, max_bad_share=1)[0]
+
+
+def test_a_picture_that_cannot_be_opened_is_a_bad_one(folder, tmp_path):
+    path = folder(many(60))
+    (tmp_path / "data" / "link.png").symlink_to("nothing")
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    sources = both_splits(path)
+    for source in sources:
+        numbers(source)
+    assert sum(source.replaced for source in sources) == 2
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [({}, "no such folder or tar file"), ({"a.md": b"x", "b.txt": b"y"}, "no pictures in it; looked for .png, .jpg")],
+)
+def test_nothing_there_is_an_error(folder, tmp_path, files, message):
+    folder(files)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "data", image_size=SIZE)
+
+
+def test_an_empty_folder_and_a_single_file_are_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no pictures in it"):
+        open_source(tmp_path / "empty", image_size=SIZE)
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    with pytest.raises(DataError, match="a.png: neither a folder nor a .tar file"):
+        open_source(tmp_path / "a.png", image_size=SIZE)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_folder_is_an_error(folder, tmp_path):
+    path = folder(many(2))
+    os.chmod(path, 0)
+    try:
+        with pytest.raises(DataError, match="cannot be read"):
+            open_source(path, image_size=SIZE)
+    finally:
+        os.chmod(path, 0o700)
+
+
+def test_one_picture_is_for_training(folder):
+    path = folder(many(1))
+    assert len(open_source(path, image_size=SIZE)) == 1
+    with pytest.raises(DataError, match="no pictures for the split 'validation', of 1 in all"):
+        open_source(path, image_size=SIZE, split="validation")
+
+
+def test_required_captions(folder):
+    path = folder(many(40))
+    with pytest.raises(DataError, match="none of its 40 pictures has a caption"):
+        open_source(path, image_size=SIZE, require_captions=True)
+    folder({f"{x:03}.txt": b"a caption" for x in range(38)} | {"038.txt": b" \n", "039.txt": b"\xff\xfe"})
+    sources = both_splits(path, require_captions=True)
+    shown = {source[index].caption for source in sources for index in range(len(source))}
+    assert shown == {"a caption"}
+    reasons = sorted(reason for source in sources for reason in source.bad.values())
+    assert reasons[0] == "it has no caption"
+    assert reasons[1].startswith("its caption is not UTF-8")
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_gives_upright_rgb_on_white():
+    red = np.full((4, 6, 3), (200, 30, 30), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    turned = images.decode(encoded(red, "PNG", exif=exif))
+    assert turned.shape == (6, 4, 3)
+    half = np.dstack([red, np.full((4, 6), 0, np.uint8)])
+    half[:, 3:, 3] = 255
+    clear = images.decode(encoded(half))
+    assert np.array_equal(clear[:, :3], np.full((4, 3, 3), 255))
+    assert np.array_equal(clear[:, 3:], red[:, 3:])
+    gray = np.linspace(0, 65_535, 24).astype(np.uint16).reshape(4, 6)
+    assert np.array_equal(images.decode(encoded(gray)), np.repeat((gray >> 8)[..., None], 3, 2))
+    palette = io.BytesIO()
+    Image.fromarray(red).convert("P").save(palette, "GIF")
+    assert abs(images.decode(palette.getvalue()).astype(int) - red).max() < 40
+    cmyk = io.BytesIO()
+    Image.fromarray(red).convert("CMYK").save(cmyk, "JPEG")
+    assert images.decode(cmyk.getvalue()).shape == (4, 6, 3)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_no_warning_is_printed():
+    large = encoded(np.zeros((1_600, 800, 3), np.uint8), "JPEG")
+    assert images.decode(large, draft=96).shape == (200, 100, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(images.BadImage, match="10000 x 10000 pixels, more than"):
+            images.decode(bomb(10_000, 10_000))
+
+
+def test_a_file_of_too_many_bytes_is_bad(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(bytes(101))
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    with pytest.raises(images.BadImage, match="more than 100 bytes"):
+        images.read_file(tmp_path / "x")
+
+
+# -- tar shards ---------------------------------------------------------------------------------------------------------
+
+
+def entries(start, count):
+    for x in range(start, start + count):
+        yield f"./k{x:03}.jpg" if x % 2 else f"k{x:03}.png", encoded(picture(x))
+        if x % 3:
+            yield f"./k{x:03}.txt" if x % 2 else f"k{x:03}.txt", f"number {x}".encode()
+        yield f"k{x:03}.json", b"{}"
+
+
+@pytest.mark.parametrize("spec", ["x-{000..002}.tar", "."])
+def test_shards_show_every_picture_with_its_caption(shard, tmp_path, spec):
+    pytest.importorskip("webdataset")
+    for number in range(3):
+        shard(entries(20 * number, 20), f"x-{number:03}.tar")
+    train, validation = both_splits(str(tmp_path / spec))
+    assert sorted(numbers(train) + numbers(validation)) == list(range(60))
+    for index in range(len(train)):
+        image, caption = train[index]
+        number = int(image[0, 0, 0])
+        assert caption == (f"number {number}" if number % 3 else "")
+    assert np.array_equal(pickle.loads(pickle.dumps(train))[3].image, train[3].image)
+
+
+def test_webdataset_reads_the_same_pairs_in_the_same_shard(shard):
+    webdataset = pytest.importorskip("webdataset")
+    path = shard([*entries(0, 9), ("__meta__", b"x"), ("__info__/a.png", b"x"), ("noending", b"x")])
+    theirs = {}
+    for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False):
+        image = sample.get("png") or sample.get("jpg")
+        if image is None:  # "k001.json" and "./k001.jpg" are two keys
+            continue
+        theirs[int(np.asarray(Image.open(io.BytesIO(image)))[0, 0, 0])] = sample.get("txt", b"").decode()
+    ours = {
+        int(e.image[0, 0, 0]): e.caption
+        for source in both_splits(path)
+        for e in map(source.__getitem__, range(len(source)))
+    }
+    assert ours == theirs
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "name, data, why",
+    [
+        ("../a.png", b"x", "the name leads out of the archive"),
+        ("a/../../b.png", b"x", "the name leads out of the archive"),
+        ("/etc/a.png", b"x", "the name leads out of the archive"),
+        ("C:\\a.png", b"x", "the name leads out of the archive"),
+        ("a\\..\\b.png", b"x", "the name leads out of the archive"),
+        ("s.png", special("s.png", tarfile.SYMTYPE, "/etc/passwd"), "it is a link"),
+        ("h.png", special("h.png", tarfile.LNKTYPE, "k000.png"), "it is a link"),
+        ("p.png", special("p.png", tarfile.FIFOTYPE), "it is not an ordinary file"),
+        ("d.png", special("d.png", tarfile.CHRTYPE), "it is not an ordinary file"),
+        ("k001.jpg", b"x", "is there twice"),
+    ],
+)
+def test_a_dangerous_entry_is_refused_with_file_and_entry(shard, name, data, why):
+    pytest.importorskip("webdataset")
+    twice = [("k001.jpg", b"y")] if "twice" in why else []
+    path = shard([("k000.png", encoded(picture())), *twice, (name, data)])
+    with pytest.raises(DataError) as error:
+        open_source(path, image_size=SIZE)
+    assert str(error.value).startswith(f"{path}: {name}: ")
+    assert why in str(error.value)
+
+
+def test_a_tar_cut_anywhere_is_an_error(shard, tmp_path):
+    pytest.importorskip("webdataset")
+    path = shard(entries(0, 8))
+    data = Path(path).read_bytes()
+    end = max(offset for offset in range(0, len(data), 512) if any(data[offset : offset + 512])) + 512
+    assert end > 512 * 20
+    for length in [0, 1, 300, 512, 700, *range(1024, end, 997), *range(1024, end + 1, 512), end + 511]:
+        (tmp_path / "cut.tar").write_bytes(data[:length])
+        with pytest.raises(DataError, match="cut.tar: (not a readable tar file|truncated or broken at byte)"):
+            open_source(tmp_path / "cut.tar", image_size=SIZE)
+    (tmp_path / "cut.tar").write_bytes(data[: end + 512])  # one block of the end mark
+    assert len(open_source(tmp_path / "cut.tar", image_size=SIZE)) == 7
+
+
+def test_a_broken_header_and_no_tar_at_all_are_errors(shard, tmp_path):
+    pytest.importorskip("webdataset")
+    data = bytearray(Path(shard([(f"{x}.png", bytes(512)) for x in range(5)])).read_bytes())
+    data[2 * 1024 + 10] ^= 1
+    (tmp_path / "b.tar").write_bytes(data)
+    with pytest.raises(DataError, match="b.tar: truncated or broken at byte 2048"):
+        open_source(tmp_path / "b.tar", image_size=SIZE)
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 1_000)
+    with pytest.raises(DataError, match="b.tar: not a readable tar file"):
+        open_source(tmp_path / "b.tar", image_size=SIZE)
+
+
+def test_missing_compressed_empty_and_uncaptioned_shards_are_errors(shard, tmp_path):
+    pytest.importorskip("webdataset")
+    with pytest.raises(DataError, match="x-1.tar: no such file"):
+        open_source(tmp_path / "x-{1..2}.tar", image_size=SIZE)
+    with tarfile.open(tmp_path / "y.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(DataError, match="y.tar.gz: compressed tar files cannot be read at random"):
+        open_source(tmp_path / "y.tar.gz", image_size=SIZE)
+    with pytest.raises(DataError, match="no pictures in 1 tar files"):
+        open_source(shard([("a.txt", b"x")]), image_size=SIZE)
+    with pytest.raises(DataError, match="none of its 1 pictures has a caption"):
+        open_source(shard([("a.png", b"x")]), image_size=SIZE, require_captions=True)
+
+
+def test_bad_pictures_in_a_shard_are_replaced(shard):
+    pytest.importorskip("webdataset")
+    path = shard([*entries(0, 40), ("bad.png", BAD["truncated png"])])
+    sources = both_splits(path)
+    assert set(numbers(sources[0]) + numbers(sources[1])) == set(range(40))
+    assert sum(source.replaced for source in sources) == 1
+    assert any("x.tar/bad" in source.names[number] for source in sources for number in source.bad)
+
+
+def test_a_shard_that_lost_its_end_after_it_was_opened_is_an_error(shard):
+    pytest.importorskip("webdataset")
+    path = shard(entries(0, 40))
+    source = open_source(path, image_size=SIZE)
+    os.truncate(path, 2_000)
+    with pytest.raises(DataError, match="the tar file ends before it"):
+        numbers(source)
+
+
+# -- emoji and stamps ---------------------------------------------------------------------------------------------------
+
+
+def opened(spec, size, **options):
+    try:
+        return open_source(spec, image_size=size, **options)
+    except DataError as error:
+        if "install" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def test_emoji_are_pictures_with_names():
+    train, validation = opened("emoji", 32), opened("emoji", 32, split="validation")
+    assert len(train) + len(validation) >= 1_200
+    assert not set(train.characters) & set(validation.characters)
+    shown = {example.caption: example.image for example in map(train.__getitem__, range(0, len(train), 5))}
+    assert len(shown) == -(-len(train) // 5)
+    for caption, image in shown.items():
+        assert caption == caption.lower() and caption
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+        assert image.min() < 200, caption
+    index = train.characters.index("\U0001f34e") if "\U0001f34e" in train.characters else None
+    apple = train[index] if index is not None else validation[validation.characters.index("\U0001f34e")]
+    assert apple.caption == "red apple"
+    middle = apple.image[12:22, 10:22].mean((0, 1))
+    assert middle[0] > 150 and middle[2] < 100  # it is red
+    assert np.array_equal(pickle.loads(pickle.dumps(train))[5].image, train[5].image)
+
+
+def test_emoji_without_their_font(monkeypatch, tmp_path):
+    monkeypatch.setenv("DALLE_FAST_EMOJI_FONT", str(tmp_path / "none.ttf"))
+    with pytest.raises(
+        DataError, match=r"not at DALLE_FAST_EMOJI_FONT=.*none.ttf: install it .*fonts-noto-color-emoji"
+    ):
+        open_source("emoji", image_size=32)
+    (tmp_path / "none.ttf").write_bytes(b"no font")
+    with pytest.raises(DataError, match="none.ttf: not a font"):
+        open_source("emoji", image_size=32)
+    monkeypatch.delenv("DALLE_FAST_EMOJI_FONT")
+    monkeypatch.setattr(emoji, "FONTS", ())
+    with pytest.raises(DataError, match="not in the usual places: install it"):
+        open_source("emoji", image_size=32)
+    with pytest.raises(DataError, match="image_size must be at most 128"):
+        open_source("emoji", image_size=256)
+
+
+def test_stamps_are_whole_pictures_with_english_captions():
+    train = opened("stamps", 48)
+    examples = [train[index] for index in range(0, len(train), 25)]
+    assert all(example.image.shape == (48, 48, 3) for example in examples)
+    assert all(example.caption == example.caption.lower() != "" for example in examples)
+    assert train.replaced == 0
+
+
+def test_stamps_are_drawn_on_white_and_without_those_that_have_no_text(folder):
+    disc = np.zeros((10, 20, 4), np.uint8)
+    disc[:, 5:15] = (255, 0, 0, 255)
+    text = b"A Red box.\nde.utf8=Eine Kiste\n"
+    path = folder(
+        {"a/x.png": encoded(disc), "a/x.txt": text, "a/x_mirror.png": encoded(disc), "a/y.svg": b"", "a/y.txt": text}
+    )
+    source = stamps.Stamps(20, folders=("/nowhere", path))
+    assert len(source) == 1
+    image, caption = source[0]
+    assert caption == "a red box."
+    assert image.shape == (20, 20, 3)
+    assert image[0, 10].tolist() == image[10, 1].tolist() == [255, 255, 255]
+    assert image[10, 10].tolist() == [255, 0, 0]
+    with pytest.raises(DataError, match="in /nowhere: install Tux Paint's stamps .*tuxpaint-stamps-default"):
+        stamps.Stamps(20, folders=("/nowhere",))
+
+
+# -- all ----------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(
+        DataError, match="nothing: no such folder or tar file, nor one of the sources shapes, emoji, stamps"
+    ):
+        open_source("nothing", image_size=32)
+    with pytest.raises(ValueError, match="split of 'x' must be one of train, validation, got 'heldout'"):
+        open_source("x", image_size=32, split="heldout")
+    with pytest.raises(ValueError, match="max_bad_share must be from 0 to 1, got 5"):
+        open_source("x", image_size=32, max_bad_share=5)
+    with pytest.raises(ValueError, match="image_size must be from 1 to 2"):
+        open_source("x", image_size=0)
+    with pytest.raises(TypeError, match="seed must be an integer, got 1.5"):
+        open_source("x", image_size=32, seed=1.5)
+
+
+def test_a_sheet_of_pictures(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert main(["shapes", "--out", str(out), "--count", "3", "--columns", "2", "--scale", "2"]) == 0
+    with Image.open(out) as sheet:
+        assert sheet.width == 2 * (64 + 10) + 10
+    assert main(["nothing", "--out", str(out)]) == 1
+    assert "nothing: no such folder" in capsys.readouterr().err

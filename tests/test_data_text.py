@@ -1,0 +1,196 @@
+"""The tokenizer: what comes in comes out, dropout can be repeated, and nothing is unknown."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dalle_fast.data import DataError, Tokenizer, all_scenes, caption_of_scene
+
+CAPTIONS = [caption_of_scene(scene) for scene in all_scenes()]
+ODD = ["", "Grüße, 世界! \U0001f34e", "it's  THE\tend\n", "<pad> 0", "\x00\x7f", "ﬁ é", "unseen zebra-crossing 12345"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(CAPTIONS)
+
+
+def test_captions_come_back(tokenizer):
+    ids, lengths = tokenizer.encode(CAPTIONS, 20)
+    assert ids.dtype == lengths.dtype == torch.int64
+    assert ids.shape == (720, 20)
+    assert tokenizer.decode(ids) == CAPTIONS
+    assert tokenizer.decode(ids[3]) == CAPTIONS[3]
+    assert lengths.max() <= 13  # every word is a token
+    assert 257 < tokenizer.vocab_size < 400
+    assert 0 < int(ids.max()) < tokenizer.vocab_size
+    behind = torch.arange(20) >= lengths[:, None]
+    assert torch.equal(ids == 0, behind)
+
+
+def test_text_is_lower_cased_and_nothing_is_unknown(tokenizer):
+    ids, lengths = tokenizer.encode(ODD, 64)
+    assert tokenizer.decode(ids) == [
+        "",
+        "grüße, 世界! \U0001f34e",
+        "it's the end",
+        "<pad> 0",
+        "\x00\x7f",
+        "ﬁ é",
+        ODD[-1],
+    ]
+    assert lengths[0] == 0
+    assert torch.equal(tokenizer.encode(["A RED Circle"], 9)[0], tokenizer.encode(["a red circle"], 9)[0])
+
+
+def test_own_merging_without_dropout_is_the_librarys(tokenizer):
+    small = Tokenizer.train(CAPTIONS + ["the quick brown fox jumps over the lazy dog", "grüße"], 300)
+    letters = random.Random(0)
+    texts = ODD + CAPTIONS[::50] + ["".join(letters.choices("abcdehrtlo gsquü!'1", k=30)) for _ in range(200)]
+    for ours in (tokenizer, small):
+        theirs, lengths = ours.encode(texts, 200)
+        rows = ours._encode_with_dropout(texts, 0.0, 1)
+        assert rows == [ids[:length].tolist() for ids, length in zip(theirs, lengths)]
+
+
+def test_dropout_depends_on_seed_and_caption_alone(tokenizer):
+    def encode(captions, seed):
+        return tokenizer.encode(captions, 64, dropout=0.1, seed=seed)[0]
+
+    first = encode(CAPTIONS[:50], 1)
+    random.seed(0)
+    assert torch.equal(encode(CAPTIONS[:50], 1), first)
+    assert torch.equal(encode(CAPTIONS[20:30], 1), first[20:30])
+    assert (encode(CAPTIONS[:50], 2) != first).any(1).sum() > 40
+    assert tokenizer.decode(first) == CAPTIONS[:50]
+    script = (
+        "import sys, pickle; tokenizer, captions = pickle.load(sys.stdin.buffer); "
+        "print(tokenizer.encode(captions, 64, dropout=0.1, seed=1)[0].tolist())"
+    )
+    data = pickle.dumps((tokenizer, CAPTIONS[:50]))
+    run = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True, timeout=120)
+    assert json.loads(run.stdout) == first.tolist()
+
+
+def test_dropout_drops_as_much_as_the_librarys(tokenizer):
+    """The mean length, against that of the library's own dropout, which cannot be repeated."""
+    parsed = json.loads(tokenizer._tokenizer.to_str())
+    parsed["model"]["dropout"] = 0.3
+    theirs = type(tokenizer._tokenizer).from_str(json.dumps(parsed))
+    captions = CAPTIONS[::9] * 5
+    expected = sum(len(theirs.encode(caption).ids) for caption in captions) / len(captions)
+    means = [tokenizer.encode(CAPTIONS[::9], 64, dropout=0.3, seed=seed)[1].float().mean() for seed in range(5)]
+    plain = float(tokenizer.encode(CAPTIONS[::9], 64)[1].float().mean())
+    assert expected > plain + 3
+    assert abs(sum(means) / 5 - expected) < 0.15 * (expected - plain)
+
+
+def test_full_dropout_leaves_bytes(tokenizer):
+    _, lengths = tokenizer.encode(["a red cross"], 64, dropout=1.0, seed=0)
+    assert lengths.tolist() == [1 + len("a red cross")]  # a space before the first word
+
+
+def test_training_does_not_depend_on_order_or_process(tokenizer):
+    assert Tokenizer.train(CAPTIONS[::-1]).encode(CAPTIONS, 20)[0].equal(tokenizer.encode(CAPTIONS, 20)[0])
+    script = (
+        "from dalle_fast.data import *; "
+        "print(Tokenizer.train([caption_of_scene(s) for s in all_scenes()])._tokenizer.to_str())"
+    )
+    for threads in ("1", "3"):
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads}
+        run = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120, env=environment
+        )
+        assert run.stdout.strip() == tokenizer._tokenizer.to_str()
+
+
+def test_the_vocabulary_has_at_most_the_size_asked_for():
+    assert Tokenizer.train(CAPTIONS, 257).vocab_size == 257
+    assert Tokenizer.train(CAPTIONS, 280).vocab_size == 280
+    with pytest.raises(ValueError, match="vocab_size must be from 257 to"):
+        Tokenizer.train(CAPTIONS, 256)
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    path = tmp_path / "text.json"
+    path.write_text("old")
+    tokenizer.save(path)
+    assert os.listdir(tmp_path) == ["text.json"]
+    again = Tokenizer.load(path)
+    assert again.vocab_size == tokenizer.vocab_size
+    assert torch.equal(again.encode(CAPTIONS + ODD, 64)[0], tokenizer.encode(CAPTIONS + ODD, 64)[0])
+    options = {"dropout": 0.2, "seed": 3}
+    assert torch.equal(again.encode(CAPTIONS, 64, **options)[0], tokenizer.encode(CAPTIONS, 64, **options)[0])
+
+
+def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "text.json"
+    tokenizer.save(path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Tokenizer.train(CAPTIONS, 280).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["text.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "no json", '{"model": {"type": "WordLevel", "vocab": {}}}'])
+def test_another_file_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match="x.json: not a BPE tokenizer file"):
+        Tokenizer.load(tmp_path / "x.json")
+    with pytest.raises(DataError, match="none.json: not a BPE tokenizer file"):
+        Tokenizer.load(tmp_path / "none.json")
+
+
+def foreign(tmp_path, **changes):
+    """A tokenizer of another make: words of letters, without byte alphabet."""
+    model = {"type": "BPE", "vocab": {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"], **changes}
+    whole = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "model": model}
+    (tmp_path / "foreign.json").write_text(json.dumps(whole))
+    return tmp_path / "foreign.json"
+
+
+def test_a_tokenizer_that_would_drop_unknown_text_in_silence_is_refused(tmp_path):
+    with pytest.raises(DataError, match="254 bytes lack one"):
+        Tokenizer.load(foreign(tmp_path))
+    loaded = Tokenizer.load(foreign(tmp_path, unk_token="[UNK]", dropout=0.5))
+    assert all(loaded.encode(["ab c"], 3)[0].tolist() == [[3, 0, 0]] for _ in range(20))  # no dropout of its own
+    assert loaded.encode(["ab c"], 3)[1].tolist() == [2]
+    with pytest.raises(ValueError, match="dropout must be 0 for a tokenizer with unk_token, got 0.1"):
+        loaded.encode(["ab"], 3, dropout=0.1, seed=0)
+
+
+def test_a_caption_that_is_too_long_is_refused_or_cut(tokenizer):
+    with pytest.raises(ValueError, match="caption must have at most text_len 5 tokens, got 12: 'a small red circle at"):
+        tokenizer.encode(["a red", CAPTIONS[0]], 5)
+    whole, _ = tokenizer.encode(CAPTIONS[:1], 12)
+    ids, lengths = tokenizer.encode(["a red", CAPTIONS[0]], 5, truncate=True)
+    assert torch.equal(ids[1], whole[0, :5])
+    assert lengths.tolist() == [2, 5]
+
+
+def test_bad_arguments(tokenizer):
+    with pytest.raises(ValueError, match="captions must hold a caption that is not empty"):
+        Tokenizer.train(["", "  "])
+    with pytest.raises(TypeError, match="captions must be a list of strings, got one string"):
+        tokenizer.encode("a red circle", 5)
+    with pytest.raises(ValueError, match="text_len must be from 1 to"):
+        tokenizer.encode(["a"], 0)
+    with pytest.raises(ValueError, match=r"dropout must be from 0 to 1, got 1.5"):
+        tokenizer.encode(["a"], 5, dropout=1.5, seed=0)
+    with pytest.raises(ValueError, match=r"seed must be given with dropout 0.1, got None"):
+        tokenizer.encode(["a"], 5, dropout=0.1)
+    with pytest.raises(ValueError, match=f"ids must be below vocab_size {tokenizer.vocab_size}, got 5 to 99999"):
+        tokenizer.decode([5, 99_999])
+    assert tokenizer.encode([], 5)[0].shape == (0, 5)
