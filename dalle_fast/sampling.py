@@ -74,6 +74,10 @@ def draw(
         _checked_keep(keep, num_images)
     device = dalle.head.weight.device
     captions = list(captions)
+    for name, given in (("codes", codes), ("known", known if known is not None and known.dim() == 3 else None)):
+        if given is not None and len(given) != len(captions):
+            sizes = f"{len(given)} and {len(captions)}"
+            raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": int(torch.randint(1 << 20, ())) if seed is None else seed, "progress": progress}
     together = max(1, batch_size // max(1, num_images))  # captions
@@ -110,7 +114,7 @@ def _draw_codes(dalle, text, num_images, batch_size, **options):
 
 def _select(images, caption, score, keep):
     if score is None:
-        return images[:_checked_keep(keep, len(images))]
+        return images[: _checked_keep(keep, len(images))]
     return best_of(images, lambda images: score(images, caption), len(images) if keep is None else keep)
 
 

@@ -41,7 +41,7 @@ def make_model(**changes):
 def written_out(model, text, codes, text_lengths):
     """(text logits (B, T, V), image logits (B, G, K)) in float64, one embedding after another, masks dense."""
     config, p = model.config, {name: x.detach().double() for name, x in model.named_parameters()}
-    (h, w), H = config.grid, config.num_heads
+    w, H = config.grid[1], config.num_heads
     rows = []
     for b in range(len(text)):
         length = int(text_lengths[b])

@@ -161,17 +161,15 @@ def test_an_overflow_stays_in_its_block(make):
     before = torch.full((3, 2), module.FIRST_SCALE)
     before[1, 1] /= 2
     assert torch.equal(model.gradient_scale, before)
-    actual = {name: p.grad for name, p in model.named_parameters()}
-    for name in actual:
-        in_block = name.startswith("blocks.1.mlp")
-        after = name.startswith(("blocks.2", "norm"))
-        if in_block:
-            assert not actual[name].any(), name
-        elif after:  # the gradient has not been through the block yet
-            assert torch.equal(actual[name], expected[name]), name
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if name.startswith("blocks.1.mlp"):
+            assert not grad.any(), name
+        elif name.startswith(("blocks.2", "norm")):  # the gradient has not been through the block yet
+            assert torch.equal(grad, expected[name]), name
         else:
-            assert actual[name].isfinite().all(), name
-            assert actual[name].any(), name
+            assert grad.isfinite().all(), name
+            assert grad.any(), name
 
 
 def test_scales_double_after_a_thousand_updates_and_stay_in_their_range(make):

@@ -203,7 +203,12 @@ class DALLE(nn.Module):
         return hidden[:, :T] @ text_weight.T, hidden[:, T : T + G] @ self.image_weight.T
 
     def step(self, codes, cache):
-        """What predicts the next image token, (B, W), after one more image token for each sample, codes (B,)."""
+        """What predicts the next image token, (B, W), after one more image token for each sample, codes (B,).
+
+        Raises:
+            ValueError: the cache holds a whole image.
+        """
+        cache.check_room()
         row, column = cache.position // self.config.grid[1], cache.position % self.config.grid[1]
         x = self.image_embedding(codes) + self.row_embedding(row) + self.column_embedding(column)
         return self.transformer.step(x, cache)
@@ -259,8 +264,8 @@ class DALLE(nn.Module):
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
-    def check_text(self, text, text_lengths, *, look=False):
-        """Raise TypeError or ValueError where this model cannot take a caption; `look` at values on a GPU too."""
+    def check_text(self, text, text_lengths, *, look=None):
+        """Raise TypeError or ValueError where this model cannot take a caption. `look`: see `_check_range`."""
         T, V = self.config.text_len, self.config.vocab_size
         _check_integers("text", text)
         if text.dim() != 2 or text.shape[1] != T:
@@ -274,7 +279,7 @@ class DALLE(nn.Module):
             text = text.masked_fill(self._padding(text, text_lengths), 0)
         _check_range("text", text, V - 1, f"the last of the model's {V} text tokens", look)
 
-    def check_codes(self, codes, batch, *, least, look=False):
+    def check_codes(self, codes, batch, *, least, look=None):
         """Codes (B, n), n from `least` to G, of codes (B, n) or (B, rows, w); or TypeError or ValueError."""
         _check_integers("codes", codes)
         (h, w), G = self.config.grid, self.config.image_len
@@ -303,8 +308,12 @@ def _check_integers(name, tensor):
 
 
 def _check_range(name, tensor, last, what, look):
-    """Values from 0 to `last`. A look costs nothing on a CPU; elsewhere it waits for the device, so only if wanted."""
-    if torch.compiler.is_compiling() or not tensor.numel() or not (look or tensor.device.type == "cpu"):
+    """Raise ValueError where values are not from 0 to `last`.
+
+    A look costs nothing on a CPU, elsewhere it waits for the device: whether to `look`, None means where it is free.
+    """
+    look = tensor.device.type == "cpu" if look is None else look
+    if torch.compiler.is_compiling() or not look or not tensor.numel():
         return
     low, high = (int(x) for x in torch.aminmax(tensor))
     if low < 0 or high > last:

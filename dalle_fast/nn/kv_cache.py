@@ -31,8 +31,16 @@ class LayerCache:
         return self.text_key, self.text_value, self.image_key, self.image_value
 
     def prefill(self, key, value):
-        """Take the first T + n tokens of the stream, (P, H, T + n, D), the n image tokens for all images of a prompt."""
+        """Take the first T + n tokens of the stream, (P, H, T + n, D), the n image tokens for all images of a prompt.
+
+        Raises:
+            ValueError: the keys are of another number of prompts, heads or head size.
+        """
         T, C = self.mask.text_len, self.mask.cache_slots
+        P, H, _, D = self.text_key.shape
+        if key.shape[:2] != (P, H) or key.shape[2] < T or key.shape[3] != D:
+            shape = f"({P}, {H}, {T} + n, {D})"
+            raise ValueError(f"key must have shape {shape} for this cache of {P} prompts, got {tuple(key.shape)}")
         n = key.shape[2] - T
         first = max(0, n - C)  # what was before is out of reach
         slots = self.mask.cache_slot(torch.arange(first, n, device=key.device))
@@ -44,12 +52,12 @@ class LayerCache:
         """Take the next image token, (B, H, D).
 
         Raises:
-            ValueError: the image is complete.
+            ValueError: the image is complete, or the key is of another shape.
         """
-        if self.cache.length >= self.mask.image_len:
-            raise ValueError(
-                f"the cache holds {self.cache.length} image tokens, all of {self.mask!r}: no more can be appended"
-            )
+        B, H, _, D = self.image_key.shape
+        if key.shape != (B, H, D):
+            raise ValueError(f"key must have shape ({B}, {H}, {D}), got {tuple(key.shape)}")
+        self.cache.check_room()
         slot = self.mask.cache_slot(self.cache.position).view(1)
         self.image_key.index_copy_(2, slot, key[:, :, None].to(self.image_key.dtype))
         self.image_value.index_copy_(2, slot, value[:, :, None].to(self.image_value.dtype))
@@ -94,6 +102,13 @@ class KVCache:
 
     def layer(self, index) -> LayerCache:
         return self._layers[index]
+
+    def check_room(self):
+        """Raise ValueError where the image is complete."""
+        mask = self._layers[0].mask
+        if self.length >= mask.image_len:
+            full = f"the cache holds {self.length} image tokens, all of a grid of {mask.grid[0]} x {mask.grid[1]}"
+            raise ValueError(f"{full}: no more can be appended")
 
     def advance(self, count=1):
         """Another `count` image tokens are in all layers."""

@@ -168,6 +168,8 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, *arguments, use_reentrant=False)
             else:
                 x = block(x, *arguments)
+        if cache is not None:
+            cache.advance(x.shape[1] - self.masks[0].text_len)
         return self.norm(x)
 
     def step(self, x, cache):

@@ -1,0 +1,319 @@
+"""Generation: codes drawn from the model's own distribution, reproducibly, image by image.
+
+P prompts, N images of each, T text positions, G image positions, K codes.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast.nn import generation
+from dalle_fast.nn.generation import Sampling
+from dalle_fast.ops.codebook.noise import gumbel_noise
+
+CONFIG = fnn.DALLEConfig(
+    vocab_size=13, text_len=4, num_codes=11, grid=(5, 3), layers=4, width=32, num_heads=2, head_dim=16, kernel_size=3
+)
+P, T, G, K = 3, 4, 15, 11
+
+
+def make_model(impl="auto", **changes):
+    torch.manual_seed(0)
+    model = fnn.DALLE(dataclasses.replace(CONFIG, **changes), impl=impl)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def text():
+    return torch.randint(13, (P, T), generator=torch.Generator().manual_seed(0))
+
+
+LENGTHS = torch.tensor([4, 2, 0])
+
+
+@torch.no_grad()
+def slow_generate(
+    model, text, lengths, num_images, seed, temperature=1.0, guidance=None, keep=lambda logits: logits, known=None
+):
+    """One image after another without a cache, from the whole model's dense logits and the documented noise."""
+    images = []
+    for p in range(len(text)):
+        for number in range(num_images):
+            codes = torch.empty(1, 0, dtype=torch.int64)
+            for position in range(G):
+                logits = model.logits(text[[p]], codes, text_lengths=lengths[[p]])[1][0, -1]
+                if guidance is not None:
+                    empty = model.logits(text[[p]], codes, text_lengths=torch.tensor([0]))[1][0, -1]
+                    logits = empty + guidance * (logits - empty)
+                row_seed = torch.tensor([fnn.functional.noise_seed(seed, step=number * G + position)])
+                noise = gumbel_noise(row_seed, torch.zeros(1, dtype=torch.int64), K)[0]
+                code = (keep(logits / temperature) + noise).argmax()
+                code = (known or {}).get((p, position), code)
+                codes = torch.cat((codes, code.view(1, 1)), 1)
+            images.append(codes.view(model.config.grid))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("hide_padding", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_images_are_those_of_the_model_without_a_cache(text, impl, hide_padding):
+    model = make_model(impl, hide_padding=hide_padding)
+    expected = slow_generate(model, text, LENGTHS, 2, seed=5)
+    actual = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=5)
+    assert torch.equal(actual, expected)
+    assert len(actual.unique()) > 5
+
+
+def test_temperature_and_guidance(model, text):
+    for options in ({"temperature": 0.5}, {"guidance": 3.0}, {"temperature": 2.0, "guidance": 0.0}):
+        expected = slow_generate(model, text, LENGTHS, 2, seed=6, **options)
+        actual = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=6, **options)
+        assert torch.equal(actual, expected)
+    plain = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=6)
+    assert torch.equal(model.generate(text, num_images=2, text_lengths=LENGTHS, seed=6, guidance=1.0), plain)
+
+
+def test_without_lengths_captions_are_full(model, text):
+    full = torch.full((P,), T)
+    for guidance in (None, 2.0):
+        options = {"seed": 1, "guidance": guidance}
+        assert torch.equal(model.generate(text, **options), model.generate(text, text_lengths=full, **options))
+
+
+def test_temperature_0_takes_the_most_likely_code(model, text):
+    expected = slow_generate(model, text, LENGTHS, 1, seed=0, temperature=1e-6)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        assert torch.equal(model.generate(text, text_lengths=LENGTHS, temperature=0, **options), expected)
+
+
+def keep_k(logits, k):
+    return torch.full_like(logits, -torch.inf).scatter(0, logits.topk(k).indices, logits.topk(k).values)
+
+
+def keep_p(logits, p):
+    kept, mass, probabilities = torch.full_like(logits, -torch.inf), 0.0, logits.softmax(0)
+    for code in logits.argsort(descending=True):
+        if mass < p:
+            kept[code] = logits[code]
+        mass += float(probabilities[code])
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        ({"top_k": 3}, lambda logits: keep_k(logits, 3)),
+        ({"top_p": 0.6}, lambda logits: keep_p(logits, 0.6)),
+        ({"top_k": 4, "top_p": 0.7}, lambda logits: keep_p(keep_k(logits, 4), 0.7)),
+        ({"top_k": 11, "top_p": 1.0}, lambda logits: logits),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_top_k_and_top_p(model, text, options, keep):
+    expected = slow_generate(model, text, LENGTHS, 2, seed=7, temperature=1.5, keep=keep)
+    actual = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=7, temperature=1.5, **options)
+    assert torch.equal(actual, expected)
+
+
+def test_draws_have_the_models_distribution():
+    """20,000 draws from one row of logits, with and without truncation: chi-square of K - 1 degrees below 40."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 8), torch.randn(K, 8) * 0.5
+    seeds = fnn.functional.noise_seed(3) + torch.arange(20_000)
+    logits = (hidden @ weight.T)[0]
+    for sampling, kept in (
+        (Sampling(), logits),
+        (Sampling(top_k=K), logits),
+        (Sampling(0.7, top_k=6), keep_k(logits / 0.7, 6)),
+        (Sampling(top_p=0.8), keep_p(logits, 0.8)),
+    ):
+        counts = sampling.draw(hidden.expand(20_000, -1), weight, seeds).bincount(minlength=K)
+        expected = kept.softmax(0) * 20_000
+        assert not counts[expected == 0].any()
+        chi_square = ((counts - expected)[expected > 0].square() / expected[expected > 0]).sum()
+        assert chi_square < 40
+
+
+# -- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_does_not_depend_on_its_batch(model, text):
+    together = model.generate(text, num_images=4, text_lengths=LENGTHS, seed=9).unflatten(0, (P, 4))
+    assert len(together.flatten(2).flatten(0, 1).unique(dim=0)) == 4 * P
+    for p in range(P):
+        alone = model.generate(text[[p]], num_images=2, text_lengths=LENGTHS[[p]], seed=9, first_image=1)
+        assert torch.equal(alone, together[p, 1:3])
+
+
+def test_the_seed_decides(model, text):
+    first = model.generate(text, seed=1)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(text, seed=1), first)
+    assert not torch.equal(model.generate(text, seed=2), first)
+    drawn = model.generate(text)
+    assert not torch.equal(model.generate(text), drawn)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(text), drawn)
+
+
+def test_arguments_are_not_changed(model, text):
+    codes, known = torch.zeros(P, 5, 3, dtype=torch.int64), torch.zeros(5, 3, dtype=torch.bool)
+    known[:, 0] = True
+    arguments = {"text": text, "text_lengths": LENGTHS.clone(), "codes": codes, "known": known}
+    before = {name: x.clone() for name, x in arguments.items()}
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.generate(**arguments, num_images=2, guidance=2.0, top_p=0.9, seed=0)
+    model.generate(text, text_lengths=LENGTHS, codes=codes, seed=0)[0, 0, 0] = 5  # nor is it a view of them
+    assert all(torch.equal(x, before[name]) for name, x in arguments.items())
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# -- completion -------------------------------------------------------------------------------------------------------
+
+
+def test_given_the_first_codes_of_an_image_it_draws_the_rest(model, text):
+    whole = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=3)
+    for image in (0, 1):
+        for n in (0, 1, 6, G - 1, G):
+            given = whole[image::2].flatten(1)[:, :n]
+            options = {"text_lengths": LENGTHS, "seed": 3, "first_image": image}
+            assert torch.equal(model.generate(text, codes=given, **options), whole[image::2])
+    rows = whole[::2, :2]
+    completed = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=3, codes=rows, guidance=2.0)
+    assert torch.equal(completed[:, :2], rows.repeat_interleave(2, 0))
+
+
+def test_any_region_is_drawn_around_what_is_known(model, text):
+    """The noise is that of plain generation: with its own codes as the known ones, the rest comes out as it was."""
+    whole = model.generate(text, text_lengths=LENGTHS, seed=4)
+    rectangle = torch.ones(5, 3, dtype=torch.bool)
+    rectangle[2:, 1:] = False
+    each = torch.stack([rectangle, torch.zeros_like(rectangle), torch.ones_like(rectangle)])
+    for known in (rectangle, each, torch.zeros_like(rectangle), torch.ones_like(rectangle)):
+        garbage = torch.where(known, whole, -5)
+        assert torch.equal(model.generate(text, text_lengths=LENGTHS, seed=4, codes=garbage, known=known), whole)
+
+
+def test_what_is_drawn_follows_what_is_known(model, text):
+    codes = torch.randint(K, (P, 5, 3), generator=torch.Generator().manual_seed(1))
+    rectangle = torch.ones(5, 3, dtype=torch.bool)
+    rectangle[2:, 1:] = False
+    known = {(p, i): codes[p].flatten()[i] for p in range(P) for i in range(G) if rectangle.flatten()[i]}
+    for guidance in (None, 2.0):
+        expected = slow_generate(model, text, LENGTHS, 2, seed=4, guidance=guidance, known=known)
+        drawn = model.generate(
+            text, num_images=2, text_lengths=LENGTHS, seed=4, guidance=guidance, codes=codes, known=rectangle
+        )
+        assert torch.equal(drawn, expected)
+        assert torch.equal(drawn[:, rectangle], codes.repeat_interleave(2, 0)[:, rectangle])
+
+
+def test_no_captions_no_images(model):
+    assert model.generate(torch.zeros(0, T, dtype=torch.int64), num_images=2).shape == (0, 5, 3)
+
+
+def test_16_bit(model, text):
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=0, top_k=5)
+    assert codes.shape == (6, 5, 3)
+    exact = model.generate(text, num_images=2, text_lengths=LENGTHS, seed=0, top_k=5)
+    half = model.bfloat16().generate(text, num_images=2, text_lengths=LENGTHS, seed=0, top_k=5)
+    # Until a near tie is decided otherwise they are the same, so at the first position nearly always.
+    assert ((codes == exact)[:, 0, 0].sum() >= 5) and ((half == exact)[:, 0, 0].sum() >= 5)
+
+
+def test_progress(model, text, capsys):
+    model.generate(text, seed=0, progress=True)
+    assert "14/14" in capsys.readouterr().err
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+ZEROS = torch.zeros(P, G, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_images": 0}, ValueError, "num_images must be an integer of at least 1, got 0"),
+        ({"num_images": 2.0}, ValueError, r"num_images must be an integer of at least 1, got 2\.0"),
+        ({"temperature": -1}, ValueError, "temperature must be at least 0, got -1"),
+        ({"temperature": None}, TypeError, "temperature must be a finite number, got None"),
+        ({"temperature": float("nan")}, TypeError, "temperature must be a finite number, got nan"),
+        ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0\.0"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1\.5"),
+        ({"top_k": 0}, ValueError, "top_k must be an integer from 1 to 11, the model's codes, got 0"),
+        ({"top_k": 12}, ValueError, "top_k must be an integer from 1 to 11, the model's codes, got 12"),
+        ({"guidance": "3"}, TypeError, "guidance must be a finite number, got '3'"),
+        ({"seed": -1}, ValueError, "seed must be from 0 to 1048575, got -1"),
+        ({"first_image": -1}, ValueError, "first_image must be an integer from 0 to 286331152, got -1"),
+        (
+            {"text": torch.full((P, T), 13)},
+            ValueError,
+            "text must be from 0 to 12, the last of the model's 13 text tok",
+        ),
+        (
+            {"text": torch.zeros(P, T + 1, dtype=torch.int64)},
+            ValueError,
+            r"text must have shape \(B, 4\), .* got \(3, 5\)",
+        ),
+        ({"codes": ZEROS[:, :1].expand(P, 16)}, ValueError, r"codes must have shape .* grid 5 x 3, got \(3, 16\)"),
+        ({"codes": ZEROS[:2]}, ValueError, r"codes must have shape \(3, n\) with n from 0 to 15, .* got \(2, 15\)"),
+        ({"codes": ZEROS.view(P, 3, 5)}, ValueError, r"\(3, rows, 3\) with at most 5 rows .* got \(3, 3, 5\)"),
+        ({"codes": ZEROS[:, :3] + 11}, ValueError, "codes must be from 0 to 10, the last of the model's 11 codes, got"),
+        ({"known": ZEROS > 0}, ValueError, "known needs codes, got none"),
+        ({"codes": ZEROS, "known": ZEROS}, TypeError, "known must be a bool tensor on cpu, got torch.int64 on cpu"),
+        (
+            {"codes": ZEROS, "known": ZEROS > 0},
+            ValueError,
+            r"known must have shape \(5, 3\) or \(3, 5, 3\), got \(3, 15\)",
+        ),
+        ({"codes": ZEROS[:, :6], "known": ZEROS.view(P, 5, 3) > 0}, ValueError, r"codes must have shape \(3, 15\) or"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_input_is_refused_with_both_sides(model, text, options, error, message):
+    with pytest.raises(error, match=message):
+        model.generate(**{"text": text, **options})
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(model, text, monkeypatch):
+    sizes = generation.Memory(model, P, 1, torch.device("cpu"))
+    assert sizes.needed == sizes.cache("cpu").nbytes
+    for free_images, advice in (
+        (10, "num_images=10 would fit"),
+        (0.5, "not even one of each fits; pass fewer captions"),
+    ):
+        free = int((sizes.text + free_images * sizes.per_image) * generation.WORKING_SPACE) + 100
+        monkeypatch.setattr(generation, "free_memory", lambda device, free=free: free)
+        with pytest.raises(torch.OutOfMemoryError, match=f"generating 64 images of each of 3 prompts .* cpu: {advice}"):
+            model.generate(text, num_images=64)
+    monkeypatch.setattr(generation, "free_memory", lambda device: None)
+    assert len(model.generate(text, num_images=64)) == 192
+
+
+def test_running_out_on_the_way_says_so_too(model, text, monkeypatch):
+    def step(codes, cache):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(model, "step", step)
+    with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to alloc"):
+        model.generate(text, num_images=8)
+
+
+def test_free_memory_of_this_machine():
+    assert 1e6 < generation.free_memory(torch.device("cpu")) < 1e15

@@ -1,0 +1,173 @@
+"""From captions to pictures: batches that change nothing, the best of many, parts that do not fit each other.
+
+P captions, N images of each, C channels, H x W pixels.
+"""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast import sampling
+
+DVAE = fnn.DVAEConfig(
+    image_size=12, downsampling=4, num_codes=11, embedding_dim=6, hidden=8, blocks_per_group=1, min_log_scale=-2.0
+)
+DALLE = fnn.DALLEConfig(vocab_size=30, text_len=5, num_codes=11, grid=3, layers=3, width=32, num_heads=2, head_dim=16)
+CAPTIONS = ["a cat", "", "fog", "a dog", "ice"]
+
+
+class Letters:
+    """A tokenizer of lower-case letters with the interface of `dalle_fast.data.text.Tokenizer`."""
+
+    vocab_size = 27
+
+    def encode(self, captions, text_len, *, truncate=False):
+        if not truncate and max(map(len, captions), default=0) > text_len:
+            raise ValueError(f"captions must have at most {text_len} tokens")
+        captions = [caption[:text_len] for caption in captions]
+        ids = torch.zeros(len(captions), text_len, dtype=torch.int64)
+        for row, caption in zip(ids, captions, strict=True):
+            row[: len(caption)] = torch.tensor([ord(letter) % 32 % 27 for letter in caption])
+        return ids, torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    dalle, dvae = fnn.DALLE(DALLE), fnn.DiscreteVAE(DVAE)
+    for model in (dalle, dvae):
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return dalle, dvae, Letters()
+
+
+def brightness(images, caption):
+    return images.mean((1, 2, 3))
+
+
+def test_pictures_do_not_depend_on_batches(parts):
+    whole = sampling.draw(*parts, CAPTIONS, num_images=4, seed=1)
+    assert whole.shape == (5, 4, 3, 12, 12)
+    assert len(whole.flatten(2).flatten(0, 1).unique(dim=0)) > 15
+    for batch_size in (1, 3, 8, 9):
+        again = sampling.draw(*parts, CAPTIONS, num_images=4, seed=1, batch_size=batch_size)
+        torch.testing.assert_close(again, whole, rtol=0, atol=1e-5)
+    alone = sampling.draw(*parts, CAPTIONS[3:4], num_images=2, seed=1)
+    torch.testing.assert_close(alone[0], whole[3, :2], rtol=0, atol=1e-5)
+
+
+def test_without_a_seed_all_batches_have_the_same_one(parts):
+    torch.manual_seed(3)
+    whole = sampling.draw(*parts, CAPTIONS, num_images=2)
+    torch.manual_seed(3)
+    torch.testing.assert_close(sampling.draw(*parts, CAPTIONS, num_images=2, batch_size=1), whole, rtol=0, atol=1e-5)
+
+
+def test_the_best_of_many_are_kept_best_first(parts):
+    seen = []
+
+    def score(images, caption):
+        seen.append((len(images), caption))
+        return brightness(images, caption)
+
+    whole = sampling.draw(*parts, CAPTIONS, num_images=5, seed=1)
+    best = sampling.draw(*parts, CAPTIONS, num_images=5, seed=1, score=score, keep=2, batch_size=3)
+    assert seen == [(5, caption) for caption in CAPTIONS]
+    order = whole.mean((2, 3, 4)).argsort(1, descending=True)[:, :2]
+    torch.testing.assert_close(best, whole[torch.arange(5)[:, None], order], rtol=0, atol=1e-5)
+    first = sampling.draw(*parts, CAPTIONS, num_images=5, seed=1, keep=2)
+    torch.testing.assert_close(first, whole[:, :2], rtol=0, atol=1e-5)
+
+
+def test_completion_goes_with_its_caption(parts):
+    codes = torch.randint(11, (5, 3, 3), generator=torch.Generator().manual_seed(0))
+    known = torch.zeros(5, 3, 3, dtype=torch.bool)
+    known[:, :2] = True
+    options = {"num_images": 2, "seed": 1, "batch_size": 4}
+    alone = [sampling.draw(*parts, [CAPTIONS[p]], codes=codes[p, None, :2], **options)[0] for p in range(5)]
+    assert not torch.equal(alone[0], sampling.draw(*parts, CAPTIONS[:1], **options)[0])
+    for given in ({"codes": codes[:, :2]}, {"codes": codes, "known": known}, {"codes": codes, "known": known[0]}):
+        pictures = sampling.draw(*parts, CAPTIONS, **given, **options)
+        torch.testing.assert_close(pictures, torch.stack(alone), rtol=0, atol=1e-5)
+    for count in (4, 6):
+        with pytest.raises(
+            ValueError, match=f"codes must be of as many images as there are captions, got {count} and 5"
+        ):
+            sampling.draw(*parts, CAPTIONS, codes=codes[:1].expand(count, 3, 3), **options)
+
+
+def test_best_of(make):
+    images = make((4, 3, 2, 2))[0]
+    before = images.clone()
+    best = sampling.best_of(images, lambda x: torch.tensor([1.0, 3.0, 2.0, 3.0]), keep=3)
+    assert torch.equal(best, images[[1, 3, 2]])
+    assert torch.equal(sampling.best_of(images, lambda x: [0, 0, 0, 1]), images[[3]])
+    best.zero_()
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("score", "keep", "message"),
+    [
+        (lambda x: torch.zeros(4), 0, "keep must be from 1 to 4, the images that are drawn, got 0"),
+        (lambda x: torch.zeros(4), 5, "keep must be from 1 to 4, the images that are drawn, got 5"),
+        (lambda x: torch.zeros(4, 1), 1, r"score must return 4 numbers, one for each image, got \(4, 1\)"),
+        (lambda x: torch.tensor([0, torch.nan, 0, 0]), 1, "score must return numbers, got NaN for image 1"),
+    ],
+)
+def test_bad_scores_are_refused(make, score, keep, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.best_of(make((4, 3, 2, 2))[0], score, keep)
+
+
+def test_no_captions(parts):
+    assert sampling.draw(*parts, [], num_images=2).shape == (0, 2, 3, 12, 12)
+
+
+def test_bad_requests_are_refused_before_anything_is_drawn(parts):
+    for options, message in (
+        ({"keep": 3}, "keep must be from 1 to 2, the images that are drawn, got 3"),
+        ({"num_images": 0}, "num_images must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"captions": ["much too long"]}, "captions must have at most 5 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampling.draw(*parts, **{"captions": CAPTIONS, "num_images": 2, **options})
+    with pytest.raises(TypeError, match="captions must be a sequence of strings, got the string 'a cat'"):
+        sampling.draw(*parts, "a cat")
+    assert sampling.draw(*parts, ["much too long"], truncate=True).shape == (1, 1, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("dvae", "vocab_size", "message"),
+    [
+        ({"num_codes": 12}, 27, "the dVAE has 12 codes, the transformer takes 11"),
+        ({"image_size": 16}, 27, "the dVAE makes a grid of 4 x 4 codes, the transformer takes 3 x 3"),
+        ({}, 31, "the tokenizer has 31 tokens, the transformer takes 30"),
+    ],
+)
+def test_parts_of_different_models_are_refused_with_both_sides(parts, dvae, vocab_size, message):
+    dvae = fnn.DiscreteVAE(dataclasses.replace(DVAE, **dvae))
+    with pytest.raises(ValueError, match=message):
+        sampling.draw(parts[0], dvae, types.SimpleNamespace(vocab_size=vocab_size), CAPTIONS)
+
+
+def test_a_grid_is_saved_row_by_row(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    images = torch.arange(6).view(2, 3, 1, 1, 1).expand(2, 3, 3, 4, 5) / 5
+    sampling.save_grid(images, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (15, 8)
+        assert [picture.getpixel((5 * c + 2, 4 * r + 2)) for r in range(2) for c in range(3)] == [
+            (51 * k,) * 3 for k in range(6)
+        ]
+    sampling.save_grid(images[0, :, :1], tmp_path / "flat.png")  # grey; two columns, the last place stays black
+    with Image.open(tmp_path / "flat.png") as picture:
+        assert picture.size == (10, 8)
+        assert [picture.getpixel(at)[0] for at in ((2, 2), (7, 2), (2, 6), (7, 6))] == [0, 51, 102, 0]
+    with pytest.raises(ValueError, match=r"images must have shape \(N, C, H, W\) with N > 0 .* got \(0, 3, 4, 5\)"):
+        sampling.save_grid(images[0, :0], tmp_path / "none.png")
