@@ -42,6 +42,8 @@ def add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
+    import torch
+
     from dalle_fast import sampling
     from dalle_fast.training.stage1 import to_uint8
 
@@ -76,9 +78,7 @@ def run(arguments) -> int:
             guidance=arguments.guidance,
             progress=sys.stderr.isatty(),
         )
-    except (ValueError, TypeError, MemoryError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (ValueError, TypeError, torch.OutOfMemoryError) as error:
         raise UserError(str(error)) from error
     for path in write([to_uint8(row) for row in drawn], arguments.out):
         print(path)
