@@ -184,11 +184,11 @@ def _storable(tensors):
     """On the host, in C order, no two of one memory: what a safetensors file can hold."""
     seen, plain = set(), {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        plain[name] = tensor
+        stored = tensor.detach().cpu().contiguous()
+        if stored.numel() and stored.untyped_storage().data_ptr() in seen:
+            stored = stored.clone()
+        seen.add(stored.untyped_storage().data_ptr())
+        plain[name] = stored
     return plain
 
 

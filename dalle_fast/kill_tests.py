@@ -1,8 +1,9 @@
 """Training that is killed at random moments, again and again: whether what it leaves resumes bit for bit.
 
-A small run of stage 1 is started in a process of its own, killed with SIGKILL, resumed, killed ... until it is done, and
-its log, weights and evaluation are compared, byte by byte, with those of a run that nobody disturbed. Steps and writes
-are slowed down, and files written in two halves, so that kills fall into all of them; where each fell is counted.
+A small run of stage 1 is started in a process of its own, killed with SIGKILL, resumed, killed ... until it is done,
+and its log, weights and evaluation are compared, byte by byte, with those of a run that nobody disturbed. Steps and
+writes are slowed down, and files written in two halves, so that kills fall into all of them; where each fell is
+counted.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class KillReport:
 
     def __str__(self):
         places = ", ".join(f"{place} {count}" for place, count in self.places.items() if count)
-        return f"{self.kills} kills, {self.inside_writes} inside a checkpoint write ({places}); {self.runs} runs compared"
+        where = f"{self.inside_writes} inside a checkpoint write ({places})"
+        return f"{self.kills} kills, {where}; {self.runs} runs compared"
 
 
 def kill_and_resume(folder, *, kills: int, inside: int = 1, seed: int = 0) -> KillReport:
@@ -71,7 +73,8 @@ def kill_and_resume(folder, *, kills: int, inside: int = 1, seed: int = 0) -> Ki
         if not report.failures:
             report.runs += 1
             outcome = _outcome(run)
-            report.failures += [f"{run.name}: {name} differs" for name in expected if outcome.get(name) != expected[name]]
+            different = [name for name in expected if outcome.get(name) != expected[name]]
+            report.failures += [f"{run.name}: {name} differs" for name in different]
     return report
 
 
@@ -145,7 +148,8 @@ def _small_objective():
     stage1.EVALUATED = stage1.SHOWN
     config = DVAEConfig(image_size=16, downsampling=8, num_codes=12, embedding_dim=4, hidden=8, blocks_per_group=1)
     recipe = DVAERecipe(steps=STEPS, batch_size=4, learning_rate=1e-2, beta_share=0.5, tau_share=0.8)
-    return DVAEObjective(config, recipe, *(open_source("shapes", image_size=16, split=x) for x in ("train", "validation")))
+    sources = (open_source("shapes", image_size=16, split=split) for split in ("train", "validation"))
+    return DVAEObjective(config, recipe, *sources)
 
 
 def _write_files_in_halves(at) -> None:

@@ -46,14 +46,14 @@ def pictures(tmp_path):
 
 def test_a_run_leaves_a_model_and_says_how_good_it_is(trained):
     evaluation = json.loads((trained / "evaluation.json").read_text())
-    assert evaluation.keys() >= {"step", "images", "psnr", "perplexity", "codes_used", "captions_read"}
+    assert evaluation.keys() >= {"images", "psnr", "perplexity", "codes_used", "captions_read", "heldout_captions_read"}
     assert evaluation["captions_read_from_originals"] > 0.98 and evaluation["step"] == 4
     config = checkpoint.load_model(trained, kind="DiscreteVAE").config
     assert (config.image_size, config.num_codes, config.likelihood, config.hard) == (16, 12, "l1", True)
     assert list((trained / "pictures").glob("*.png"))
 
 
-def test_reconstruct_draws_originals_above_reconstructions(trained, pictures, capsys):
+def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
     from PIL import Image
 
     out = pictures / "out.png"
@@ -123,9 +123,8 @@ def test_what_reconstruct_cannot_read(trained, pictures, capsys):
 
 def test_sigterm_saves_exits_with_143_and_resume_goes_on(tmp_path):
     command = [sys.executable, "-m", "dalle_fast", *TRAIN, "--steps", "100000", "--log-every", "1", "--out", tmp_path]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     log = tmp_path / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:

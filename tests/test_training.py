@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import dalle_fast.nn as fnn
-from dalle_fast import checkpoint, cli
+from dalle_fast import checkpoint
 from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
-from dalle_fast.data import open_source
+from dalle_fast.data import batches, open_source
 from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, random_state, train
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.recipes import RECIPES
 from dalle_fast.training.schedules import cosine, warmup
-from dalle_fast.training.stage1 import usage
+from dalle_fast.training.stage1 import evaluate, usage
 
 SMALL = fnn.DVAEConfig(image_size=16, downsampling=8, num_codes=12, embedding_dim=4, hidden=8, blocks_per_group=1)
 RECIPE = DVAERecipe(steps=12, batch_size=4, learning_rate=1e-2, learning_rate_share=1, beta_share=0.5, tau_share=0.8)
@@ -48,8 +48,8 @@ class FewShapes(NamedTuple):
     def __getitem__(self, index):
         return self.source[index]
 
-    def check(self, image):
-        return self.source.check(image)
+    def check_all(self, images):
+        return self.source.check_all(images)
 
 
 def objective(recipe=RECIPE, config=SMALL, **options):
@@ -341,6 +341,33 @@ def test_lines_where_no_one_watches(tmp_path, capsys):
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_counts_what_is_right():
+    """Of a model that returns the first picture for all: its own caption is read, and the others are not."""
+    source = FewShapes(open_source("shapes", image_size=16, split="validation"), 5)
+
+    class First:
+        config = SMALL
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def encode(self, images):
+            self.first = images[:1].expand_as(images)
+            return torch.tensor([[0, 3], [3, 3]]).expand(len(images), 2, 2)
+
+        def decode(self, codes):
+            return self.first
+
+    result = evaluate(First(), source, batches(source, 5, image_size=16, seed=0, train=False))
+    pictures = np.stack([source[index].image for index in range(5)]) / 255
+    errors = np.square(pictures - pictures[:1]).mean((1, 2, 3))
+    assert result["images"] == 5 and result["captions_read"] == 1 / 5 and result["captions_read_from_originals"] == 1
+    assert result["psnr"] == pytest.approx(-10 * np.log10(errors.mean()))
+    assert result["psnr_mean"] == pytest.approx((-10 * np.log10(errors[1:]).sum() + 120) / 5)
+    assert result["codes_used"] == 2 / 12
+    assert result["perplexity"] == pytest.approx(math.exp(-0.25 * math.log(0.25) - 0.75 * math.log(0.75)))
 
 
 def test_usage():

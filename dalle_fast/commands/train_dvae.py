@@ -55,15 +55,16 @@ def make_objective(arguments):
 
     given = vars(arguments)
     config = training.replaced(dvae.PRESETS[arguments.preset], given)
-    source, validation = (
-        open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
-        for split in ("train", "validation")
-    )
+    sources = {
+        split: open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
+        for split in ("train", "validation", *(["heldout"] if arguments.data == "shapes" else []))
+    }
     return stage1.DVAEObjective(
         config,
         training.replaced(RECIPES[arguments.preset], given),
-        source,
-        validation,
+        sources["train"],
+        sources["validation"],
+        heldout=sources.get("heldout"),
         seed=arguments.seed,
         flip=arguments.flip,
         workers=arguments.workers,

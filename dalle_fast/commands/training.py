@@ -12,7 +12,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def add_run_arguments(group, presets) -> None:
-    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, or .tar shards")
+    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     group.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in DIR")
     group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
@@ -73,16 +73,14 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
     try:
-        result = train(
-            objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard
-        )
+        result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if result.signal is not None:
         print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
         return 128 + result.signal
     print(json.dumps(result.evaluation, indent=1))
-    print(f"the model is in {arguments.out}: try {then}")
+    print(f"try: {then}")
     return 0
 
 

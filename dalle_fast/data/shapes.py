@@ -285,3 +285,7 @@ class Shapes:
     def check(self, image: np.ndarray) -> str | None:
         """`read_caption`."""
         return read_caption(image)
+
+    def check_all(self, images: np.ndarray) -> list[str | None]:
+        """`read_captions`."""
+        return read_captions(images)

@@ -1,4 +1,7 @@
-"""Training: one loop for both stages, their objectives, recipes and schedules. Nothing is imported before it is used."""
+"""Training: one loop for both stages, their objectives, recipes and schedules.
+
+Nothing is imported before it is used.
+"""
 
 import importlib
 

@@ -9,9 +9,9 @@ A run lives in one folder:
     model.safetensors    at the end: the averaged weights
     evaluation.json      at the end: how good they are
 
-A step is numbered by the updates before it, a checkpoint and a line of the log by the updates done. What a step computes
-is a function of its number and the weights, so that a run that was killed and resumed ends as if nothing had happened:
-on a CPU with the same number of threads, bit for bit.
+A step is numbered by the steps before it, a checkpoint and a line of the log by the steps done. What a step computes is
+a function of its number and the weights, so that a run that was killed and resumed ends as if nothing had happened: on
+a CPU with the same number of threads, bit for bit.
 """
 
 from __future__ import annotations
@@ -274,9 +274,7 @@ class _Run:
             "counted": self.counted,
             "random": random_state.get(),
         }
-        checkpoint.save(
-            self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state
-        )
+        checkpoint.save(self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.ema.model.load_state_dict(saved.weights)

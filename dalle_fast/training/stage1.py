@@ -6,6 +6,7 @@ B batch, S pixels of a side, h x w codes, K codes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -28,18 +29,30 @@ class DVAEObjective:
     Args:
         config: of the model, whose weights are drawn from `seed`.
         recipe: see `DVAERecipe`.
-        source, validation: of pictures, see `dalle_fast.data.open_source`; others of the same split are not looked at.
+        source, validation: of pictures, see `dalle_fast.data.open_source`.
+        heldout: None, or a source to evaluate on beside validation.
         seed: of weights, noise and the order of pictures, from 0 to 2^20 - 1.
         flip: mirror half of the pictures. workers: processes that load them. device: of the model.
     """
 
     def __init__(
-        self, config: DVAEConfig, recipe: DVAERecipe, source, validation, *, seed=0, flip=False, workers=0, device="cpu"
+        self,
+        config: DVAEConfig,
+        recipe: DVAERecipe,
+        source,
+        validation,
+        *,
+        heldout=None,
+        seed=0,
+        flip=False,
+        workers=0,
+        device="cpu",
     ):
         if config.channels != 3:
             raise ValueError(f"config.channels must be 3, as pictures have, got {config.channels}")
         F.noise_seed(seed, step=recipe.steps - 1)  # refuses what is out of range now, not in the last step
-        self.config, self.recipe, self.source, self.validation = config, recipe, source, validation
+        self.config, self.recipe = config, recipe
+        self.source, self.validation, self.heldout = source, validation, heldout
         self.seed, self.flip, self.workers = seed, flip, workers
         random_state.seed(seed)
         self.model = DiscreteVAE(config).to(device, memory_format=torch.channels_last)
@@ -88,25 +101,26 @@ class DVAEObjective:
 
     @torch.no_grad()
     def evaluate(self, model):
-        """On validation pictures: see `evaluate`; and on "heldout" ones, where the source has them."""
-        return evaluate(model, self._validation_batches(), getattr(self.validation, "check", None))
+        """See `evaluate`: on validation pictures, and, named heldout_..., on held-out ones."""
+        result = evaluate(model, self.validation, self._in_order(self.validation))
+        if self.heldout is not None:
+            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout))
+            result |= {f"heldout_{name}": value for name, value in of_heldout.items()}
+        return result
 
     @torch.no_grad()
     def pictures(self, model):
         """The first validation pictures above what becomes of them."""
-        images = self._pixels(next(self._validation_batches(SHOWN)))
+        images = self._pixels(next(self._in_order(self.validation, SHOWN)))
         return {"reconstructions": picture_grid([to_uint8(images), to_uint8(model.reconstruct(images))])}
 
     def _pixels(self, batch):
         images = batch.images.to(self.device, non_blocking=True)
         return images.to(memory_format=torch.channels_last).float() / 255
 
-    def _validation_batches(self, size=100):
-        stream = batches(self.validation, size, image_size=self.config.image_size, seed=self.seed, train=False)
-        for count, batch in enumerate(stream, 1):
-            yield batch
-            if count * size >= EVALUATED:
-                return
+    def _in_order(self, source, size=100):
+        stream = batches(source, size, image_size=self.config.image_size, seed=self.seed, train=False)
+        return itertools.islice(stream, -(-EVALUATED // size))
 
 
 def usage(counts):
@@ -127,29 +141,30 @@ def to_uint8(images) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()
 
 
-def evaluate(model, stream, check=None) -> dict[str, float]:
-    """How well `model` reconstructs the pictures of `stream`, in a single pass.
+def evaluate(model, source, stream) -> dict[str, float]:
+    """How well `model` reconstructs pictures.
 
     Args:
-        model: a `DiscreteVAE`. stream: of `Batch`. check: reads a caption from a picture, or None.
+        model: a `DiscreteVAE`. source: of the pictures; where it has `check_all`, which reads captions from pictures,
+            reconstructions are judged by it. stream: of `Batch`, a single pass.
 
     Returns:
         images: how many. psnr: in dB, of the pixels' mean squared error over all pictures. psnr_mean: the mean of the
         pictures' own. perplexity, codes_used: see `usage`. captions_read and captions_read_from_originals: the share of
-        reconstructions, and of pictures, from which `check` reads the caption.
+        reconstructions, and of pictures, from which the right caption is read.
     """
+    read = getattr(source, "check_all", None)
     device = next(model.parameters()).device
-    errors, counts, read, read_originals = [], 0, [], []
+    errors, counts, right, right_originals = [], 0, [], []
     for batch in stream:
-        images = batch.images.to(device).float() / 255
-        codes = model.encode(images)
+        codes = model.encode(batch.images.to(device).float() / 255)
         reconstructions = to_uint8(model.decode(codes))
-        originals = batch.images.movedim(1, -1).cpu().numpy()
+        originals = batch.images.movedim(1, -1).numpy()
         errors.append(np.square((reconstructions.astype(np.float64) - originals) / 255).mean((1, 2, 3)))
         counts = counts + torch.bincount(codes.flatten(), minlength=model.config.num_codes).cpu()
-        if check is not None:
-            read += [check(image) == caption for image, caption in zip(reconstructions, batch.captions, strict=True)]
-            read_originals += [check(image) == caption for image, caption in zip(originals, batch.captions, strict=True)]
+        if read is not None:
+            right += [a == b for a, b in zip(read(reconstructions), batch.captions, strict=True)]
+            right_originals += [a == b for a, b in zip(read(originals), batch.captions, strict=True)]
     errors = np.concatenate(errors)
     perplexity, used = usage(counts)
     result = {
@@ -159,7 +174,7 @@ def evaluate(model, stream, check=None) -> dict[str, float]:
         "perplexity": perplexity.item(),
         "codes_used": used.item(),
     }
-    if check is not None:
-        result["captions_read"] = float(np.mean(read))
-        result["captions_read_from_originals"] = float(np.mean(read_originals))
+    if read is not None:
+        result["captions_read"] = float(np.mean(right))
+        result["captions_read_from_originals"] = float(np.mean(right_originals))
     return result
