@@ -148,6 +148,7 @@ def test_random_crops_are_the_papers():
         assert -0.02 < min(places) < 0.03
         assert 0.97 < max(places) < 1.02
         assert abs(np.mean(places) - 0.5) < 0.06
+    assert abs(np.corrcoef([lefts, tops, shares])[np.triu_indices(3, 1)]).max() < 0.2
 
 
 def test_a_small_picture_is_not_enlarged():

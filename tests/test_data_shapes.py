@@ -79,6 +79,13 @@ def test_two_objects_are_not_one():
         assert read_caption(both) is None, scene
 
 
+def test_a_scene_that_is_hardly_seen_is_not_read():
+    texture = np.where(np.indices((32, 32)).sum(0) % 2, 90, -90)[..., None]
+    for scene in all_scenes()[::50]:
+        image = np.clip(128 + (draw(scene, 32) - 128.0) / 3 + texture, 0, 255)
+        assert read_caption(image.astype(np.uint8)) is None, scene
+
+
 def test_a_changed_attribute_changes_what_is_read():
     scene = Scene("square", "red", "large", "center", "white")
     tables = dict(zip(ATTRIBUTES, (shapes.SHAPES, shapes.COLOURS, shapes.SIZES, shapes.PLACES, shapes.BACKGROUNDS)))
@@ -120,6 +127,19 @@ def test_splits_share_no_picture():
         for source in (open_source("shapes", image_size=32, split=split) for split in shapes.LENGTHS)
     ]
     assert len(set.union(*images)) == 4_500
+
+
+def test_what_varies_does_not_repeat_in_another_split_or_seed():
+    def variation(source):
+        examples = [source[index] for index in range(20)]
+        return [
+            tuple(image[0, 0].astype(int) - shapes.BACKGROUNDS[scene_of_caption(caption).background])
+            for image, caption in examples
+        ]
+
+    sources = [open_source("shapes", image_size=32, split=split) for split in shapes.LENGTHS]
+    sources.append(open_source("shapes", image_size=32, seed=1))
+    assert len({tuple(variation(source)) for source in sources}) == 4
 
 
 def test_a_picture_is_a_function_of_seed_split_and_index():

@@ -69,6 +69,8 @@ def test_dropout_depends_on_seed_and_caption_alone(tokenizer):
     assert torch.equal(encode(CAPTIONS[20:30], 1), first[20:30])
     assert (encode(CAPTIONS[:50], 2) != first).any(1).sum() > 40
     assert tokenizer.decode(first) == CAPTIONS[:50]
+    alike = encode(CAPTIONS, 1)[:, :8].view(-1, 3, 8)  # three captions that only differ in the background
+    assert (alike[:, 0] != alike[:, 1]).any(1).float().mean() > 0.2  # do not drop the same merges before it
     script = (
         "import sys, pickle; tokenizer, captions = pickle.load(sys.stdin.buffer); "
         "print(tokenizer.encode(captions, 64, dropout=0.1, seed=1)[0].tolist())"

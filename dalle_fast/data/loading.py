@@ -98,7 +98,7 @@ class _Loading(torch.utils.data.Dataset):
 
     def _crop(self, image, epoch, index):
         rng = generator(self.seed, _CROP, epoch, index)
-        if self.source.crop:
+        if getattr(self.source, "crop", True):
             image = random_crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
         elif image.shape[:2] != (self.image_size, self.image_size):
             raise ValueError(

@@ -34,7 +34,7 @@ class Source(Protocol):
 
     name: of the source, for messages.
     crop: whether crops of a picture are as good as the whole. False where the whole is drawn at `image_size` and its
-        caption, or its meaning, would be lost.
+        caption, or its meaning, would be lost; True where a source does not say.
     """
 
     name: str

@@ -19,6 +19,7 @@ from dalle_fast.data.loading import shuffled
 from dalle_fast.data.source import generator
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dalle import DALLE, DALLEConfig
+from dalle_fast.training import random_state
 from dalle_fast.training.codes import Encoded
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DALLERecipe
@@ -72,7 +73,7 @@ class DALLEObjective:
         self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
         self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
         self.device = torch.device(device)
-        torch.manual_seed(seed)
+        random_state.seed(seed)
         self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
         sampling.check_fit(self.model, dvae, tokenizer)
         self.validation_text = self._encode(validation.captions)
