@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_fast import _extension
+from dalle_fast import _extension, masks
 from dalle_fast.masks import RULES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
 
 SIZES = [(0, (3, 5)), (1, (1, 1)), (2, (1, 6)), (3, (5, 1)), (4, (4, 4)), (3, (5, 3)), (1, (2, 7)), (7, (6, 4))]
@@ -140,6 +140,44 @@ def test_token_order_walks_columns():
             assert order.tolist() == sorted(order.tolist())
     order.fill_(0)  # a caller's copy: what is cached stays
     assert sorted(mask.token_order.tolist()) == list(range(mask.seq_len))
+
+
+def test_a_cache_holds_what_is_visible_in_slots_of_its_own():
+    for mask in all_masks():
+        T, G, C = mask.text_len, mask.image_len, mask.cache_slots
+        image = slow_dense(mask)[T:, T:]
+        slots, counts = mask.visible_slots()
+        assert slots.dtype == counts.dtype == torch.int32 and slots.shape == (G, int(image.sum(1).max()))
+        token_in = [None] * C
+        for i in range(G):
+            token_in[mask.cache_slot(i)] = i
+            visible = np.nonzero(image[i])[0].tolist()
+            where = [mask.cache_slot(j) for j in visible]
+            assert [token_in[slot] for slot in where] == visible, (mask, i)
+            assert slots[i, : counts[i]].tolist() == sorted(where), (mask, i)
+
+
+def test_cache_slots_are_few_and_close():
+    assert row_mask(256, 32).cache_slots == 33
+    assert conv_mask(256, 32, 11).cache_slots == 166
+    assert column_mask(256, 32).cache_slots == causal_mask(256, 32).cache_slots == 1024
+    slots, counts = column_mask(3, (4, 5)).visible_slots()
+    for i in range(20):  # the keys of a column's query lie side by side
+        first = i % 5 * 4
+        assert slots[i, : counts[i]].tolist() == list(range(first, first + i // 5 + 1))
+    for mask in all_masks():
+        j = torch.arange(mask.image_len)
+        expected = [mask.cache_slot(x) for x in range(mask.image_len)]
+        assert mask.cache_slot(j).tolist() == mask.cache_slot(j.numpy()).tolist() == expected
+        assert 0 <= min(expected) and max(expected) < mask.cache_slots <= mask.image_len
+
+
+def test_visible_slots_are_made_in_parts(monkeypatch):
+    mask = conv_mask(3, (6, 7), 3)
+    slots, counts = mask.visible_slots()
+    monkeypatch.setattr(masks, "_COUNT_CHUNK", mask.kv_reach * 5)
+    parts = masks._visible_slots.__wrapped__(mask, "cpu")
+    assert torch.equal(parts[0], slots) and torch.equal(parts[1], counts)
 
 
 @pytest.mark.filterwarnings("ignore")

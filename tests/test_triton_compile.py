@@ -24,13 +24,15 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from triton.backends.compiler import GPUTarget
 
-from dalle_fast.ops.attention.triton import bwd, fwd, launch
+from dalle_fast.ops.attention.triton import bwd, dec, fwd, launch
 
 KERNELS = {
     "forward": fwd._attention_fwd_kernel,
     "delta": bwd._attention_delta_kernel,
     "grad_query": bwd._attention_grad_query_kernel,
     "grad_key_value": bwd._attention_grad_key_value_kernel,
+    "decode": dec._attention_decode_kernel,
+    "decode_merge": dec._attention_decode_merge_kernel,
 }
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
@@ -73,9 +75,24 @@ def kernel_usage(kernel, tmp_path):
     return registers, local, kernel.metadata.shared, code
 
 
+def attend(mask, head_size, dtype, text_lengths):
+    packed = torch.zeros(1, mask.seq_len, 3, 2, head_size, dtype=dtype)  # a packed projection: (B, S, 3, H, D)
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    out, lse = fwd.attention_forward(query, key, value, text_lengths, mask, 0.125)
+    bwd.attention_backward(out, lse, query, key, value, out, lse, text_lengths, mask, 0.125)
+
+
+def decode(mask, head_size, dtype, text_lengths):
+    query = torch.zeros(64, 3, 2, head_size, dtype=dtype)[:, 0]  # of a packed projection: (B, 3, H, D)
+    text = torch.zeros(1, 2, mask.text_len, head_size, dtype=dtype)
+    image = torch.zeros(64, 2, mask.cache_slots, head_size, dtype=dtype)
+    position = torch.tensor(3)
+    dec.attention_decode(query, text, text, image, image, position, text_lengths, mask, 0.125)
+
+
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
-    """compile_for(arch, mask, head_size, dtype, text_lengths) -> {kernel name: compiled kernel}"""
+    """compile_for(arch, mask, head_size, dtype, text_lengths, call) -> {kernel name: compiled kernel}"""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled = {}
 
@@ -88,14 +105,11 @@ def compile_for(monkeypatch, tmp_path):
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(kernel, "run", stop_before_launch(name, kernel.run))
 
-    def compile_for(arch, mask, head_size, dtype, text_lengths=None):
+    def compile_for(arch, mask, head_size, dtype, text_lengths=None, call=attend):
         compiled.clear()
         monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnly(arch))
         monkeypatch.setattr(launch, "capability_of", lambda tensor: divmod(arch, 10))
-        packed = torch.zeros(1, mask.seq_len, 3, 2, head_size, dtype=dtype)  # a packed projection: (B, S, 3, H, D)
-        query, key, value = packed.permute(2, 0, 3, 1, 4)
-        out, lse = fwd.attention_forward(query, key, value, text_lengths, mask, 0.125)
-        bwd.attention_backward(out, lse, query, key, value, out, lse, text_lengths, mask, 0.125)
+        call(mask, head_size, dtype, text_lengths)
         return dict(compiled)
 
     return compile_for
@@ -123,8 +137,30 @@ SUBSET = [
 
 @pytest.mark.parametrize(("arch", "name", "head_size", "dtype"), ALL if EVERYTHING else SUBSET)
 def test_compiles_well(compile_for, tmp_path, arch, name, head_size, dtype):
+    assert not shortcomings(compile_for(arch, MASKS[name], head_size, dtype), tmp_path, arch, name, head_size, dtype)
+
+
+DECODING = [
+    *((arch, "row", 64, torch.bfloat16) for arch in (80, 90, 100)),
+    (90, "column", 128, torch.float16),
+    (80, "conv", 128, torch.bfloat16),
+    (100, "patch", 128, torch.float32),
+    (90, "conv", 64, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("arch", "name", "head_size", "dtype"), ALL if EVERYTHING else DECODING)
+def test_decoding_compiles_well(compile_for, tmp_path, arch, name, head_size, dtype):
+    lengths = torch.tensor([3], dtype=torch.int32)
+    kernels = compile_for(arch, MASKS[name], head_size, dtype, lengths, decode)
+    assert set(kernels) == {"decode", "decode_merge"}
+    assert not shortcomings(kernels, tmp_path, arch, name, head_size, dtype)
+
+
+def shortcomings(kernels, tmp_path, arch, name, head_size, dtype):
+    """What is wrong with compiled kernels, as a list of words; says how large they are."""
     wrong = []
-    for kernel_name, kernel in compile_for(arch, MASKS[name], head_size, dtype).items():
+    for kernel_name, kernel in kernels.items():
         registers, local, shared, code = kernel_usage(kernel, tmp_path)
         print(
             f"sm_{arch} {name:6} D {head_size:3} {str(dtype)[6:]:8} {kernel_name:14} "
@@ -134,6 +170,8 @@ def test_compiles_well(compile_for, tmp_path, arch, name, head_size, dtype):
             wrong.append(f"{kernel_name} spills {local} bytes")
         if shared > SHARED_LIMIT[arch]:
             wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
-        if dtype != torch.float32 and kernel_name != "delta" and not re.search(TENSOR_CORE[arch], code):
-            wrong.append(f"{kernel_name} has no instruction {TENSOR_CORE[arch]}")
-    assert not wrong
+        # Products of 16 rows, as decode has them, are HMMA on every architecture.
+        product = {"delta": "", "decode_merge": "", "decode": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE[arch])
+        if dtype != torch.float32 and not re.search(product, code):
+            wrong.append(f"{kernel_name} has no instruction {product}")
+    return wrong

@@ -40,7 +40,7 @@ from dalle_fast.ops.attention.triton import bwd, configs, fwd, primitives
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 112  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 135  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -381,6 +381,71 @@ def test_later_tokens_do_not_reach_earlier_ones_and_bits_repeat(rule):
             lse[..., :token], first[1][..., :token]
         )
         assert not torch.equal(out[:, :, token], first[0][:, :, token])
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def decoding(mask, P, N, D, dtype=torch.float32):
+    """(q, k, v) whose samples of a prompt share the text, and the caches before the first token, NaN."""
+    T, B = mask.text_len, P * N
+    q, k, v, _ = inputs(B, 2, mask.seq_len, D, dtype=dtype)
+    for x in (k, v):
+        x[:, :, :T] = x[::N, :, :T].repeat_interleave(N, 0)
+    caches = [torch.full((B, 2, mask.cache_slots, D), torch.nan, dtype=dtype) for _ in range(2)]
+    return (q, k, v), caches
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *every_mask(5, (3, 4)).values(),
+        row_mask(0, (2, 3)),
+        column_mask(150, (3, 2)),
+        causal_mask(3, (9, 9)),
+    ],
+    ids=repr,
+)
+def test_decode_against_float64(mask, dtype):
+    """Hidden text and slots that a query does not see hold NaN; the position is read from a tensor."""
+    P, N, D, T = 3, 2, 24, mask.text_len
+    (q, k, v), caches = decoding(mask, P, N, D, dtype)
+    lengths = torch.tensor([T, 0, T // 2], dtype=torch.int32)
+    text = [x[::N, :, :T].clone() for x in (k, v)]
+    for x in text:
+        for p in range(P):
+            x[p, :, lengths[p] :] = torch.nan
+    position, outs = torch.zeros((), dtype=torch.int64), []
+    for i in range(mask.image_len):
+        position.fill_(i)
+        for cache, x in zip(caches, (k, v), strict=True):
+            cache[:, :, mask.cache_slot(i)] = x[:, :, T + i]
+        if i % 7 in (0, 5):
+            with nan_poisoned():
+                outs.append((i, attention.decode(q[:, :, T + i], *text, *caches, position, lengths, mask, -0.3)))
+    options = {"scale": -0.3, "text_lengths": lengths.repeat_interleave(N)}
+    rows = [T + i for i, _ in outs]
+    exact, eager = (run(q, k, v, mask, **options)[0][:, :, rows] for run in (attention_oracle, eager_attention))
+    assert_as_exact_as_eager("decode", torch.stack([out for _, out in outs], 2), eager, exact)
+
+
+@interpreted
+def test_decode_does_not_depend_on_the_number_of_samples():
+    """Bit for bit. Only for samples that keep their rows: numpy's products are not the same for every row."""
+    mask, P, N, i = conv_mask(140, (4, 5), 3), 2, 19, 13
+    T = mask.text_len
+    (q, k, v), caches = decoding(mask, P, N, 16)
+    for cache, x in zip(caches, (k, v), strict=True):
+        for j in range(i + 1):
+            cache[:, :, mask.cache_slot(j)] = x[:, :, T + j]
+    text, position = [x[::N, :, :T] for x in (k, v)], torch.tensor(i)
+    together = attention.decode(q[:, :, T + i], *text, *caches, position, None, mask, 0.3)
+    for n in (1, 2, 17):
+        second = slice(N, N + n)  # of the second prompt the first n
+        own = [x[1:] for x in text] + [x[second] for x in caches]
+        assert torch.equal(attention.decode(q[second, :, T + i], *own, position, None, mask, 0.3), together[second])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

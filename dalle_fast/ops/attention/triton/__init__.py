@@ -1,8 +1,8 @@
 """Sparse attention in Triton: NVIDIA GPUs from compute capability 8.0, and Triton's interpreter on CPU tensors.
 
 B batch, H heads, S sequence, D head size, T text. The kernels load at the first call, so that importing this package
-needs neither Triton nor a GPU. Their modules are named fwd and bwd because importing a submodule `forward` would put the
-module in the place of this package's function `forward`.
+needs neither Triton nor a GPU. Their modules are named fwd, bwd and dec because importing a submodule `forward` would put
+the module in the place of this package's function `forward`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 
 import torch
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["backward", "decode", "forward", "why_not"]
 
 _MAX_HEAD_SIZE = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +83,25 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask
     from dalle_fast.ops.attention.triton.bwd import attention_backward
 
     return attention_backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
+
+
+def decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
+    """One query per sample against its prompt's text and its own image cache.
+
+    Args:
+        query: (B, H, D). text_key, text_value: (P, H, T, D). image_key, image_value: (B, H, mask.cache_slots, D). One
+            dtype and device, any strides; B a multiple of P.
+        position: int64 tensor without dimensions on query's device, of the query in the image; read there.
+        text_lengths: None or int32 (P,) in [0, T].
+        mask: AttentionMask.
+        scale: float, multiplies the scores.
+
+    Returns:
+        (B, H, D), contiguous, query's dtype.
+    """
+    from dalle_fast.ops.attention.triton.dec import attention_decode
+
+    return attention_decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
 
 
 def _interpreted() -> bool:
