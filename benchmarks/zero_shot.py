@@ -48,7 +48,9 @@ class Drawn:
 
     def attributes(self) -> dict[str, float]:
         """The share of pictures in which each attribute is right."""
-        scenes = [(scene_of_caption(c), r and scene_of_caption(r)) for c, r in zip(self.captions, self.read, strict=True)]
+        scenes = [
+            (scene_of_caption(c), r and scene_of_caption(r)) for c, r in zip(self.captions, self.read, strict=True)
+        ]
         names = [field.name for field in dataclasses.fields(scenes[0][0])]
         return {n: float(np.mean([bool(r) and getattr(r, n) == getattr(c, n) for c, r in scenes])) for n in names}
 
@@ -73,7 +75,9 @@ def reconstruct(dvae, source, num: int) -> Drawn:
     examples = [source[index] for index in range(min(num, len(source)))]
     pixels = torch.from_numpy(np.stack([image for image, _ in examples])).movedim(-1, 1)
     device = next(dvae.parameters()).device
-    pictures = np.concatenate([to_uint8(dvae.reconstruct(some.to(device).float() / 255)) for some in pixels.split(BATCH)])
+    pictures = np.concatenate(
+        [to_uint8(dvae.reconstruct(some.to(device).float() / 255)) for some in pixels.split(BATCH)]
+    )
     return Drawn(pictures, [caption for _, caption in examples], read_captions(pictures))
 
 
@@ -121,7 +125,9 @@ def as_table(results: dict) -> str:
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=harness.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run of train-dalle on shapes")
-    parser.add_argument("--num", type=harness.integer(1), default=648, metavar="N", help="pictures of each kind, at least")
+    parser.add_argument(
+        "--num", type=harness.integer(1), default=648, metavar="N", help="pictures of each kind, at least"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of sampling")
     parser.add_argument("--top-p", type=float, metavar="P", help="of sampling")
     parser.add_argument("--guidance", type=float, metavar="X", help="of sampling")
@@ -129,7 +135,10 @@ def parse(argv):
     parser.add_argument("--device", default=harness.best_device(), help="cpu or cuda")
     parser.add_argument("--json", type=harness.output_file(".json"), metavar="FILE", help="write the numbers there")
     parser.add_argument(
-        "--picture", type=harness.output_file(".png"), metavar="FILE", help="draw held-out captions' first pictures there"
+        "--picture",
+        type=harness.output_file(".png"),
+        metavar="FILE",
+        help="draw held-out captions' first pictures there",
     )
     return parser.parse_args(argv)
 
@@ -150,7 +159,9 @@ def main(argv=None) -> int:
         print(f"{SPLITS[split]}: {result['right']:.1%} right, at least {result['target']:.0%} wanted: {reached}")
     if args.json:
         report = {"sampling": options, "config": dataclasses.asdict(parts[0].config), "results": results}
-        harness.write_json(args.json, {**harness.describe_run("zero_shot", argv, ("--json", "--picture", "--model")), **report})
+        harness.write_json(
+            args.json, {**harness.describe_run("zero_shot", argv, ("--json", "--picture", "--model")), **report}
+        )
     if args.picture:
         heldout = measured["heldout"][1]
         rows = [heldout.pictures[row::PICTURE_ROWS][:PICTURE_COLUMNS] for row in range(PICTURE_ROWS)]

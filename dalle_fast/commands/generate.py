@@ -55,9 +55,7 @@ def run(arguments) -> int:
     if arguments.keep_rows is not None and arguments.complete is None:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
-    dalle, dvae, tokenizer = load_parts(
-        arguments.model, dvae=arguments.dvae, device=training.device(arguments.device)
-    )
+    dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=training.device(arguments.device))
     try:
         codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
         drawn = sampling.draw(
@@ -178,7 +176,9 @@ def _first_rows(dvae, arguments, count):
     size, rows = dvae.config.image_size, arguments.keep_rows
     rows = dvae.config.grid // 2 if rows is None else rows
     if not 1 <= rows < dvae.config.grid:
-        raise UserError(f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}")
+        raise UserError(
+            f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}"
+        )
     try:
         with Image.open(arguments.complete) as picture:
             pixels = np.array(picture.convert("RGB"))

@@ -1,7 +1,7 @@
 """Train a discrete VAE, stage 1: pictures to codes and back.
 
-The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by SIGTERM
-or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by
+SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
 """
 
 from __future__ import annotations

@@ -128,7 +128,13 @@ class DALLEObjective:
     def pictures(self, model):
         """A row of pictures for each of the first validation captions, always with the same noise."""
         drawn = sampling.draw(
-            model, self.dvae, self.tokenizer, self.shown, num_images=SHOWN_OF_EACH, truncate=self.truncate, seed=self.seed
+            model,
+            self.dvae,
+            self.tokenizer,
+            self.shown,
+            num_images=SHOWN_OF_EACH,
+            truncate=self.truncate,
+            seed=self.seed,
         )
         return {"samples": picture_grid([to_uint8(row) for row in drawn])}
 
