@@ -110,7 +110,7 @@ def load_parts(folder, *, dvae=None, device="cpu"):
 
 
 def write(rows, path) -> list[str]:
-    """Write pictures: rows of arrays (N, S, S, 3) uint8. A path that is a folder, or ends like one, gets a file of each.
+    """Write pictures: rows of arrays (N, S, S, 3) uint8. A folder, or a path that ends like one, gets a file of each.
 
     A picture alone keeps its size; several become one picture, in which small ones are enlarged.
 
