@@ -127,6 +127,23 @@ def export(path, model) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def save_tensors(path, tensors: dict[str, torch.Tensor], *, header: dict) -> None:
+    """Write tensors and a header (of what JSON can hold) to a safetensors file, in one step; see `load_tensors`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    try:
+        _write_tensors(unfinished, tensors, header)
+        unfinished.rename(path)
+        _fsync(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_json(path, value) -> None:
     """Write `value` as JSON in one step: the old file or the new one is there. JSON has no NaN: it becomes null.
 
@@ -310,6 +327,16 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error
     return model.requires_grad_(False).eval().to(device)
+
+
+def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the header of a file of `save_tensors`.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be read.
+    """
+    tensors, metadata = _read_tensors(path)
+    return tensors, _header_of(metadata)
 
 
 def read_weights(path) -> dict[str, torch.Tensor]:

@@ -13,10 +13,21 @@ from dalle_fast.errors import UserError
 
 COMMANDS = {
     "train-dvae": "dalle_fast.commands.train_dvae",
+    "train-dalle": "dalle_fast.commands.train_dalle",
+    "generate": "dalle_fast.commands.generate",
     "reconstruct": "dalle_fast.commands.reconstruct",
     "verify": "dalle_fast.verify",
     "info": "dalle_fast.info",
 }
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows defaults, but not "(default: None)" or that of a switch."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=module.__doc__.partition("\n")[0],
             description=module.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)

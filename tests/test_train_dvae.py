@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dalle_fast import checkpoint, cli
-from dalle_fast.commands import train_dvae
+from dalle_fast.commands import train_dvae, training
 from dalle_fast.data import open_source
 from dalle_fast.nn.dvae import LIKELIHOODS
 from dalle_fast.training.loop import PRECISIONS
@@ -138,7 +138,7 @@ def test_sigterm_saves_exits_with_143_and_resume_goes_on(tmp_path):
 
 def test_choices_are_those_of_the_library():
     """They are written again in the command, which does without torch until it runs."""
-    assert train_dvae.LIKELIHOODS == LIKELIHOODS and train_dvae.PRECISIONS == PRECISIONS
+    assert train_dvae.LIKELIHOODS == LIKELIHOODS and training.PRECISIONS == PRECISIONS
 
 
 def test_help_shows_every_preset(capsys):

@@ -64,7 +64,7 @@ def batches(
     seed, start = check_count("seed", seed, minimum=0), check_count("start", start, minimum=0)
     if len(source) == 0:
         raise ValueError(f"source {source.name} must have pictures, got none")
-    order = _shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
+    order = shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
     loader = torch.utils.data.DataLoader(
         _Loading(source, image_size, seed, train, flip),
         batch_sampler=order,
@@ -115,8 +115,8 @@ def _collate(examples):
     return Batch(images, list(captions), list(indices)), [entry for entries in looked for entry in entries]
 
 
-def _shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of every batch from `start` on: the epochs' orders, one behind the other, cut into batches."""
+def shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of every batch from `start` on, without end: the epochs' orders, one behind the other, cut into batches."""
     epoch, order = -1, None
     position = start * batch_size
     while True:

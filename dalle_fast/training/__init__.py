@@ -6,6 +6,8 @@ Nothing is imported before it is used.
 import importlib
 
 _HOMES = {
+    "DALLEObjective": "stage2",
+    "DALLERecipe": "recipes",
     "DVAEObjective": "stage1",
     "DVAERecipe": "recipes",
     "LoopSettings": "loop",

@@ -144,10 +144,7 @@ def train(
     """
     out = Path(out)
     run = _Run(objective, out, settings)
-    found = checkpoint.latest(out / checkpoint.CHECKPOINTS)
-    if found and not resume:
-        raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
-    if found:
+    if check_folder(out, resume=resume):
         run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
     out.mkdir(parents=True, exist_ok=True)
     with (
@@ -158,6 +155,18 @@ def train(
         if run.step < settings.steps:
             return TrainResult(run.step, stop.received, {})
         return TrainResult(run.step, None, run.finish())
+
+
+def check_folder(out, *, resume: bool) -> bool:
+    """Whether there is a run in `out` to go on with.
+
+    Raises:
+        TrainingError: there is one, and `resume` is False.
+    """
+    found = checkpoint.latest(Path(out) / checkpoint.CHECKPOINTS)
+    if found and not resume:
+        raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
+    return found is not None
 
 
 class _Run:

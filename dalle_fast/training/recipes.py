@@ -35,18 +35,9 @@ class DVAERecipe:
     clip: float = _field(1.0, "largest norm of the gradient, 0 for any")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "tau"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        for name in ("final_learning_rate", "beta", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate_share", "warmup_share", "beta_share", "tau_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
+        _check(self, positive_integers=("steps", "batch_size"), positive=("learning_rate", "tau"))
+        _check(self, not_negative=("final_learning_rate", "beta", "weight_decay", "clip"))
+        _check(self, shares=("learning_rate_share", "warmup_share", "beta_share", "tau_share"))
 
     def learning_rate_at(self, step: int) -> float:
         steps = self.learning_rate_share * self.steps
@@ -58,6 +49,51 @@ class DVAERecipe:
 
     def tau_at(self, step: int) -> float:
         return cosine(step, start=1.0, end=self.tau, steps=self.tau_share * self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class DALLERecipe:
+    """How a `DALLE` is trained: `help` of each field says what it is; see `dalle-fast train-dalle --help`.
+
+    A share is that of `steps`. The defaults are the paper's, but for the learning rate: there it is halved whenever the
+    loss stands still, here it falls in a cosine, so that it is a function of the step alone.
+    """
+
+    steps: int = _field(430_000, "updates in all; the schedule scales with them")
+    batch_size: int = _field(1024, "pictures with their captions in one update")
+    learning_rate: float = _field(4.5e-4, "AdamW's, after the warm-up")
+    final_learning_rate: float = _field(4.5e-5, "at the end of its cosine, which is the end of training")
+    warmup_share: float = _field(5_000 / 430_000, "share of the steps in which the learning rate rises first")
+    weight_decay: float = _field(4.5e-2, "of matrices; gains, biases and embeddings do not decay")
+    clip: float = _field(4.0, "largest norm of the gradient, 0 for any")
+    ema_decay: float = _field(0.99, "of the averaged weights")
+    ema_every: int = _field(25, "updates between two of the average")
+    bpe_dropout: float = _field(0.1, "share of the tokenizer's merges that are left out, another one each time")
+    caption_dropout: float = _field(0.0, "share of the captions that are hidden, for classifier-free guidance")
+
+    def __post_init__(self):
+        _check(self, positive_integers=("steps", "batch_size", "ema_every"), positive=("learning_rate",))
+        _check(self, not_negative=("final_learning_rate", "weight_decay", "clip"))
+        _check(self, shares=("warmup_share", "ema_decay", "bpe_dropout", "caption_dropout"))
+
+    def learning_rate_at(self, step: int) -> float:
+        rate = cosine(step, start=self.learning_rate, end=self.final_learning_rate, steps=self.steps)
+        return rate * warmup(step, steps=self.warmup_share * self.steps)
+
+
+def _check(recipe, *, positive_integers=(), positive=(), not_negative=(), shares=()):
+    for name in positive_integers:
+        if not isinstance(getattr(recipe, name), int) or getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be a positive integer, got {getattr(recipe, name)!r}")
+    for name in positive:
+        if not 0 < getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {getattr(recipe, name)!r}")
+    for name in not_negative:
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} must be a number from 0, got {getattr(recipe, name)!r}")
+    for name in shares:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {getattr(recipe, name)!r}")
 
 
 # Of the presets of `DiscreteVAE`. "openai" is the paper's; the others train in fewer steps, at larger rates.
@@ -75,5 +111,22 @@ RECIPES = {
         beta=1.0,
         beta_share=0.5,
         tau_share=0.7,
+    ),
+}
+
+# Of the presets of `DALLE`. "12b" is the paper's; the others train in fewer steps, at larger rates.
+DALLE_RECIPES = {
+    "12b": DALLERecipe(),
+    "1b": DALLERecipe(steps=300_000, batch_size=512, caption_dropout=0.1),
+    "medium": DALLERecipe(steps=200_000, batch_size=256, caption_dropout=0.1),
+    "small": DALLERecipe(steps=100_000, batch_size=128, learning_rate=6e-4, caption_dropout=0.1),
+    "tiny": DALLERecipe(
+        steps=4000,
+        batch_size=64,
+        learning_rate=2e-3,
+        final_learning_rate=2e-5,
+        warmup_share=0.03,
+        ema_every=1,
+        caption_dropout=0.1,
     ),
 }

@@ -1,0 +1,192 @@
+"""Draw pictures of captions, or complete a picture."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from dalle_fast.commands import training
+from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
+from dalle_fast.errors import UserError
+
+
+def add_arguments(parser) -> None:
+    what = parser.add_argument_group("what is drawn")
+    what.add_argument("caption", nargs="*", help="a caption, in quotes; several: a row of pictures for each")
+    what.add_argument("--captions", metavar="FILE", help="more captions, one a line")
+    what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each caption")
+    what.add_argument("--out", required=True, metavar="PATH", help="a picture of all; or a folder, for a file of each")
+    what.add_argument("--complete", metavar="IMAGE", help="draw what is missing below the first rows of this picture")
+    what.add_argument("--keep-rows", type=int, metavar="N", help="rows of codes that are kept of it (default: half)")
+    who = parser.add_argument_group("who draws")
+    who.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dalle")
+    who.add_argument("--dvae", metavar="DIR", help="folder of another run of train-dvae (default: the model's own)")
+    who.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
+    who.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at once, at most")
+    how = parser.add_argument_group("how")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely codes")
+    how.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely codes")
+    how.add_argument("--top-p", type=float, metavar="P", help="sample among those whose probabilities add up to P")
+    how.add_argument("--guidance", type=float, metavar="X", help="above 1: closer to the caption, at twice the work")
+    how.add_argument("--seed", type=int, metavar="N", help="from 0 to 2^20 - 1 (default: another one each time)")
+    how.add_argument("--best-of", type=int, metavar="M", help="draw M of each caption and keep the best --num-images")
+    how.add_argument(
+        "--score",
+        metavar="MODULE:FUNCTION",
+        help="what is best: called with pictures (M, 3, H, W) from 0 to 1 and their caption, returns M numbers",
+    )
+    how.add_argument("--truncate", action="store_true", help="cut captions that are too long, instead of refusing them")
+    parser.epilog = "--complete with --keep-rows gives the model the top of a picture; without captions it has none."
+
+
+def run(arguments) -> int:
+    import torch
+
+    from dalle_fast import sampling
+    from dalle_fast.training.stage1 import to_uint8
+
+    captions = _captions(arguments)
+    if arguments.num_images < 1:
+        raise UserError(f"--num-images must be at least 1, got {arguments.num_images}")
+    if (arguments.best_of is None) != (arguments.score is None):
+        raise UserError("--best-of and --score must be given together: how many are drawn, and what is best")
+    if arguments.keep_rows is not None and arguments.complete is None:
+        raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
+    score = None if arguments.score is None else _function(arguments.score)
+    dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=training.device(arguments.device))
+    try:
+        codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
+        drawn = sampling.draw(
+            dalle,
+            dvae,
+            tokenizer,
+            captions,
+            num_images=arguments.best_of or arguments.num_images,
+            score=score,
+            keep=arguments.num_images,
+            batch_size=arguments.batch_size,
+            truncate=arguments.truncate,
+            codes=codes,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            guidance=arguments.guidance,
+            progress=sys.stderr.isatty(),
+        )
+    except (ValueError, TypeError, torch.OutOfMemoryError) as error:
+        raise UserError(str(error)) from error
+    for path in write([to_uint8(row) for row in drawn], arguments.out):
+        print(path)
+    return 0
+
+
+def load_parts(folder, *, dvae=None, device="cpu"):
+    """What draws: the `DALLE`, the `DiscreteVAE` and the `Tokenizer` of a run of train-dalle, finished or not.
+
+    Args:
+        dvae: folder of another VAE than the run's own.
+
+    Raises:
+        UserError: one of them is not there, or they do not fit each other.
+    """
+    from dalle_fast import checkpoint, sampling
+    from dalle_fast.data.text import Tokenizer
+
+    folder = Path(folder)
+    dalle = checkpoint.load_model(folder, kind="DALLE", device=device)
+    own = dvae is None
+    if own and not (folder / DVAE).is_dir():
+        raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one with --dvae")
+    dvae = checkpoint.load_model(folder / DVAE if own else dvae, kind="DiscreteVAE", device=device)
+    try:
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        sampling.check_fit(dalle, dvae, tokenizer)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    return dalle, dvae, tokenizer
+
+
+def write(rows, path) -> list[str]:
+    """Write pictures: rows of arrays (N, S, S, 3) uint8. A folder, or a path that ends like one, gets a file of each.
+
+    A picture alone keeps its size; several become one picture, in which small ones are enlarged.
+
+    Returns:
+        The paths.
+    """
+    from PIL import Image
+
+    from dalle_fast.training.pictures import picture_grid
+
+    if os.path.isdir(path) or str(path).endswith(os.sep):
+        pictures = {
+            os.path.join(path, f"{row:04d}-{number:04d}.png"): picture
+            for row, of_caption in enumerate(rows)
+            for number, picture in enumerate(of_caption)
+        }
+    else:
+        pictures = {str(path): rows[0][0] if len(rows) == len(rows[0]) == 1 else picture_grid(rows)}
+    for name, picture in pictures.items():
+        try:
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+            Image.fromarray(picture).save(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write {name}: {error}") from error
+    return list(pictures)
+
+
+def _captions(arguments) -> list[str]:
+    captions = list(arguments.caption)
+    if arguments.captions is not None:
+        try:
+            lines = Path(arguments.captions).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read captions from {arguments.captions}: {error}") from error
+        captions += [line.strip() for line in lines if line.strip()]
+    if not captions and arguments.complete is not None:
+        return [""]
+    if not captions:
+        raise UserError("a caption is needed, as an argument or from --captions FILE with one a line")
+    return captions
+
+
+def _function(name):
+    module_name, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        found = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--score {name} must be MODULE:FUNCTION: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise UserError(f"--score {name} must be a function, got {type(found).__name__}")
+    return found
+
+
+def _first_rows(dvae, arguments, count):
+    """The codes (count, rows, w) of the first rows of the picture to complete."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    size, rows = dvae.config.image_size, arguments.keep_rows
+    rows = dvae.config.grid // 2 if rows is None else rows
+    if not 1 <= rows < dvae.config.grid:
+        raise UserError(
+            f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}"
+        )
+    try:
+        with Image.open(arguments.complete) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"cannot read {arguments.complete}: {error}") from error
+    if pixels.shape[:2] != (size, size):
+        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the model's pictures have {size} x {size}"
+        raise UserError(f"{arguments.complete} has {sizes}")
+    device = next(dvae.parameters()).device
+    images = torch.from_numpy(pixels).movedim(-1, 0)[None].to(device).float() / 255
+    return dvae.encode(images)[:, :rows].repeat(count, 1, 1)

@@ -1,0 +1,141 @@
+"""Train the transformer over captions and image codes, stage 2.
+
+The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
+copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C it saves
+first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dalle_fast.commands import training
+from dalle_fast.training.recipes import DALLE_RECIPES
+
+DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
+VALIDATION = 1000  # at most, of the validation pictures
+
+
+def add_arguments(parser) -> None:
+    run = parser.add_argument_group("the run")
+    training.add_run_arguments(run, DALLE_RECIPES)
+    run.add_argument("--dvae", required=True, metavar="DIR", help="folder of a run of train-dvae")
+    run.add_argument("--tokenizer", metavar="FILE", help="of captions; without one it is trained on the data's")
+    run.add_argument("--truncate", action="store_true", help="cut captions that are too long, instead of refusing them")
+    run.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="pictures that become codes, at first; more than there are become further crops (default: all there are)",
+    )
+    run.add_argument("--codes", metavar="DIR", help="where codes are kept (default: in the run's folder)")
+    _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's, or the VAE's"))
+    recipe = parser.add_argument_group("the recipe; what is not given is the preset's")
+    training.add_recipe_arguments(recipe, DALLE_RECIPES)
+    training.add_loop_arguments(parser.add_argument_group("the loop"))
+
+
+def _add_model_arguments(group) -> None:
+    def add(flag, help, **keywords):  # a flag that is not given is no attribute
+        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **keywords)
+
+    add("--vocab-size", "tokens at most of a tokenizer that is trained", type=int, metavar="N")
+    add("--text-len", "tokens of the longest caption", type=int, metavar="N")
+    add("--layers", "of the transformer", type=int, metavar="N")
+    add("--width", "of the transformer", type=int, metavar="N")
+    add("--num-heads", "of attention", type=int, metavar="N")
+    add("--head-dim", "size of a head", type=int, metavar="N")
+    add("--kernel-size", "of convolutional attention", type=int, metavar="N")
+    add("--text-weight", "of the text's loss; the image's has the rest of 1", type=float, metavar="X")
+    add("--hide-padding", "hide padding from attention, instead of learning it", action="store_true")
+    group.add_argument("--activation-checkpointing", action="store_true", help="trade time for memory")
+
+
+def run(arguments) -> int:
+    then = f'dalle-fast generate "a caption" --model {arguments.out} --out FILE.png'
+    return training.run_training(
+        make_objective,
+        arguments,
+        then,
+        ema_decay=lambda recipe: recipe.ema_decay,
+        ema_every=lambda recipe: recipe.ema_every,
+    )
+
+
+def make_objective(arguments):
+    """The `DALLEObjective` of the flags; tokenizer, codes and a copy of the VAE are in the run's folder afterwards.
+
+    Raises:
+        ValueError: a flag's value that the model, the recipe or the data refuse.
+        UserError: a folder or file that is not what the flag needs.
+    """
+    from dalle_fast import checkpoint
+    from dalle_fast.data import open_source
+    from dalle_fast.nn import dalle
+    from dalle_fast.training.codes import encode_source
+    from dalle_fast.training.loop import check_folder
+    from dalle_fast.training.stage2 import DALLEObjective
+
+    given, out = vars(arguments), Path(arguments.out)
+    check_folder(out, resume=arguments.resume)
+    recipe = training.replaced(DALLE_RECIPES[arguments.preset], given)
+    preset = training.replaced(dalle.PRESETS[arguments.preset], given)
+    device = training.device(arguments.device)
+    dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
+    sources = {
+        split: open_source(
+            arguments.data, image_size=dvae.config.image_size, split=split, seed=arguments.seed, require_captions=True
+        )
+        for split in ("train", "validation")
+    }
+    counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
+    encoded = {
+        split: encode_source(
+            dvae,
+            source,
+            folder=arguments.codes or out / CODES,
+            split=split,
+            count=counts[split],
+            seed=arguments.seed,
+            workers=arguments.workers,
+        )
+        for split, source in sources.items()
+    }
+    tokenizer = _tokenizer(arguments, out, encoded["train"].captions, preset.vocab_size)
+    config = training.replaced(
+        preset,
+        {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
+    )
+    objective = DALLEObjective(
+        config,
+        recipe,
+        dvae,
+        tokenizer,
+        encoded["train"],
+        encoded["validation"],
+        seed=arguments.seed,
+        truncate=arguments.truncate,
+        device=device,
+        activation_checkpointing=arguments.activation_checkpointing,
+    )
+    (out / DVAE).mkdir(parents=True, exist_ok=True)
+    checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
+    (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
+    return objective
+
+
+def _tokenizer(arguments, out, captions, vocab_size):
+    """The one of the flag, or of the run that goes on, or a new one; in the run's folder afterwards."""
+    from dalle_fast.data.text import Tokenizer
+
+    path = Path(arguments.tokenizer or out / TOKENIZER)
+    if arguments.tokenizer or (arguments.resume and path.exists()):
+        tokenizer = Tokenizer.load(path)
+    else:
+        tokenizer = Tokenizer.train(captions, vocab_size)
+        print(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions", file=sys.stderr)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / TOKENIZER)
+    return tokenizer

@@ -1,0 +1,107 @@
+"""What the commands that train have in common: flags of the recipe and of the loop, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from dalle_fast.errors import UserError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def add_run_arguments(group, presets) -> None:
+    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
+    group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    group.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in DIR")
+    group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random: weights, noise, order")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 on a GPU that has it")
+    group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
+
+
+def add_recipe_arguments(group, recipes) -> None:
+    """A flag for each field of the recipes' class; one that is not given is no attribute of the arguments."""
+    for field in dataclasses.fields(next(iter(recipes.values()))):
+        kind = type(field.default)
+        form = "," if kind is int else ".4g"
+        defaults = ", ".join(f"{preset} {getattr(recipe, field.name):{form}}" for preset, recipe in recipes.items())
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kind,
+            metavar="N" if kind is int else "X",
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} (default: {defaults})",
+        )
+
+
+def add_loop_arguments(group) -> None:
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--max-skipped", type=int, default=20, metavar="N", help="non-finite steps in a row to skip")
+    group.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between two lines of the log")
+    group.add_argument("--picture-every", type=int, default=500, metavar="N", help="steps between two pictures")
+    group.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="steps between two evaluations")
+    group.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps between two checkpoints")
+    group.add_argument("--tensorboard", action=switch, default=True, help="write files for TensorBoard")
+
+
+def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
+    """Train, and say how it ended: the command's exit status.
+
+    Args:
+        make_objective: of the arguments; what it refuses is the user's to put right.
+        then: what can be done with the model.
+        loop_settings: those that `add_loop_arguments` does not have, as functions of the objective's recipe.
+    """
+    from dalle_fast.training import LoopSettings, train
+
+    try:
+        objective = make_objective(arguments)
+        settings = LoopSettings(
+            steps=objective.recipe.steps,
+            clip=objective.recipe.clip,
+            precision=arguments.precision,
+            max_skipped=arguments.max_skipped,
+            log_every=arguments.log_every,
+            picture_every=arguments.picture_every,
+            evaluate_every=arguments.evaluate_every,
+            checkpoint_every=arguments.checkpoint_every,
+            **{name: value(objective.recipe) for name, value in loop_settings.items()},
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+    try:
+        result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
+    except OSError as error:
+        raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+    if result.signal is not None:
+        print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
+        return 128 + result.signal
+    print(json.dumps(result.evaluation, indent=1))
+    print(f"try: {then}")
+    return 0
+
+
+def replaced(preset, given: dict):
+    """A preset with the fields that were given."""
+    fields = {field.name for field in dataclasses.fields(preset)}
+    return dataclasses.replace(preset, **{name: value for name, value in given.items() if name in fields})
+
+
+def device(name: str):
+    """The torch.device of a flag.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)

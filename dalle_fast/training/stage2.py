@@ -1,0 +1,165 @@
+"""Stage 2: the objective of the transformer over captions and image codes (Ramesh et al. 2021, appendix B).
+
+The discrete VAE is frozen: of every picture only its codes are seen, computed once (see `dalle_fast.training.codes`).
+
+B batch, N examples, T text positions, G image positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+from dalle_fast import sampling
+from dalle_fast.checkpoint import config_to_json
+from dalle_fast.data.loading import shuffled
+from dalle_fast.data.source import generator
+from dalle_fast.nn import functional as F
+from dalle_fast.nn.dalle import DALLE, DALLEConfig
+from dalle_fast.training import random_state
+from dalle_fast.training.codes import Encoded
+from dalle_fast.training.pictures import picture_grid
+from dalle_fast.training.recipes import DALLERecipe
+from dalle_fast.training.stage1 import to_uint8
+
+EVALUATED = 64  # examples at once
+SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
+LONGER = 4  # BPE dropout may make a caption longer than T; looked at are up to this many T
+_BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
+
+
+class TokenBatch(NamedTuple):
+    """text (B, T), text_lengths (B,) and codes (B, G), all int64."""
+
+    text: torch.Tensor
+    text_lengths: torch.Tensor
+    codes: torch.Tensor
+
+
+class DALLEObjective:
+    """What the loop needs to train a `DALLE`; see `dalle_fast.training.Objective`.
+
+    Args:
+        config: of the model, whose weights are drawn from `seed`.
+        recipe: see `DALLERecipe`.
+        dvae, tokenizer: what made the codes, and what cuts the captions.
+        train, validation: see `Encoded`. Of validation captions the first few are drawn while training.
+        seed: of weights, order and dropout, from 0 to 2^20 - 1.
+        truncate: cut captions longer than T instead of refusing them.
+        device: of the model. activation_checkpointing: as of `DALLE`.
+
+    Raises:
+        ValueError: dVAE or tokenizer do not fit the model; a caption that is too long; a wrong seed.
+    """
+
+    def __init__(
+        self,
+        config: DALLEConfig,
+        recipe: DALLERecipe,
+        dvae,
+        tokenizer,
+        train: Encoded,
+        validation: Encoded,
+        *,
+        seed=0,
+        truncate=False,
+        device="cpu",
+        activation_checkpointing=False,
+    ):
+        F.noise_seed(seed)  # refuses what is out of range
+        self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
+        self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
+        self.device = torch.device(device)
+        random_state.seed(seed)
+        self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
+        sampling.check_fit(self.model, dvae, tokenizer)
+        self.validation_text = self._encode(validation.captions)
+        self._encode(sorted(set(train.captions)))  # refuses a caption that is too long now, not when its turn comes
+        self.shown = list(dict.fromkeys(validation.captions))[:SHOWN]
+        self.examples_per_step = recipe.batch_size
+        self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
+        self.settings = {
+            "stage": 2,
+            **{f"model.{name}": _plain(value) for name, value in config_to_json(config).items()},
+            **dataclasses.asdict(recipe),
+            "seed": seed,
+            "truncate": truncate,
+            "tokenizer": hashlib.sha256(self.validation_text[0].numpy().tobytes()).hexdigest(),
+            **{f"codes.{name}": value for name, value in train.key.items()},
+        }
+
+    def parameter_groups(self):
+        return self.model.decay_groups(self.recipe.weight_decay)
+
+    def learning_rate(self, step):
+        return self.recipe.learning_rate_at(step)
+
+    def batches(self, start):
+        for step, keys in enumerate(shuffled(len(self.train.codes), self.recipe.batch_size, self.seed, start), start):
+            indices = [index for _, index in keys]
+            text, lengths = self._with_dropout([self.train.captions[index] for index in indices], step)
+            yield self._batch(text, lengths, self.train.codes[indices])
+
+    def loss(self, batch, step):
+        out = self.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
+        return out.loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        """Losses of the validation examples, in nats per token of text and of image."""
+        (text, lengths), codes = self.validation_text, self.validation.codes
+        text_total = image_total = 0.0
+        for first in range(0, len(codes), EVALUATED):
+            part = slice(first, first + EVALUATED)
+            batch = self._batch(text[part], lengths[part], codes[part])
+            out = model(batch.text, batch.codes, text_lengths=batch.text_lengths)
+            text_total += out.text_loss.item() * int(lengths[part].sum())
+            image_total += out.image_loss.item() * len(batch.codes)
+        return {
+            "examples": len(codes),
+            "text_loss": text_total / max(1, int(lengths.sum())),
+            "image_loss": image_total / len(codes),
+        }
+
+    @torch.no_grad()
+    def pictures(self, model):
+        """A row of pictures for each of the first validation captions, always with the same noise."""
+        drawn = sampling.draw(
+            model,
+            self.dvae,
+            self.tokenizer,
+            self.shown,
+            num_images=SHOWN_OF_EACH,
+            truncate=self.truncate,
+            seed=self.seed,
+        )
+        return {"samples": picture_grid([to_uint8(row) for row in drawn])}
+
+    def _with_dropout(self, captions, step):
+        """Captions as training sees them: with BPE dropout, and some of them hidden."""
+        text, lengths = self._encode(captions)
+        if self.recipe.bpe_dropout:
+            T = self.config.text_len
+            words = generator(self.seed, _BPE, step).integers(1 << 63)
+            longer, longer_lengths = self.tokenizer.encode(
+                captions, LONGER * T, dropout=self.recipe.bpe_dropout, seed=int(words), truncate=True
+            )
+            fits = longer_lengths <= T  # what no longer fits is left as it was
+            text = torch.where(fits[:, None], longer[:, :T], text)
+            lengths = torch.where(fits, longer_lengths, lengths)
+        hidden = generator(self.seed, _HIDE, step).random(len(captions)) < self.recipe.caption_dropout
+        return text, lengths.masked_fill(torch.from_numpy(hidden), 0)
+
+    def _encode(self, captions):
+        return self.tokenizer.encode(captions, self.config.text_len, truncate=self.truncate)
+
+    def _batch(self, text, lengths, codes):
+        return TokenBatch(*(x.to(self.device, torch.int64, non_blocking=True) for x in (text, lengths, codes)))
+
+
+def _plain(value):
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

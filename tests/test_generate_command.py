@@ -1,0 +1,184 @@
+"""The command generate: from a caption to a file, and errors of one line."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dalle_fast.nn as fnn
+from dalle_fast import checkpoint, cli, sampling
+from dalle_fast.commands.generate import load_parts
+from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
+from dalle_fast.data import Tokenizer
+from dalle_fast.training.stage1 import to_uint8
+
+S = 16
+VAE = fnn.DVAEConfig(image_size=S, downsampling=4, num_codes=12, embedding_dim=4, hidden=4, blocks_per_group=1)
+SMALL = fnn.DALLEConfig(
+    vocab_size=300, text_len=12, num_codes=12, grid=4, layers=2, width=16, num_heads=2, head_dim=8, kernel_size=3
+)
+CAPTION, OTHER = "a red circle", "a blue cross"
+
+
+def make(kind, config, seed=0):
+    """With weights so large that captions and codes make a difference."""
+    torch.manual_seed(seed)
+    model = kind(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a run, as train-dalle leaves it, of an untrained model."""
+    folder = tmp_path_factory.mktemp("runs") / "dalle"
+    (folder / DVAE).mkdir(parents=True)
+    checkpoint.export(folder / checkpoint.MODEL, make(fnn.DALLE, SMALL))
+    checkpoint.export(folder / DVAE / checkpoint.MODEL, make(fnn.DiscreteVAE, VAE))
+    Tokenizer.train([CAPTION, OTHER, "a green square on a white background"], 300).save(folder / TOKENIZER)
+    return folder
+
+
+@pytest.fixture
+def generate(model, tmp_path):
+    """generate(*arguments): the status, and the picture that was drawn."""
+
+    def generate(*arguments, out=tmp_path / "out.png"):
+        flags = ["generate", "--model", model, "--out", out, "--seed", "3", "--device", "cpu", *arguments]
+        status = cli.main([str(flag) for flag in flags])
+        return np.asarray(Image.open(out)) if status == 0 and out.is_file() else status
+
+    return generate
+
+
+def drawn(model, captions=(CAPTION,), **options):
+    """The same by the library, (P, N, S, S, 3) uint8."""
+    pictures = sampling.draw(*load_parts(model), captions, seed=3, **options)
+    return np.stack([to_uint8(row) for row in pictures])
+
+
+def test_one_picture_keeps_its_size(generate, model, capsys):
+    picture = generate(CAPTION)
+    assert np.array_equal(picture, drawn(model)[0, 0])
+    assert capsys.readouterr().out.strip().endswith("out.png")
+    assert not np.array_equal(picture, generate(OTHER))
+
+
+def test_several_become_one_picture_with_a_row_for_each_caption(generate, model):
+    grid = generate(CAPTION, OTHER, "--num-images", "3")
+    expected = drawn(model, (CAPTION, OTHER), num_images=3)
+    factor, gap = 96 // S, 2
+    assert grid.shape == (2 * (96 + gap) + gap, 3 * (96 + gap) + gap, 3)
+    for row in range(2):
+        for column in range(3):
+            top, left = gap + row * (96 + gap), gap + column * (96 + gap)
+            assert np.array_equal(grid[top : top + 96 : factor, left : left + 96 : factor], expected[row, column])
+
+
+def test_a_folder_gets_a_file_of_each_and_captions_come_from_a_file(generate, model, tmp_path):
+    (tmp_path / "captions.txt").write_text(f"\n{OTHER}\n  {CAPTION} \n\n")
+    generate(CAPTION, "--captions", tmp_path / "captions.txt", "--num-images", "2", out=tmp_path / "pictures")
+    assert (tmp_path / "pictures").is_file() is False
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [f"{row:04d}-{number:04d}.png" for row in range(3) for number in range(2)]
+    expected = drawn(model, (CAPTION, OTHER, CAPTION), num_images=2)
+    for name, picture in zip(names, expected.reshape(6, S, S, 3)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / name)), picture)
+
+
+def test_flags_of_sampling_reach_the_model(generate, model):
+    flags = ["--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--guidance", "2"]
+    picture = generate(CAPTION, *flags)
+    assert np.array_equal(picture, drawn(model, temperature=0.7, top_k=5, top_p=0.9, guidance=2.0)[0, 0])
+    assert not np.array_equal(picture, drawn(model)[0, 0])
+
+
+def test_an_image_does_not_depend_on_the_batch(generate):
+    whole = generate(CAPTION, "--num-images", "5")
+    assert np.array_equal(generate(CAPTION, "--num-images", "5", "--batch-size", "2"), whole)
+
+
+def test_the_best_of_many(generate, model, tmp_path, monkeypatch):
+    (tmp_path / "scores.py").write_text("def dark(images, caption):\n    return -images.mean((1, 2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scores", raising=False)
+    picture = generate(CAPTION, "--best-of", "6", "--score", "scores:dark")
+    means = drawn(model, num_images=6)[0].mean((1, 2, 3))
+    assert picture.mean() == means.min() < means.max()
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_completing_keeps_the_codes_of_the_first_rows(generate, model, tmp_path, rows):
+    picture = np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "top.png")
+    flags = [] if rows is None else ["--keep-rows", rows]
+    completed = generate(CAPTION, "--complete", tmp_path / "top.png", *flags)
+    _, dvae, _ = load_parts(model)
+    codes = dvae.encode(torch.from_numpy(picture).movedim(-1, 0)[None].float() / 255)[:, : rows or 2]
+    assert np.array_equal(completed, drawn(model, codes=codes)[0, 0])
+    assert generate("--complete", tmp_path / "top.png", *flags).shape == (S, S, 3)  # without a caption
+
+
+def test_another_vae_can_be_named(generate, tmp_path):
+    (tmp_path / "vae").mkdir()
+    checkpoint.export(tmp_path / "vae" / checkpoint.MODEL, make(fnn.DiscreteVAE, VAE, seed=1))
+    assert not np.array_equal(generate(CAPTION, "--dvae", tmp_path / "vae"), generate(CAPTION))
+
+
+def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, capsys):
+    for name, config in {
+        "codes": fnn.DVAEConfig(**{**vars(VAE), "num_codes": 13}),
+        "grid": fnn.DVAEConfig(**{**vars(VAE), "image_size": 24}),
+    }.items():
+        (tmp_path / name).mkdir()
+        checkpoint.export(tmp_path / name / checkpoint.MODEL, make(fnn.DiscreteVAE, config))
+    Image.new("RGB", (20, 24)).save(tmp_path / "large.png")
+    Image.new("RGB", (S, S)).save(tmp_path / "right.png")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "text.json").write_text("{}")
+    cases = {
+        (): ["a caption is needed"],
+        (CAPTION, "--num-images", 0): ["--num-images must be at least 1, got 0"],
+        ("a b c d e f g h i j k l m n o p",): ["at most text_len 12 tokens, got", "'a b c"],
+        (CAPTION, "--dvae", tmp_path / "codes"): ["the dVAE has 13 codes, the transformer takes 12"],
+        (CAPTION, "--dvae", tmp_path / "grid"): ["6 x 6 codes, the transformer takes 4 x 4"],
+        (CAPTION, "--dvae", model): ["holds a DALLE, expected a DiscreteVAE"],
+        (CAPTION, "--model", model / DVAE): ["holds a DiscreteVAE, expected a DALLE"],
+        (CAPTION, "--model", tmp_path / "none"): ["none holds no model"],
+        (CAPTION, "--top-p", 0): ["top_p must be in (0, 1], got 0.0"],
+        (CAPTION, "--top-p", 1.5): ["top_p must be in (0, 1], got 1.5"],
+        (CAPTION, "--top-k", 13): ["top_k must be an integer from 1 to 12, the model's codes, got 13"],
+        (CAPTION, "--temperature", -1): ["temperature must be at least 0, got -1.0"],
+        (CAPTION, "--temperature", "nan"): ["temperature", "nan"],
+        (CAPTION, "--seed", -1): ["seed", "-1"],
+        (CAPTION, "--batch-size", 0): ["batch_size must be at least 1, got 0"],
+        (CAPTION, "--complete", tmp_path / "large.png"): ["20 x 24 pixels", "16 x 16"],
+        (CAPTION, "--complete", tmp_path / "empty.txt"): ["cannot read", "empty.txt"],
+        (CAPTION, "--complete", tmp_path / "right.png", "--keep-rows", 4): ["from 1 to 3", "4 rows", "got 4"],
+        (CAPTION, "--keep-rows", 2): ["--keep-rows needs --complete"],
+        (CAPTION, "--best-of", 3): ["--best-of and --score"],
+        (CAPTION, "--best-of", 3, "--score", "nowhere:x"): ["nowhere"],
+        (CAPTION, "--best-of", 1, "--num-images", 2, "--score", "math:fsum"): ["keep must be from 1 to 1", "got 2"],
+        ("--captions", tmp_path / "missing.txt"): ["cannot read captions", "missing.txt"],
+        ("--captions", tmp_path / "empty.txt"): ["a caption is needed"],
+    }
+    for arguments, words in cases.items():
+        assert generate(*arguments) == 2, arguments
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("dalle-fast: error: ")
+        for word in words:
+            assert word in line, (arguments, line)
+    assert generate(CAPTION, out=tmp_path / "nothing.xyz") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_parts_that_are_missing(model, tmp_path, capsys):
+    checkpoint.export(tmp_path / checkpoint.MODEL, checkpoint.load_model(model))
+    arguments = ["generate", CAPTION, "--model", str(tmp_path), "--out", str(tmp_path / "x.png"), "--device", "cpu"]
+    assert cli.main(arguments) == 2
+    assert "has no folder 'dvae'" in capsys.readouterr().err
+    assert cli.main([*arguments, "--dvae", str(model / DVAE)]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err

@@ -1,0 +1,422 @@
+"""Stage 2: codes that are computed once, the objective, resuming bit for bit, and the command train-dalle."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import dalle_fast.nn as fnn
+from dalle_fast import checkpoint, cli
+from dalle_fast.checkpoint import CheckpointError
+from dalle_fast.commands import train_dalle
+from dalle_fast.data import Example, Tokenizer, open_source
+from dalle_fast.nn import dalle
+from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, stage2, train
+from dalle_fast.training.codes import encode_source
+from dalle_fast.training.recipes import DALLE_RECIPES
+
+VAE = fnn.DVAEConfig(image_size=16, downsampling=4, num_codes=12, embedding_dim=4, hidden=4, blocks_per_group=1)
+SMALL = fnn.DALLEConfig(
+    vocab_size=300, text_len=30, num_codes=12, grid=4, layers=2, width=16, num_heads=2, head_dim=8, kernel_size=3
+)
+RECIPE = DALLERecipe(
+    steps=12, batch_size=4, learning_rate=1e-2, warmup_share=0.25, ema_decay=0.9, ema_every=2, caption_dropout=0.3
+)
+QUIET = {"tensorboard": False, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
+    yield
+    torch.set_num_threads(before)
+
+
+class FewShapes(NamedTuple):
+    """A source of a handful of scenes."""
+
+    source: object
+    size: int
+    crop: bool = False
+    name: str = "shapes"
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return self.source[index]
+
+
+def few(split="train", size=8, image_size=16, **fields):
+    return FewShapes(open_source("shapes", image_size=image_size, split=split), size, **fields)
+
+
+def make_dvae(seed=0):
+    """With weights large enough that its codes differ."""
+    torch.manual_seed(seed)
+    model = fnn.DiscreteVAE(VAE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def dvae():
+    return make_dvae()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([few(size=60)[index].caption for index in range(60)], 300)
+
+
+@pytest.fixture(scope="module")
+def encoded(dvae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    sizes = {"train": 10, "validation": 7}
+    return [encode_source(dvae, few(s, n), folder=folder, split=s, progress=False) for s, n in sizes.items()]
+
+
+@pytest.fixture
+def objective(dvae, tokenizer, encoded):
+    def make(recipe=RECIPE, config=SMALL, dvae=dvae, tokenizer=tokenizer, encoded=encoded, **options):
+        return DALLEObjective(config, recipe, dvae, tokenizer, *encoded, **options)
+
+    return make
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def test_codes_and_captions_are_those_of_the_pictures(dvae, encoded):
+    assert len(set(encoded[0].codes.flatten().tolist())) > 3  # else the comparison says nothing
+    for split, some in zip(("train", "validation"), encoded):
+        source = few(split, len(some.codes))
+        of_caption = {}
+        for image, caption in (source[index] for index in range(len(source))):
+            pixels = torch.from_numpy(image).movedim(-1, 0)[None].float() / 255
+            of_caption[caption] = dvae.encode(pixels).flatten()
+        assert some.codes.dtype == torch.int16 and sorted(some.captions) == sorted(of_caption)
+        for row, caption in zip(some.codes, some.captions):
+            assert torch.equal(row.long(), of_caption[caption])
+    assert encoded[1].captions == [few("validation", 7)[index].caption for index in range(7)]  # in order
+
+
+def forbid(*_, **__):
+    raise AssertionError("the codes were computed again")
+
+
+def test_codes_are_computed_once(dvae, tmp_path, monkeypatch):
+    source = few(size=9)
+    first = encode_source(dvae, source, folder=tmp_path, split="train", progress=False)
+    monkeypatch.setattr(codes, "_encode", forbid)
+    again = encode_source(dvae, source, folder=tmp_path, split="train", progress=False)
+    assert torch.equal(first.codes, again.codes) and first[1:] == again[1:]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Repainted(FewShapes):
+    """The same scenes, but for one pixel."""
+
+    def __getitem__(self, index):
+        image, caption = self.source[index]
+        image = image.copy()
+        image[0, 0] = 7
+        return Example(image, caption)
+
+
+@pytest.mark.parametrize("change", ["dvae", "count", "seed", "split", "length", "pictures"])
+def test_what_was_computed_from_something_else_is_not_taken(dvae, tmp_path, change):
+    keywords = {"folder": tmp_path, "split": "validation", "count": 5, "seed": 1, "progress": False}
+    first = encode_source(dvae, few(size=9), **keywords)
+    source = {"length": few(size=8), "pictures": Repainted(*few(size=9))}.get(change, few(size=9))
+    keywords |= {"count": {"count": 6}, "seed": {"seed": 2}, "split": {"split": "train"}}.get(change, {})
+    second = encode_source(make_dvae(1) if change == "dvae" else dvae, source, **keywords)
+    assert first.key != second.key and len(list(tmp_path.iterdir())) == 2
+    if change == "dvae":
+        assert not torch.equal(first.codes, second.codes)
+
+
+def test_a_damaged_file_is_computed_again(dvae, tmp_path, capsys):
+    first = encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    again = encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    assert torch.equal(first.codes, again.codes) and path.read_bytes() == whole
+    assert "computing the codes again" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(dvae, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_examples_than_pictures_are_further_crops(dvae, tmp_path):
+    """Of a source that can be cropped; a drawn scene stays whole, so that its caption stays true."""
+    large = few(size=5, image_size=48, crop=True)
+    many = encode_source(dvae, large, folder=tmp_path, split="train", count=20, progress=False)
+    assert len(many.codes) == len(many.captions) == 20 and len(set(many.captions)) == 5
+    assert len({(caption, *row) for caption, row in zip(many.captions, many.codes.tolist())}) > 10
+    assert len(encode_source(dvae, few(size=5), folder=tmp_path, split="train", count=20, progress=False).codes) == 5
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_a_function_of_its_step(objective):
+    o = objective()
+    stream = o.batches(0)
+    third = [next(stream) for _ in range(3)][2]
+    for mine, other in zip(third, next(o.batches(2)), strict=True):
+        assert torch.equal(mine, other)
+    assert not torch.equal(third.codes, next(objective(seed=1).batches(2)).codes)
+
+
+def test_a_batch_has_the_examples_codes_and_captions(objective, encoded, tokenizer):
+    """An epoch shows each example once, and of a caption nothing is lost but what is hidden."""
+    o = objective(dataclasses.replace(RECIPE, batch_size=10))
+    batch = next(o.batches(0))
+    known = {tuple(row): caption for row, caption in zip(encoded[0].codes.tolist(), encoded[0].captions)}
+    assert sorted(map(tuple, batch.codes.tolist())) == sorted(known)
+    for row, length, picture in zip(batch.text, batch.text_lengths, batch.codes.tolist()):
+        said = tokenizer.decode(row[:length])
+        assert said == (known[tuple(picture)] if length else "")
+
+
+def test_dropout_of_words_and_of_captions(objective):
+    plain = dataclasses.replace(RECIPE, batch_size=200, bpe_dropout=0.0, caption_dropout=0.0)
+    lengths = {}
+    for name, changes in {"plain": {}, "bpe": {"bpe_dropout": 0.1}, "hidden": {"caption_dropout": 0.3}}.items():
+        stream = objective(dataclasses.replace(plain, **changes)).batches(0)
+        lengths[name] = [next(stream).text_lengths for _ in range(2)]
+    assert all((x > 0).all() for x in lengths["plain"] + lengths["bpe"])
+    assert lengths["bpe"][0].float().mean() > lengths["plain"][0].float().mean() + 1
+    assert lengths["bpe"][0].max() <= SMALL.text_len
+    shares = [(x == 0).float().mean().item() for x in lengths["hidden"]]
+    assert all(0.15 < share < 0.45 for share in shares) and not torch.equal(*[x == 0 for x in lengths["hidden"]])
+
+
+def test_a_caption_that_dropout_makes_too_long_is_left_whole(objective, tokenizer, encoded):
+    longest = int(tokenizer.encode(encoded[0].captions + encoded[1].captions, 99)[1].max())
+    config = dataclasses.replace(SMALL, text_len=longest)
+    o = objective(dataclasses.replace(RECIPE, bpe_dropout=0.9, caption_dropout=0.0, batch_size=10), config)
+    batch = next(o.batches(0))
+    captions = [tokenizer.decode(row[:length]) for row, length in zip(batch.text, batch.text_lengths)]
+    assert sorted(captions) == sorted(encoded[0].captions)
+
+
+def test_captions_too_long_are_refused_or_cut(objective):
+    config = dataclasses.replace(SMALL, text_len=4)
+    with pytest.raises(ValueError, match=r"at most text_len 4 tokens, got \d+: 'a \w+"):
+        objective(config=config)
+    batch = next(objective(config=config, truncate=True).batches(0))
+    assert batch.text.shape[1] == 4 and batch.text_lengths.max() == 4
+
+
+def test_losses_of_the_validation_examples_are_means_over_their_tokens(objective, monkeypatch):
+    o = objective()
+    model = o.model.eval()
+    whole = o.evaluate(model)
+    monkeypatch.setattr(stage2, "EVALUATED", 3)
+    in_parts = o.evaluate(model)
+    assert whole["examples"] == in_parts["examples"] == 7
+    for name in ("text_loss", "image_loss"):
+        assert in_parts[name] == pytest.approx(whole[name], rel=1e-5)
+    text, lengths = o.validation_text
+    logits, _ = model.logits(text, o.validation.codes.long(), text_lengths=lengths)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text, reduction="none")
+    valid = torch.arange(SMALL.text_len) < lengths[:, None]
+    assert whole["text_loss"] == pytest.approx(losses[valid].mean().item(), rel=1e-4)
+
+
+def test_pictures_show_the_first_captions(objective):
+    o = objective()
+    first, again = o.pictures(o.model.eval()), o.pictures(o.model)
+    assert first.keys() == {"samples"} and np.array_equal(first["samples"], again["samples"])
+    cell = 16 * 6 + 2  # pixels of a picture, six times as large, and the gap
+    assert first["samples"].shape == (2 + 6 * cell, 2 + 6 * cell, 3) and len(set(o.shown)) == 6
+
+
+def test_optimizer_and_schedule_are_the_papers(objective):
+    o = objective()
+    decays, others = o.parameter_groups()
+    assert decays["weight_decay"] == 4.5e-2 and others["weight_decay"] == 0
+    names = {id(p): name for name, p in o.model.named_parameters()}
+    assert all("embedding" not in names[id(p)] and p.dim() > 1 for p in decays["params"])
+    assert len(decays["params"]) + len(others["params"]) == len(names)
+    assert o.adamw == {"betas": (0.9, 0.96), "eps": 1e-8}
+    assert [o.learning_rate(step) for step in (0, 1, 2)] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2], rel=0.1)
+    paper = DALLE_RECIPES["12b"]
+    assert (paper.batch_size, paper.clip, paper.ema_decay, paper.ema_every) == (1024, 4.0, 0.99, 25)
+    assert paper.learning_rate_at(5_000) == pytest.approx(4.5e-4, rel=1e-3) and paper.learning_rate_at(0) < 1e-6
+    assert set(DALLE_RECIPES) == set(dalle.PRESETS)
+    for recipe in DALLE_RECIPES.values():
+        assert recipe.learning_rate_at(recipe.steps) == recipe.final_learning_rate
+
+
+def test_it_learns(objective, tmp_path):
+    recipe = dataclasses.replace(RECIPE, steps=60, batch_size=10, bpe_dropout=0.0, caption_dropout=0.0)
+    train(objective(recipe), tmp_path, LoopSettings(steps=60, log_every=10), **QUIET)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["text_loss"] < log[0]["text_loss"] - 1
+    assert log[-1]["image_loss"] < log[0]["image_loss"] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda make: DALLERecipe(steps=0), ["steps", "positive", "0"]),
+        (lambda make: DALLERecipe(learning_rate=0.0), ["learning_rate", "positive", "0.0"]),
+        (lambda make: DALLERecipe(clip=-1.0), ["clip", "-1.0"]),
+        (lambda make: DALLERecipe(bpe_dropout=1.5), ["bpe_dropout", "from 0 to 1", "1.5"]),
+        (lambda make: DALLERecipe(caption_dropout=math.nan), ["caption_dropout", "nan"]),
+        (lambda make: make(config=dataclasses.replace(SMALL, num_codes=13)), ["12 codes", "13"]),
+        (lambda make: make(config=dataclasses.replace(SMALL, grid=(4, 3))), ["4 x 4", "4 x 3"]),
+        (lambda make: make(config=dataclasses.replace(SMALL, vocab_size=299)), ["300 tokens", "299"]),
+        (lambda make: make(seed=-1), ["seed", "-1"]),
+        (lambda make: encode_source(make_dvae(), few(), folder=".", split="train", count=0), ["count", "1", "0"]),
+    ],
+)
+def test_bad_input(objective, make, words):
+    with pytest.raises(ValueError) as caught:
+        make(objective)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    """What must not depend on whether a run was interrupted."""
+    last = checkpoint.latest(folder / checkpoint.CHECKPOINTS)
+    paths = [folder / name for name in ("log.jsonl", "evaluation.json", checkpoint.MODEL)]
+    paths += sorted((folder / "pictures").iterdir()) + sorted(last.iterdir())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_resuming_is_exact(objective, tmp_path):
+    settings = LoopSettings(
+        steps=12, log_every=3, checkpoint_every=5, ema_decay=0.9, ema_every=2, evaluate_every=4, picture_every=6
+    )
+    train(objective(), tmp_path / "whole", settings, **QUIET)
+    for step, number in ((3, signal.SIGTERM), (7, signal.SIGINT)):
+        o = objective()
+        loss = o.loss
+
+        def stopping(batch, at, loss=loss, step=step, number=number):
+            if at == step:
+                os.kill(os.getpid(), number)
+            return loss(batch, at)
+
+        o.loss = stopping
+        assert train(o, tmp_path / "parts", settings, resume=True, **QUIET).step == step + 1
+        torch.manual_seed(99)
+    train(objective(), tmp_path / "parts", settings, resume=True, **QUIET)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_resumed_run_needs_the_same_codes_and_tokenizer(objective, tokenizer, tmp_path):
+    settings = LoopSettings(steps=12, checkpoint_every=5)
+    train(objective(), tmp_path / "run", settings, **QUIET)
+    other = make_dvae(1)
+    encoded = [encode_source(other, few(s), folder=tmp_path, split=s, progress=False) for s in ("train", "validation")]
+    with pytest.raises(CheckpointError, match="codes.dvae '[0-9a-f]{64}', not '[0-9a-f]{64}'"):
+        train(objective(dvae=other, encoded=encoded), tmp_path / "run", settings, resume=True, **QUIET)
+    other = Tokenizer.train(["circle square background"], 300)
+    with pytest.raises(CheckpointError, match="of a run with tokenizer '"):
+        train(objective(tokenizer=other), tmp_path / "run", settings, resume=True, **QUIET)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+FLAGS = ["--steps", "4", "--batch-size", "4", "--examples", "40", "--layers", "2", "--width", "16", "--num-heads", "2"]
+FLAGS += ["--head-dim", "8", "--text-len", "30", "--vocab-size", "300", "--device", "cpu", "--no-tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A VAE's folder, and a run of train-dalle with it."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "dvae").mkdir()
+    checkpoint.export(folder / "dvae" / checkpoint.MODEL, make_dvae())
+    assert command(folder / "dvae", folder / "dalle") == 0
+    return folder / "dvae", folder / "dalle"
+
+
+def command(dvae, out, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dalle, "VALIDATION", 20)
+        arguments = ["train-dalle", "--data", "shapes", "--dvae", dvae, "--out", out, *FLAGS, *flags]
+        return cli.main([str(argument) for argument in arguments])
+
+
+def test_a_run_is_all_that_generating_needs(folders):
+    _, run = folders
+    model = checkpoint.load_model(run, kind="DALLE")
+    tokenizer = Tokenizer.load(run / train_dalle.TOKENIZER)
+    assert model.config.vocab_size == tokenizer.vocab_size == 300
+    assert (model.config.num_codes, model.config.grid) == (12, (4, 4))  # the VAE's
+    copy = checkpoint.load_model(run / train_dalle.DVAE, kind="DiscreteVAE").state_dict()
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in make_dvae().state_dict().items())
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation.keys() == {"step", "examples", "text_loss", "image_loss"} and evaluation["examples"] == 20
+    assert (run / "pictures" / "samples-000000004.png").exists()
+    assert len((run / train_dalle.CAPTIONS).read_text().splitlines()) == stage2.SHOWN
+
+
+def test_resume_takes_codes_and_tokenizer_of_the_run(folders, monkeypatch, capsys):
+    dvae, run = folders
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(codes, "_encode", forbid)
+    monkeypatch.setattr(Tokenizer, "train", forbid)
+    assert command(dvae, run, "--resume") == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_tokenizer_can_be_given(folders, tmp_path):
+    dvae, run = folders
+    assert command(dvae, tmp_path, "--tokenizer", run / train_dalle.TOKENIZER, "--codes", run / train_dalle.CODES) == 0
+    assert (tmp_path / train_dalle.TOKENIZER).read_bytes() == (run / train_dalle.TOKENIZER).read_bytes()
+    assert not (tmp_path / train_dalle.CODES).exists()
+
+
+def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
+    dvae, run = folders
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    other.mkdir()
+    checkpoint.export(other / checkpoint.MODEL, make_dvae(1))
+    (tmp_path / "text.json").write_text("{}")
+    cases = {
+        (other, run): ["holds a run (step-000000004)", "resume it"],
+        (other, run, "--resume"): ["is of a run with codes.dvae"],
+        (run, tmp_path / "out"): ["holds a DALLE, expected a DiscreteVAE"],
+        (tmp_path / "nothing", tmp_path / "out"): ["nothing holds no model"],
+        (dvae, tmp_path / "out", "--text-len", "4"): ["at most text_len 4 tokens, got", "'a "],
+        (dvae, tmp_path / "out", "--examples", "0"): ["at least 1, got 0"],
+        (dvae, tmp_path / "out", "--tokenizer", tmp_path / "text.json"): ["text.json: not a BPE tokenizer"],
+        (dvae, tmp_path / "out", "--width", "0"): ["width must be a positive integer, got 0"],
+        (dvae, tmp_path / "out", "--vocab-size", "10"): ["vocab_size", "257", "10"],
+    }
+    for arguments, words in cases.items():
+        assert command(*arguments) == 2, arguments
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("dalle-fast: error: ")
+        for word in words:
+            assert word in line, (arguments, line)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
