@@ -9,12 +9,22 @@ import time
 import pytest
 
 from dalle_fast import cli
-from dalle_fast.verify import badinput, causal, error, large, native, runner, sampler, static
+from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
 # Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
 # which they run.
-CASES = {"diff": 160, "causal": 60, "gradcheck": 16, "badinput": 493, "repeat": 60, "guard": 60, "large": 6, "noise": 3}
+CASES = {
+    "diff": 160,
+    "causal": 60,
+    "decode": 14,
+    "gradcheck": 16,
+    "badinput": 493,
+    "repeat": 60,
+    "guard": 60,
+    "large": 6,
+    "noise": 3,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -33,8 +43,10 @@ def test_every_figure_has_as_many_cases_as_it_says():
     listed = {
         "badinput": badinput.cases(),
         "causal": causal.POSITIONS,
+        "decode": decode.CASES,
         "error": error.CASES,
         "large": large.CASES,
+        "mutants": mutants.MUTANTS,
         "native": native.CASES,
         "sampler": sampler.CASES,
         "static": static.CASES,

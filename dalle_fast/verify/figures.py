@@ -49,6 +49,7 @@ FIGURES = {
         Figure("diff", "random calls whose results differ from float64's", 5000),
         Figure("error", "worst error over that of eager torch in the same dtype, at most 2, at the paper's sizes", 18),
         Figure("causal", "tokens whose change reaches an earlier output", 457),
+        Figure("decode", "masks whose decoded tokens differ from the full forward pass", 42),
         Figure("gradcheck", "gradients of the reference against finite differences in float64", 200),
         Figure("badinput", "wrong arguments that crash, hang or give an answer", 493),
         Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000),
@@ -58,7 +59,9 @@ FIGURES = {
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
         Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 1500),
         Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 900),
-        Figure("kill", "kills after which a resumed training run differs", 1, 900),
+        Figure(
+            "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600
+        ),
         Figure("mutants", "faults seeded one at a time that no test catches", 25, 300),
     )
 }

@@ -28,7 +28,7 @@ ATTENTION, CODEBOOK = "dalle_fast/ops/attention", "dalle_fast/ops/codebook"
 MUTANTS = (
     Mutant(
         "offsets of 32 bits",
-        "csrc/cpu/attention_kernels.cpp",
+        "csrc/cpu/rows.h",
         "+ b * x.stride_b + h * x.stride_h +",
         "+ int32_t(b * x.stride_b) + int32_t(h * x.stride_h) +",
         ("tests/test_attention_large.py",),
@@ -151,8 +151,8 @@ MUTANTS = (
     Mutant(
         "codes behind the last that count",
         "csrc/cpu/codebook_kernels.cpp",
-        "load_block(row + block * kNoiseBlock, valid, -kInfinity, z);\n    if (!x.bias) return;",
-        "load_block(row + block * kNoiseBlock, valid, 0, z);\n    if (!x.bias) return;",
+        "load_block(row + block * kNoiseBlock, valid, -kInfinity, z);",
+        "load_block(row + block * kNoiseBlock, valid, 0, z);",
         ("tests/test_codebook.py",),
         "every_size and cpu",
     ),
@@ -186,6 +186,34 @@ MUTANTS = (
         "kl = kl.mean()",
         "kl = kl.sum() / 64",
         ("tests/test_dvae.py",),
+    ),
+    Mutant(
+        "a ring of the cache that is one slot too short",
+        "dalle_fast/masks.py",
+        "        return min(reach + 1, self.image_len)\n",
+        "        return min(reach, self.image_len) or 1\n",
+        ("tests/test_decode.py", "tests/test_masks.py"),
+    ),
+    Mutant(
+        "a checkpoint without its manifest's sums",
+        "dalle_fast/checkpoint.py",
+        "        if found != expected:\n",
+        "        if found is None:\n",
+        ("tests/test_checkpoint.py",),
+    ),
+    Mutant(
+        "weights in training evaluated in place of their average",
+        "dalle_fast/training/loop.py",
+        "evaluation = self.objective.evaluate(self.ema.model)\n        checkpoint.export(",
+        "evaluation = self.objective.evaluate(self.model)\n        checkpoint.export(",
+        ("tests/test_training.py",),
+    ),
+    Mutant(
+        "a batch that is skipped when a run resumes",
+        "dalle_fast/training/stage1.py",
+        "            start=start,\n",
+        "            start=start + 1 if start else 0,\n",
+        ("tests/test_training.py",),
     ),
 )
 

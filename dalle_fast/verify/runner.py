@@ -69,7 +69,7 @@ def _figures(names, gpu: bool) -> dict[str, Figure]:
     """By their keys in the results file: the figures, and with `gpu` those that a GPU changes once more."""
     names = names or FIGURES
     chosen = {name: FIGURES[name] for name in FIGURES if name in names}
-    on_gpu = ("diff", "error", "causal", "repeat", "large", "sampler")
+    on_gpu = ("diff", "error", "causal", "decode", "repeat", "large", "sampler")
     for name in on_gpu:
         if name in names:
             figure = dataclasses.replace(FIGURES[name], device="cuda")
