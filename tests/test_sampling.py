@@ -93,6 +93,10 @@ def test_completion_goes_with_its_caption(parts):
     for given in ({"codes": codes[:, :2]}, {"codes": codes, "known": known}, {"codes": codes, "known": known[0]}):
         pictures = sampling.draw(*parts, CAPTIONS, **given, **options)
         torch.testing.assert_close(pictures, torch.stack(alone), rtol=0, atol=1e-5)
+    known[1:3, 1] = False
+    alone = [sampling.draw(*parts, [CAPTIONS[p]], codes=codes[[p]], known=known[[p]], **options)[0] for p in range(5)]
+    pictures = sampling.draw(*parts, CAPTIONS, codes=codes, known=known, **options)
+    torch.testing.assert_close(pictures, torch.stack(alone), rtol=0, atol=1e-5)
     for count in (4, 6):
         with pytest.raises(
             ValueError, match=f"codes must be of as many images as there are captions, got {count} and 5"
