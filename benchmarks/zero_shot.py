@@ -138,7 +138,7 @@ def parse(argv):
         "--picture",
         type=harness.output_file(".png"),
         metavar="FILE",
-        help="draw held-out captions' first pictures there",
+        help="draw first pictures of held-out captions there",
     )
     return parser.parse_args(argv)
 
@@ -164,8 +164,9 @@ def main(argv=None) -> int:
         )
     if args.picture:
         heldout = measured["heldout"][1]
-        rows = [heldout.pictures[row::PICTURE_ROWS][:PICTURE_COLUMNS] for row in range(PICTURE_ROWS)]
-        write(rows, args.picture)
+        of_each = heldout.captions.count(heldout.captions[0])
+        firsts = range(0, min(PICTURE_ROWS * of_each, len(heldout.pictures)), of_each)
+        write([heldout.pictures[first : first + of_each][:PICTURE_COLUMNS] for first in firsts], args.picture)
     return 0 if all(result["right"] >= result["target"] for result in results.values()) else 1
 
 

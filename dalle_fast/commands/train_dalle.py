@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from dalle_fast.commands import training
+from dalle_fast.errors import UserError
 from dalle_fast.training.recipes import DALLE_RECIPES
 
 DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
@@ -74,16 +75,18 @@ def make_objective(arguments):
     from dalle_fast import checkpoint
     from dalle_fast.data import open_source
     from dalle_fast.nn import dalle
-    from dalle_fast.training.codes import encode_source
+    from dalle_fast.training.codes import encode_source, fingerprint
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
 
     given, out = vars(arguments), Path(arguments.out)
-    check_folder(out, resume=arguments.resume)
+    going_on = check_folder(out, resume=arguments.resume)
     recipe = training.replaced(DALLE_RECIPES[arguments.preset], given)
     preset = training.replaced(dalle.PRESETS[arguments.preset], given)
     device = training.device(arguments.device)
     dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
+    if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
+        raise UserError(f"{out} began with another discrete VAE than the one in {arguments.dvae}")
     sources = {
         split: open_source(
             arguments.data, image_size=dvae.config.image_size, split=split, seed=arguments.seed, require_captions=True
@@ -103,7 +106,7 @@ def make_objective(arguments):
         )
         for split, source in sources.items()
     }
-    tokenizer = _tokenizer(arguments, out, encoded["train"].captions, preset.vocab_size)
+    tokenizer = _tokenizer(arguments, going_on, encoded["train"].captions, preset.vocab_size)
     config = training.replaced(
         preset,
         {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
@@ -120,22 +123,20 @@ def make_objective(arguments):
         device=device,
         activation_checkpointing=arguments.activation_checkpointing,
     )
-    (out / DVAE).mkdir(parents=True, exist_ok=True)
-    checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
-    (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
+    if not going_on:  # a run's own are never replaced: what does not fit them is refused
+        (out / DVAE).mkdir(parents=True, exist_ok=True)
+        checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
+        tokenizer.save(out / TOKENIZER)
+        (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
     return objective
 
 
-def _tokenizer(arguments, out, captions, vocab_size):
-    """The one of the flag, or of the run that goes on, or a new one; in the run's folder afterwards."""
+def _tokenizer(arguments, going_on, captions, vocab_size):
+    """The one of the flag, or of the run that goes on, or a new one."""
     from dalle_fast.data.text import Tokenizer
 
-    path = Path(arguments.tokenizer or out / TOKENIZER)
-    if arguments.tokenizer or (arguments.resume and path.exists()):
-        tokenizer = Tokenizer.load(path)
-    else:
-        tokenizer = Tokenizer.train(captions, vocab_size)
-        print(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / TOKENIZER)
+    if arguments.tokenizer or going_on:
+        return Tokenizer.load(arguments.tokenizer or Path(arguments.out) / TOKENIZER)
+    tokenizer = Tokenizer.train(captions, vocab_size)
+    print(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions", file=sys.stderr)
     return tokenizer
