@@ -99,11 +99,11 @@ PRESETS = {
     "tiny": DVAEConfig(
         image_size=32,
         downsampling=4,
-        num_codes=256,
+        num_codes=128,
         embedding_dim=32,
         hidden=32,
         blocks_per_group=1,
-        min_log_scale=-2.0,
+        min_log_scale=-1.0,
     ),
 }
 
