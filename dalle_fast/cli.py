@@ -22,12 +22,10 @@ COMMANDS = {
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows defaults, but not "(default: None)" or that of a switch."""
+    """Help that shows defaults, but not "(default: None)"."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -65,7 +65,8 @@ def test_one_picture_keeps_its_size(generate, model, capsys):
     picture = generate(CAPTION)
     assert np.array_equal(picture, drawn(model)[0, 0])
     assert capsys.readouterr().out.strip().endswith("out.png")
-    assert not np.array_equal(picture, generate(OTHER))
+    several = "--num-images", "4"
+    assert not np.array_equal(generate(CAPTION, *several), generate(OTHER, *several))
 
 
 def test_several_become_one_picture_with_a_row_for_each_caption(generate, model):
