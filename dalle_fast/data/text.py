@@ -183,7 +183,8 @@ class Tokenizer:
             raise ValueError(
                 f"ids must be below vocab_size {self.vocab_size}, got {int(ids.min())} to {int(ids.max())}"
             )
-        texts = [text.strip() for text in self._tokenizer.decode_batch(ids.reshape(-1, ids.shape[-1]).tolist())]
+        rows = ids.tolist() if ids.dim() > 1 else [ids.tolist()]
+        texts = [text.strip() for text in self._tokenizer.decode_batch(rows)]
         return texts if ids.dim() > 1 else texts[0]
 
     # The library's dropout draws from the thread's own random numbers, which cannot be seeded: a resumed run would see
