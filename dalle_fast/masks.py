@@ -270,7 +270,7 @@ class AttentionMask:
     @staticmethod
     def decode(numbers) -> AttentionMask:
         """The mask that `encode` turned into six integers."""
-        return AttentionMask._decode(tuple(int(n) for n in numbers))
+        return AttentionMask._decode(tuple(numbers))
 
     def __repr__(self) -> str:
         size = f"text_len={self.text_len}, grid={self.grid}"

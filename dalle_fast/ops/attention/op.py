@@ -40,7 +40,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
     if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
         out, lse = reference.forward(query, key, value, canonical_lengths(text_lengths, mask.text_len), mask, scale)
     else:
-        out, lse = _forward_op(query, key, value, text_lengths, mask.encode(), scale, impl)
+        out, lse = _forward(query, key, value, text_lengths, mask.encode(), scale, impl)
     return (out, lse) if return_lse else out
 
 
@@ -165,16 +165,14 @@ def _forward_kernel(query, key, value, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    with current_device(query):
-        return serving.forward(query, key, value, text_lengths, mask, scale)
+    return serving.forward(query, key, value, text_lengths, mask, scale)
 
 
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    with current_device(query):
-        return serving.backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
+    return serving.backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
 
 
 def current_device(tensor):
@@ -198,23 +196,20 @@ def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, text_lengths
 # torch.autograd.Function in their place torch.func.grad would be refused.
 
 
-@contextlib.contextmanager
-def _below_autograd():
+def _below_autograd(op, *args):
     """Inside a function's forward: call an operation past this level's autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
-            yield
-            return
+            return op(*args)
         # The function has turned gradients off, for the levels below its own too, whose gradients are still wanted.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            yield
+            return op(*args)
 
 
 class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, query, key, value, text_lengths, mask, scale, impl):
-        with _below_autograd():
-            out, lse = _forward_op(query, key, value, text_lengths, mask, scale, impl)
+        out, lse = _below_autograd(_forward_op, query, key, value, text_lengths, mask, scale, impl)
         ctx.save_for_backward(query, key, value, out, lse, text_lengths)
         ctx.set_materialize_grads(False)
         ctx.rest = mask, scale, impl
@@ -227,7 +222,7 @@ class _Attention(_SingleLevelFunction):
         query, key, value, out, lse, text_lengths = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)
+        grads = _backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)
         return *grads, None, None, None, None
 
 
@@ -236,8 +231,8 @@ class _AttentionBackward(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
-        with _below_autograd():
-            grads = _backward_op(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl)
+        args = grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl
+        grads = _below_autograd(_backward_op, *args)
         ctx.save_for_backward(grad_out, grad_lse, query, key, value, text_lengths)
         ctx.rest = mask, scale
         return grads
@@ -280,6 +275,19 @@ def _has_tangent(x):
     return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
+def _directly(op, autograd_kernel):
+    """`op` by a shorter way: with plain tensors, its call first takes 3 us to find `autograd_kernel`, and no more."""
+
+    def call(*args):
+        if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor:
+            return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return autograd_kernel(*args)
+
+    return call
+
+
 def _vmapped(op, tensors):
     """The vmap rule: (N, B, ...) is a batch of N * B samples."""
 
@@ -296,13 +304,18 @@ def _vmapped(op, tensors):
 
 
 def _register(op, kernel, fake, function, tensors):
-    """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last."""
+    """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last.
+
+    Returns the function to call the operation by.
+    """
     name = op._schema.name
     library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
-    library.impl(name, _with_autograd(op, function, tensors - 1), "Autograd")
+    autograd_kernel = _with_autograd(op, function, tensors - 1)
+    library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
+    return _directly(op, autograd_kernel)
 
 
-_register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)
-_register(_backward_op, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)
+_forward = _register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)
+_backward = _register(_backward_op, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)
