@@ -4,10 +4,13 @@ Compiled through the package's own launchers: a driver that only knows its targe
 stop after compiling, so that arguments are specialised (strides of 1, divisibility by 16) exactly as in a real launch.
 Nothing here ran on a GPU: these tests prove no spills, shared memory within the limit, and tensor-core instructions.
 
-DALLE_FAST_COMPILE=all compiles every combination; the default is a subset that takes a minute or two.
-Shown with -s, and after the run when it fails: registers and shared memory of every kernel.
+The default is the cases of every architecture that have the fewest registers to spare, spread over the rules: half a
+minute. DALLE_FAST_COMPILE=all compiles every combination, in about three quarters of an hour, and ends with a table of
+registers, shared memory and spills. Shown with -s, and after the run when it fails: the same for every kernel.
 """
 
+import collections
+import itertools
 import os
 import re
 import subprocess
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_fast.masks import column_mask, conv_mask, row_mask
+from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET"):
@@ -37,13 +40,22 @@ KERNELS = {
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
-# What a matrix product on tensor cores looks like in machine code.
-TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC[A-Z]*MMA\b|\bHMMA\b"}
+# What a matrix product on tensor cores looks like in machine code. The instructions of sm_90 and sm_100 take 64 rows,
+# and tiles of float32 have 32: these use sm_80's.
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC[A-Z]*MMA\b|\bHMMA\b", "tf32": r"\bHMMA\b"}
 MASKS = {
     "row": row_mask(256, 32),
+    "axial": row_mask(256, 32, wrap=False),
     "column": column_mask(256, 32),
-    "conv": conv_mask(256, 32, 11),
-    "patch": conv_mask(256, 64, 11),
+    "causal": causal_mask(256, 32),
+    **{edges: conv_mask(256, 32, 11, edges=edges) for edges in ("flat", "clip", "torus", "corner")},
+    **{f"{edges} in patches": conv_mask(256, 64, 11, edges=edges) for edges in ("flat", "clip", "corner")},
+}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,  # float32 whose products torch's settings allow to run on tensor cores
 }
 
 
@@ -73,6 +85,26 @@ def kernel_usage(kernel, tmp_path):
     local = sum(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
     code = subprocess.run([CUOBJDUMP, "-sass", binary], capture_output=True, text=True, check=True).stdout
     return registers, local, kernel.metadata.shared, code
+
+
+@pytest.fixture(scope="module")
+def usages(request):
+    """[((arch, head size, dtype, kernel), (registers, spilled bytes, shared bytes))]; "all" ends with their table."""
+    rows = []
+    yield rows
+    if not EVERYTHING:
+        return
+    table = collections.defaultdict(list)
+    for where, usage in rows:
+        table[where].append(usage)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\narch     D dtype    kernel          compiled  registers  spilled bytes  KiB shared")
+        for (arch, head_size, dtype, kernel), kernels in sorted(table.items()):
+            registers, local, shared = zip(*kernels)
+            print(
+                f"sm_{arch:<3} {head_size:3} {dtype:8} {kernel:14} {len(kernels):9}  "
+                f"{min(registers):3} - {max(registers):3}  {max(local):13}  {max(shared) / 1024:10.1f}"
+            )
 
 
 def attend(mask, head_size, dtype, text_lengths):
@@ -105,73 +137,82 @@ def compile_for(monkeypatch, tmp_path):
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(kernel, "run", stop_before_launch(name, kernel.run))
 
-    def compile_for(arch, mask, head_size, dtype, text_lengths=None, call=attend):
+    def compile_for(arch, mask, head_size, dtype, text_lengths, call):
         compiled.clear()
         monkeypatch.setattr(triton.runtime.driver, "_active", TargetOnly(arch))
         monkeypatch.setattr(launch, "capability_of", lambda tensor: divmod(arch, 10))
-        call(mask, head_size, dtype, text_lengths)
+        monkeypatch.setattr(launch, "input_precision", lambda _: "tf32" if dtype == "tf32" else "ieee")
+        call(mask, head_size, DTYPES[dtype], torch.zeros(1, dtype=torch.int32) if text_lengths else None)
         return dict(compiled)
 
     return compile_for
 
 
 ALL = [
-    (arch, name, head_size, dtype)
-    for arch in (80, 90, 100)
-    for name in MASKS
-    for head_size in (64, 128)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    *itertools.product(SHARED_LIMIT, MASKS, (64, 128), DTYPES, (False, True)),
+    # Smaller heads, and heads that fill no power of two, on the tiles of 64 and of 128.
+    *itertools.product(SHARED_LIMIT, ("column", "torus"), (16, 32, 48, 96), DTYPES, (True,)),
 ]
 SUBSET = [
-    *((arch, "row", 64, torch.bfloat16) for arch in (80, 90, 100)),
-    (90, "column", 64, torch.bfloat16),
-    (90, "conv", 64, torch.bfloat16),
-    (90, "patch", 64, torch.float16),
-    (80, "column", 128, torch.float16),
-    (90, "conv", 128, torch.bfloat16),
-    (100, "patch", 128, torch.bfloat16),
-    (90, "row", 64, torch.float32),
-    (80, "conv", 128, torch.float32),
+    (80, "column", 128, "bfloat16", True),
+    (80, "axial", 64, "bfloat16", True),
+    (80, "flat in patches", 128, "float16", False),
+    (80, "torus", 64, "float32", True),
+    (90, "column", 64, "bfloat16", True),
+    (90, "torus", 128, "bfloat16", True),
+    (90, "clip in patches", 64, "float16", False),
+    (90, "row", 128, "tf32", False),
+    (100, "torus", 64, "bfloat16", True),
+    (100, "torus", 128, "bfloat16", True),
+    (100, "flat", 128, "float16", False),
+    (100, "corner", 64, "float32", True),
+    (100, "causal", 64, "bfloat16", False),
 ]
-
-
-@pytest.mark.parametrize(("arch", "name", "head_size", "dtype"), ALL if EVERYTHING else SUBSET)
-def test_compiles_well(compile_for, tmp_path, arch, name, head_size, dtype):
-    assert not shortcomings(compile_for(arch, MASKS[name], head_size, dtype), tmp_path, arch, name, head_size, dtype)
 
 
 DECODING = [
-    *((arch, "row", 64, torch.bfloat16) for arch in (80, 90, 100)),
-    (90, "column", 128, torch.float16),
-    (80, "conv", 128, torch.bfloat16),
-    (100, "patch", 128, torch.float32),
-    (90, "conv", 64, torch.float32),
+    *((arch, "row", 64, "bfloat16", True) for arch in SHARED_LIMIT),
+    (90, "column", 128, "float16", True),
+    (80, "flat", 128, "bfloat16", True),
+    (100, "flat in patches", 128, "float32", True),
+    (90, "flat", 64, "float32", True),
 ]
 
 
-@pytest.mark.parametrize(("arch", "name", "head_size", "dtype"), ALL if EVERYTHING else DECODING)
-def test_decoding_compiles_well(compile_for, tmp_path, arch, name, head_size, dtype):
-    lengths = torch.tensor([3], dtype=torch.int32)
-    kernels = compile_for(arch, MASKS[name], head_size, dtype, lengths, decode)
-    assert set(kernels) == {"decode", "decode_merge"}
-    assert not shortcomings(kernels, tmp_path, arch, name, head_size, dtype)
+@pytest.fixture
+def shortcomings(compile_for, usages, tmp_path):
+    """shortcomings(case, call): what is wrong with the kernels of a call, as a list of words; says how large they are."""
+
+    def shortcomings(case, call):
+        arch, name, head_size, dtype, text_lengths = case
+        wrong = []
+        for kernel_name, kernel in compile_for(arch, MASKS[name], head_size, dtype, text_lengths, call).items():
+            registers, local, shared, code = kernel_usage(kernel, tmp_path)
+            usages.append(((arch, head_size, dtype, kernel_name), (registers, local, shared)))
+            print(
+                f"sm_{arch} {name:17} D {head_size:3} {dtype:8} text_lengths {text_lengths:1} {kernel_name:14} "
+                f"{kernel.metadata.num_warps} warps {registers:3} registers {shared / 1024:5.1f} KiB shared {local} spilled"
+            )
+            if local:
+                wrong.append(f"{kernel_name} spills {local} bytes")
+            if shared > SHARED_LIMIT[arch]:
+                wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
+            # Products of 16 rows, as decode has them, are HMMA on every architecture.
+            product = {"delta": "", "decode_merge": "", "decode": r"\bHMMA\b"}.get(
+                kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch]
+            )
+            if dtype != "float32" and not re.search(product, code):
+                wrong.append(f"{kernel_name} has no instruction {product}")
+        return wrong
+
+    return shortcomings
 
 
-def shortcomings(kernels, tmp_path, arch, name, head_size, dtype):
-    """What is wrong with compiled kernels, as a list of words; says how large they are."""
-    wrong = []
-    for kernel_name, kernel in kernels.items():
-        registers, local, shared, code = kernel_usage(kernel, tmp_path)
-        print(
-            f"sm_{arch} {name:6} D {head_size:3} {str(dtype)[6:]:8} {kernel_name:14} "
-            f"{kernel.metadata.num_warps} warps {registers:3} registers {shared / 1024:5.1f} KiB shared"
-        )
-        if local:
-            wrong.append(f"{kernel_name} spills {local} bytes")
-        if shared > SHARED_LIMIT[arch]:
-            wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
-        # Products of 16 rows, as decode has them, are HMMA on every architecture.
-        product = {"delta": "", "decode_merge": "", "decode": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE[arch])
-        if dtype != torch.float32 and not re.search(product, code):
-            wrong.append(f"{kernel_name} has no instruction {product}")
-    return wrong
+@pytest.mark.parametrize("case", ALL if EVERYTHING else SUBSET, ids=str)
+def test_compiles_well(shortcomings, case):
+    assert not shortcomings(case, attend)
+
+
+@pytest.mark.parametrize("case", ALL if EVERYTHING else DECODING, ids=str)
+def test_decoding_compiles_well(shortcomings, case):
+    assert not shortcomings(case, decode)

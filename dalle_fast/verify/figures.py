@@ -57,7 +57,7 @@ FIGURES = {
         Figure("large", "wrong results with offsets beyond 2^31 elements", 6),
         Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
-        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 1500),
+        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 5400),
         Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 900),
         Figure(
             "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600

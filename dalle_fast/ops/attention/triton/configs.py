@@ -1,9 +1,9 @@
 """Tile choices of the Triton attention kernels, and the pairs that they make the kernels compute.
 
-TILES has NOT been tuned on a GPU: it was chosen from compiled code (registers, no spills, shared memory, tensor-core
-instructions, see tests/test_triton_compile.py) and from the cover of each mask. No kernel times itself at run time.
-Some 30 settings were tried and those kept that did not spill, so the table is selected for compiling, not for speed. Which
-settings spill differs between compilers: with Triton 3.6 dK/dV at head size 128 spills 16 bytes on sm_100 in 16 bits.
+TILES has NOT been tuned on a GPU: it was chosen from compiled code (no spills with the compilers of Triton 3.6 to 3.9,
+shared memory, tensor-core instructions, see tests/test_triton_compile.py) and from the cover of each mask. No kernel
+times itself at run time. Which settings spill differs between compilers and between masks, so that of some 60 settings
+those with registers to spare were kept where there was a choice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,21 @@ from typing import NamedTuple
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.triton import primitives
 
-__all__ = ["MIN_CAPABILITY", "MaskNumbers", "Tiles", "cover", "mask_numbers", "padded_head_size", "tiles_for"]
+__all__ = [
+    "MAX_REGISTERS",
+    "MIN_CAPABILITY",
+    "MaskNumbers",
+    "Tiles",
+    "cover",
+    "mask_numbers",
+    "padded_head_size",
+    "tiles_for",
+]
 
 MIN_CAPABILITY = (8, 0)
+# Per thread: two programs of four warps, or one of eight, fit a multiprocessor's 65,536. Left to itself ptxas aims at
+# three or four programs and spills a few registers to get there; allowed all 255, it plans for so many and misses.
+MAX_REGISTERS = 240
 WALKS = ("raster", "column", "patch")  # the order is that of the numbers in primitives.py
 
 
@@ -56,34 +68,22 @@ class MaskNumbers(NamedTuple):
     RIGHT: int
 
 
-# (architecture, padded head size, bytes per element, walk) -> tiles of (forward, dQ, dK/dV). An architecture is the
-# major compute capability: 10 is data-center Blackwell, and 8 stands for all that is neither 9 nor 10. `image` is the
-# largest that is tried: see `tiles_for`.
+# (architecture, bytes per element, wide) -> tiles of (forward, dQ, dK/dV). An architecture is the major compute
+# capability: 10 is data-center Blackwell, and 8 stands for all that is neither 9 nor 10. Wide is a padded head size of
+# 128. `image` is the largest that is tried: see `tiles_for`.
 # Before compute capability 9, products of 64 rows keep only 4 warps busy, and their operands live in registers: the
 # steps are shorter there. float32 products run on the ordinary cores and need short steps everywhere.
-_NARROW_8 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 1))
-_NARROW_9 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 2))
-_NARROW_10 = (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 1))
-_WIDE_8 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 2))
-_WIDE_9 = (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
-_WIDE_10 = (Tiles(64, 32, 32, 4, 1), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1))
-_NARROW_FLOAT32_8 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1), Tiles(16, 16, 16, 4, 1))
-_NARROW_FLOAT32 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 4, 1))
-_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1))
-_WIDE_FLOAT32_10 = (Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 2))
-_BY_SIZE = {
-    (8, 2): {16: _NARROW_8, 32: _NARROW_8, 64: _NARROW_8, 128: _WIDE_8},
-    (9, 2): {16: _NARROW_9, 32: _NARROW_9, 64: _NARROW_9, 128: _WIDE_9},
-    (10, 2): {16: _NARROW_10, 32: _NARROW_10, 64: _NARROW_10, 128: _WIDE_10},
-    (8, 4): {16: _NARROW_FLOAT32_8, 32: _NARROW_FLOAT32_8, 64: _NARROW_FLOAT32_8, 128: _WIDE_FLOAT32},
-    (9, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32},
-    (10, 4): {16: _NARROW_FLOAT32, 32: _NARROW_FLOAT32, 64: _NARROW_FLOAT32, 128: _WIDE_FLOAT32_10},
-}
+_FLOAT32 = (Tiles(32, 16, 16, 4, 1),) * 3
+_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1),) * 3
 TILES = {
-    (architecture, head_size, size, walk): tiles
-    for (architecture, size), by_head_size in _BY_SIZE.items()
-    for head_size, tiles in by_head_size.items()
-    for walk in WALKS
+    (8, 2, False): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 4, 1)),
+    (8, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
+    (9, 2, False): (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 1)),
+    (9, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 8, 2)),
+    (10, 2, False): (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 32, 32, 4, 1)),
+    (10, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
+    **{(architecture, 4, False): _FLOAT32 for architecture in (8, 9, 10)},
+    **{(architecture, 4, True): _WIDE_FLOAT32 for architecture in (8, 9, 10)},
 }
 KERNELS = ("forward", "grad_query", "grad_key_value")
 
@@ -110,11 +110,11 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
         (Tiles, MaskNumbers).
     """
     architecture = capability[0] if capability[0] in (9, 10) else 8  # 12 has mma.sync and 99 KiB, like 8.6
+    tiles = TILES[architecture, size, padded_head_size(head_size) == 128][KERNELS.index(kernel)]
+    steps = sorted({tiles.image, min(32, tiles.image)}, reverse=True)
     choices = []
     for walk in _walks(mask):
-        tiles = TILES[architecture, padded_head_size(head_size), size, walk][KERNELS.index(kernel)]
-        steps = {tiles.image, min(32, tiles.image)}
-        for step in sorted(steps, reverse=True):
+        for step in steps:
             cut = tiles._replace(image=step)
             numbers = mask_numbers(mask, walk, tiles.own)
             if numbers is not None:

@@ -36,7 +36,12 @@ def capability_of(tensor) -> tuple[int, int]:
 
 def options(cut) -> dict:
     # enable_fp_fusion is named because its default flips in Triton 3.10.
-    return {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    return {
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+        "maxnreg": configs.MAX_REGISTERS,
+        "enable_fp_fusion": True,
+    }
 
 
 def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:

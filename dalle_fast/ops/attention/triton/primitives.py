@@ -73,13 +73,14 @@ def _in_steps(x, steps, d):
 
 @triton.jit
 def _in_steps_either_way(x, steps, d):
-    return _in_steps(x, steps, d) | _in_steps(-x, steps, d)
+    return (tl.abs(x) <= steps * d) & (x % d == 0)
 
 
 @triton.jit
-def _wrap(x, size):
-    """x modulo size, for abs(x) < size"""
-    return tl.where(x < 0, x + size, x)
+def _in_steps_around(x, steps, d, size):
+    """x or -x, modulo size, in {0, d, ..., steps * d}, for abs(x) < size"""
+    x = tl.where(x < 0, x + size, x)
+    return _in_steps(x, steps, d) | _in_steps(size - x, steps, d)  # x = 0 is in the first
 
 
 @triton.jit
@@ -105,9 +106,8 @@ def _image_allows(i, j, MASK: tl.constexpr):
     elif MASK.RULE == CONV_CLIP:
         seen = _in_steps_either_way(dr, h, MASK.DILATION) & _in_steps_either_way(dc, h, MASK.DILATION)
     elif MASK.RULE == CONV_TORUS:
-        down = _in_steps(_wrap(dr, MASK.H), h, MASK.DILATION) | _in_steps(_wrap(-dr, MASK.H), h, MASK.DILATION)
-        right = _in_steps(_wrap(dc, MASK.W), h, MASK.DILATION) | _in_steps(_wrap(-dc, MASK.W), h, MASK.DILATION)
-        seen = down & right
+        down = _in_steps_around(dr, h, MASK.DILATION, MASK.H)
+        seen = down & _in_steps_around(dc, h, MASK.DILATION, MASK.W)
     else:  # conv_corner
         seen = _in_steps(dr, MASK.K - 1, MASK.DILATION) & _in_steps(dc, MASK.K - 1, MASK.DILATION)
     return seen
