@@ -76,6 +76,7 @@ def _add_loop_arguments(group) -> None:
 
 
 def run(arguments) -> int:
+    from dalle_fast.data import DataError
     from dalle_fast.training import LoopSettings, train
 
     try:
@@ -94,6 +95,8 @@ def run(arguments) -> int:
         raise UserError(str(error)) from error
     try:
         result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
+    except DataError as error:
+        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if result.signal is not None:
