@@ -55,6 +55,7 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
         then: what can be done with the model.
         loop_settings: those that `add_loop_arguments` does not have, as functions of the objective's recipe.
     """
+    from dalle_fast.data import DataError
     from dalle_fast.training import LoopSettings, train
 
     try:
@@ -74,6 +75,8 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
         raise UserError(str(error)) from error
     try:
         result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
+    except DataError as error:  # too many bad pictures, which shows only on the way
+        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if result.signal is not None:

@@ -44,6 +44,8 @@ class DVAEConfig:
         likelihood: of the pixels: "logit_laplace" (the paper), "l1" or "l2".
         min_log_scale: the smallest ln b of the logit-Laplace distribution. On flat drawings a small b would pay for
             every sharp edge that is lost; photographs need none.
+        residual_gain: factor of the residual branches; None: the paper's 1 / (number of blocks)^2. It keeps a deep
+            network calm at first; short runs of a shallow one do not have the time to outgrow it.
         hard: train on sampled codes (straight-through) instead of relaxed ones.
     """
 
@@ -57,6 +59,7 @@ class DVAEConfig:
     likelihood: str = "logit_laplace"
     min_log_scale: float = -math.inf
     hard: bool = False
+    residual_gain: float | None = None
 
     def __post_init__(self):
         for name in (
@@ -85,6 +88,12 @@ class DVAEConfig:
     def grid(self) -> int:
         """Codes of a side."""
         return self.image_size // self.downsampling
+
+    @property
+    def gain(self) -> float:
+        """Factor of the residual branches."""
+        num_blocks = self.downsampling.bit_length() * self.blocks_per_group
+        return 1 / num_blocks**2 if self.residual_gain is None else self.residual_gain
 
     @property
     def widths(self) -> list[int]:
@@ -155,14 +164,13 @@ class Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def _groups(widths, in_channels, blocks_per_group, kernel_sizes, between):
+def _groups(config, widths, in_channels, kernel_sizes, between):
     """group_1 ... group_n, each of blocks block_1 ..., with `between` (name, module) after all but the last."""
-    gain = 1 / (len(widths) * blocks_per_group) ** 2
     groups = OrderedDict()
     for g, width in enumerate(widths, 1):
         group = OrderedDict()
-        for b in range(1, blocks_per_group + 1):
-            group[f"block_{b}"] = Block(in_channels, width, gain, kernel_sizes)
+        for b in range(1, config.blocks_per_group + 1):
+            group[f"block_{b}"] = Block(in_channels, width, config.gain, kernel_sizes)
             in_channels = width
         if g < len(widths):
             group[between[0]] = between[1]()
@@ -181,7 +189,7 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(
             OrderedDict(
                 input=Conv2d(config.channels, widths[0], 7),
-                **_groups(widths, widths[0], config.blocks_per_group, (3, 3, 3, 1), pool),
+                **_groups(config, widths, widths[0], (3, 3, 3, 1), pool),
                 output=nn.Sequential(output),
             )
         )
@@ -206,7 +214,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(
             OrderedDict(
                 input=Conv2d(config.num_codes, config.embedding_dim, 1),  # its weight is the codebook
-                **_groups(widths, config.embedding_dim, config.blocks_per_group, (1, 3, 3, 3), upsample),
+                **_groups(config, widths, config.embedding_dim, (1, 3, 3, 3), upsample),
                 output=nn.Sequential(output),
             )
         )

@@ -198,8 +198,7 @@ class _Run:
         while self.step < self.settings.steps and stop.received is None:
             self.take_step(batch)
             self.reports.tick()
-            with random_state.untouched():
-                self.report()
+            self.report()
             if self.due(self.settings.checkpoint_every):
                 self.save()
                 saved_at = self.step
@@ -255,10 +254,13 @@ class _Run:
             self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
             self.sums, self.counted = {}, 0
         if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
-            evaluation = self.objective.evaluate(self.ema.model)
+            with random_state.untouched():
+                evaluation = self.objective.evaluate(self.ema.model)
             self.reports.record(self.step, {f"evaluation/{name}": value for name, value in evaluation.items()})
         if self.due(self.settings.picture_every):
-            self.reports.pictures(self.step, self.objective.pictures(self.ema.model))
+            with random_state.untouched():
+                pictures = self.objective.pictures(self.ema.model)
+            self.reports.pictures(self.step, pictures)
 
     def save(self) -> None:
         self.reports.sync()
