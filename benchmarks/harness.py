@@ -738,11 +738,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def add_shared_flags(parser: argparse.ArgumentParser, *, dtypes: str, rounds: int, seconds: float) -> None:
-    """The flags that every benchmark has. `dtypes` says which are measured without --dtype."""
+def add_shared_flags(parser, *, dtypes: str, rounds: int, seconds: float, passes: bool = True) -> None:
+    """The flags that every benchmark has. `dtypes` says which are measured without --dtype; `passes`: --pass too."""
     add = parser.add_argument
     add("--dtype", choices=DTYPES, action="append", help=f"repeatable (default: {dtypes})")
-    add("--pass", dest="pass_", choices=PASSES, action="append", help="repeatable (default: both)")
+    if passes:
+        add("--pass", dest="pass_", choices=PASSES, action="append", help="repeatable (default: both)")
     add("--impl", choices=IMPLS, default="auto", help="implementation of this package")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the best present")
     add("--threads", type=integer(1), default=torch.get_num_threads(), help="CPU threads, of all contenders")
