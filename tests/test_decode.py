@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
 from dalle_fast.nn import functional as F
-from dalle_fast.testing import SMALL_MASKS, assert_as_exact_as_eager, eager_attention, nan_poisoned
+from dalle_fast.testing import SMALL_MASKS, assert_as_exact_as_eager, eager_attention, nan_poisoned, output_terms
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROW = row_mask(5, (3, 7))
@@ -74,7 +74,10 @@ def check(server, q, k, v, mask, P, *, text_lengths=None, scale=None):
         eager_attention(q_, k_, v_, mask, text_lengths=text_lengths, scale=scale)[0][:, :, image]
         for q_, k_, v_ in ((q.double(), k.double(), v.double()), (q, k, v))
     )
-    assert_as_exact_as_eager("decode", out, eager, exact)
+    terms = None
+    if q.numel():
+        terms = output_terms(q, k, v, mask, text_lengths=text_lengths, scale=scale)[:, :, image]
+    assert_as_exact_as_eager("decode", out, eager, exact, terms=terms)
     return out
 
 
@@ -108,7 +111,8 @@ def test_as_exact_as_attention_over_the_whole_sequence(server, make, mask):
     out = decode_all(server, q, k, v, mask, 1)
     whole = F.sparse_attention(q, k, v, mask, impl=server.impl)[:, :, mask.text_len :]
     exact = eager_attention(q.double(), k.double(), v.double(), mask)[0][:, :, mask.text_len :]
-    assert_as_exact_as_eager("decode", out, whole, exact)
+    terms = output_terms(q, k, v, mask)[:, :, mask.text_len :]
+    assert_as_exact_as_eager("decode", out, whole, exact, terms=terms)
 
 
 # -- a sample is its own -----------------------------------------------------------------------------------------------
