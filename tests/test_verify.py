@@ -19,7 +19,7 @@ CASES = {
     "causal": 60,
     "decode": 14,
     "gradcheck": 16,
-    "badinput": 493,
+    "badinput": 500,
     "repeat": 60,
     "guard": 60,
     "large": 6,
@@ -156,3 +156,6 @@ def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="NAME must be one of diff, .*, got nothing"):
         runner.verify(["nothing"], tmp_path / "x.json", gpu=False, budget=1, restart=False)
+    for out in (tmp_path, tmp_path / "missing" / "x.json"):
+        with pytest.raises(ValueError, match="--out must name a file in a folder that exists, got "):
+            runner.verify(["diff"], out, gpu=False, budget=1, restart=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -81,6 +82,9 @@ class DVAEConfig:
             )
         if self.hidden % 4:
             raise ValueError(f"hidden must be a multiple of 4, got {self.hidden}")
+        gain = self.residual_gain
+        if gain is not None and not (isinstance(gain, numbers.Real) and 0 < gain < math.inf):
+            raise ValueError(f"residual_gain must be a positive number or None, got {gain!r}")
         if self.likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
 

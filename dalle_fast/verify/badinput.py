@@ -197,7 +197,9 @@ def _dvae_config():
     sizes = dict.fromkeys(("image_size", "downsampling", "num_codes", "embedding_dim", "hidden", "channels"), SIZE)
     sizes = {name: {k: s for k, s in spoil.items() if k != "a boolean"} for name, spoil in sizes.items()}
     good = {"image_size": 32, "downsampling": 4, "num_codes": 16, "embedding_dim": 8, "hidden": 8, "channels": 3}
-    return Call(dvae.DVAEConfig, {**good, "likelihood": "l2"}, {**sizes, "likelihood": CHOICE})
+    gain = {**NUMBER, **POSITIVE, "infinity": lambda x: math.inf}
+    spoils = {**sizes, "likelihood": CHOICE, "residual_gain": gain}
+    return Call(dvae.DVAEConfig, {**good, "likelihood": "l2", "residual_gain": 0.5}, spoils)
 
 
 @functools.cache

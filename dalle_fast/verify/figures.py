@@ -51,7 +51,7 @@ FIGURES = {
         Figure("causal", "tokens whose change reaches an earlier output", 457),
         Figure("decode", "masks whose decoded tokens differ from the full forward pass", 42),
         Figure("gradcheck", "gradients of the reference against finite differences in float64", 200),
-        Figure("badinput", "wrong arguments that crash, hang or give an answer", 493),
+        Figure("badinput", "wrong arguments that crash, hang or give an answer", 500),
         Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000),
         Figure("guard", "accesses outside of any tensor, with unreadable pages around each", 400),
         Figure("large", "wrong results with offsets beyond 2^31 elements", 6),

@@ -36,11 +36,13 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     """Measure the figures and write FILE; see `dalle_fast.verify`. Returns the exit status.
 
     Raises:
-        VerifyError: no such figure, or FILE holds results of another commit, machine or set of versions.
+        VerifyError: no such figure or folder, or FILE holds results of another commit, machine or set of versions.
     """
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise VerifyError(f"NAME must be one of {', '.join(FIGURES)}, got {', '.join(unknown)}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise VerifyError(f"--out must name a file in a folder that exists, got {out}")
     report = _report(out, gpu, restart)
     chosen = _figures(names, gpu)
     deadline = time.monotonic() + budget
