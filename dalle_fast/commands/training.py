@@ -57,6 +57,7 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
     """
     from dalle_fast.data import DataError
     from dalle_fast.training import LoopSettings, train
+    from dalle_fast.training.malloc import keep_freed_memory
 
     try:
         objective = make_objective(arguments)
@@ -73,6 +74,8 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
         )
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
+    if objective.device.type == "cpu":
+        keep_freed_memory()
     try:
         result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
     except DataError as error:  # too many bad pictures, which shows only on the way

@@ -1,0 +1,37 @@
+"""Training on a CPU keeps the memory of a step for the next one, instead of having it cleared by the system again."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dalle_fast.training.malloc import keep_freed_memory
+
+COUNT_FAULTS = """
+import resource, sys, torch
+from dalle_fast.training.malloc import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():  # tensors of 8 MiB, as an activation is
+    x = torch.ones(2 << 20)
+    for _ in range(3):
+        x = x * 2 + 1
+for _ in range(10):  # until the heap has the size that it needs
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    command = [sys.executable, "-c", COUNT_FAULTS, how]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_a_step_faults_in_no_memory_that_an_earlier_one_freed():
+    pages_of_one_tensor = (8 << 20) // 4096
+    assert faults("keep") < pages_of_one_tensor
