@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from dalle_fast.training.malloc import keep_freed_memory
-
 COUNT_FAULTS = """
 import resource, sys, torch
 from dalle_fast.training.malloc import keep_freed_memory

@@ -150,13 +150,17 @@ class Conv2d(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual bottleneck of four convolutions; the encoder's ends with the 1x1 one, the decoder's begins with it."""
+    """A residual bottleneck of four convolutions; the encoder's ends with the 1x1 one, the decoder's begins with it.
 
-    def __init__(self, in_channels, out_channels, gain, kernel_sizes):
+    With `upsample` it is that of the image with every pixel repeated in 2 x 2. What looks at one pixel at a time comes
+    before that: the same numbers from a quarter of the work.
+    """
+
+    def __init__(self, in_channels, out_channels, gain, kernel_sizes, upsample=False):
         super().__init__()
         middle = out_channels // 4
         sizes = [in_channels, middle, middle, middle, out_channels]
-        self.gain = gain
+        self.gain, self.upsample = gain, upsample
         self.id_path = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
         path = OrderedDict()
         for x, kernel_size in enumerate(kernel_sizes, 1):
@@ -165,19 +169,27 @@ class Block(nn.Module):
         self.res_path = nn.Sequential(path)
 
     def forward(self, x):
-        return self.id_path(x) + self.gain * self.res_path(x)
+        if not self.upsample:
+            return self.id_path(x) + self.gain * self.res_path(x)
+        in_place, around = self.res_path[:2], self.res_path[2:]  # the ReLU and the 1x1 convolution, and the rest
+        return _repeat(self.id_path(x)) + self.gain * around(_repeat(in_place(x)))
 
 
-def _groups(config, widths, in_channels, kernel_sizes, between):
-    """group_1 ... group_n, each of blocks block_1 ..., with `between` (name, module) after all but the last."""
+def _repeat(x):
+    return torch_F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _groups(config, widths, in_channels, kernel_sizes, *, pool=False, upsample=False):
+    """group_1 ... group_n, each of blocks block_1 ...; between two groups the image is halved or doubled."""
     groups = OrderedDict()
     for g, width in enumerate(widths, 1):
         group = OrderedDict()
         for b in range(1, config.blocks_per_group + 1):
-            group[f"block_{b}"] = Block(in_channels, width, config.gain, kernel_sizes)
+            doubles = upsample and g > 1 and b == 1
+            group[f"block_{b}"] = Block(in_channels, width, config.gain, kernel_sizes, doubles)
             in_channels = width
-        if g < len(widths):
-            group[between[0]] = between[1]()
+        if pool and g < len(widths):
+            group["pool"] = nn.MaxPool2d(2)
         groups[f"group_{g}"] = nn.Sequential(group)
     return groups
 
@@ -188,12 +200,11 @@ class Encoder(nn.Module):
     def __init__(self, config: DVAEConfig):
         super().__init__()
         widths = config.widths
-        pool = ("pool", lambda: nn.MaxPool2d(2))
         output = OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], config.num_codes, 1))
         self.blocks = nn.Sequential(
             OrderedDict(
                 input=Conv2d(config.channels, widths[0], 7),
-                **_groups(config, widths, widths[0], (3, 3, 3, 1), pool),
+                **_groups(config, widths, widths[0], (3, 3, 3, 1), pool=True),
                 output=nn.Sequential(output),
             )
         )
@@ -213,12 +224,11 @@ class Decoder(nn.Module):
     def __init__(self, config: DVAEConfig):
         super().__init__()
         widths = config.widths[::-1]
-        upsample = ("upsample", lambda: nn.Upsample(scale_factor=2, mode="nearest"))
         output = OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], 2 * config.channels, 1))
         self.blocks = nn.Sequential(
             OrderedDict(
                 input=Conv2d(config.num_codes, config.embedding_dim, 1),  # its weight is the codebook
-                **_groups(config, widths, config.embedding_dim, (1, 3, 3, 3), upsample),
+                **_groups(config, widths, config.embedding_dim, (1, 3, 3, 3), upsample=True),
                 output=nn.Sequential(output),
             )
         )

@@ -27,4 +27,4 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # musl has none
         return False
     values = {M_MMAP_THRESHOLD: MMAP_THRESHOLD, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: TOP_PAD}
-    return all([mallopt(name, value) for name, value in values.items()])
+    return all(mallopt(name, value) for name, value in values.items())
