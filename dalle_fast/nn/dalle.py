@@ -90,7 +90,7 @@ PRESETS = {
     "medium": DALLEConfig(layers=24, width=1024, num_heads=16),
     "small": DALLEConfig(),
     "tiny": DALLEConfig(
-        vocab_size=512, text_len=32, num_codes=128, grid=8, layers=4, width=128, num_heads=4, head_dim=32
+        vocab_size=512, text_len=32, num_codes=512, grid=8, layers=4, width=128, num_heads=4, head_dim=32
     ),
 }
 

@@ -112,11 +112,12 @@ PRESETS = {
     "tiny": DVAEConfig(
         image_size=32,
         downsampling=4,
-        num_codes=128,
+        num_codes=512,
         embedding_dim=32,
         hidden=32,
         blocks_per_group=1,
         min_log_scale=-1.0,
+        residual_gain=1.0,
     ),
 }
 
