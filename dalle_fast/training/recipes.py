@@ -121,7 +121,7 @@ DALLE_RECIPES = {
     "medium": DALLERecipe(steps=200_000, batch_size=256, caption_dropout=0.1),
     "small": DALLERecipe(steps=100_000, batch_size=128, learning_rate=6e-4, caption_dropout=0.1),
     "tiny": DALLERecipe(
-        steps=4000,
+        steps=3000,
         batch_size=64,
         learning_rate=2e-3,
         final_learning_rate=2e-5,
