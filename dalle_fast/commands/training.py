@@ -18,7 +18,7 @@ def add_run_arguments(group, presets) -> None:
     group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
     group.add_argument("--seed", type=int, default=0, help="of all that is random: weights, noise, order")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 on a GPU that has it")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
     group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
 
 

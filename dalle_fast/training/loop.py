@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dalle_fast import checkpoint
+from dalle_fast import _extension, checkpoint
 from dalle_fast.errors import UserError
 from dalle_fast.training import random_state
 from dalle_fast.training.ema import EMA
@@ -80,7 +80,8 @@ class LoopSettings:
         steps: updates in all. clip: largest norm of the gradient, 0 for any. ema_decay, ema_every: see `EMA`.
         max_skipped: steps whose loss or gradient is not finite change nothing; one more than this many in a row is an
             error.
-        precision: "float32"; "bfloat16" for autocast; "auto": bfloat16 on a GPU that has it.
+        precision: "float32"; "bfloat16" for autocast; "auto": bfloat16 on a device that multiplies in it, which some
+            CPUs do.
         log_every, picture_every, evaluate_every, checkpoint_every: steps between two; 0: not before the end.
     """
 
@@ -322,11 +323,18 @@ class _StopSignals:
 
 
 def _autocast_dtype(precision, device):
-    if precision == "float32":
+    if precision == "float32" or (precision == "auto" and not _has_bfloat16(device)):
         return None
-    if precision == "bfloat16":
-        return torch.bfloat16
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16
+
+
+def _has_bfloat16(device):
+    """Whether products in bfloat16 are the device's own, and so the fastest."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and not _extension.why_missing():
+        return "avx512_bf16" in _extension.native().instruction_sets()
+    return False
 
 
 def _numbers(scalars: dict) -> dict[str, float]:
