@@ -25,6 +25,8 @@ class LayerCache:
         self.text_key, self.text_value, self.image_key, self.image_value = (
             torch.empty(shape, device=cache.device, dtype=cache.dtype) for shape in (text, text, image, image)
         )
+        if self.text_key.device.type == "cpu":  # as its kernel reads them: positions beside each other in memory
+            self.text_key = self.text_key.view(*text[:2], text[3], text[2]).mT
 
     @property
     def tensors(self):
