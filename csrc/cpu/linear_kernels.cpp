@@ -2,7 +2,7 @@
 //
 // A tile's sums, some rows times some columns, stay in registers while a row of weights goes by; the rows of x stay in
 // the cache. Weights are asked for some rows ahead: on two cores of a Sapphire Rapids the layers of a 12-layer model of
-// width 512, 151 MB, took 10.4 ms for 8 rows if left to the hardware, 6.9 so, and 15.0 in MKL (1 row: 5.1, 4.5, 6.7).
+// width 512, 151 MB, took 10.4 ms for 8 rows if left to the hardware, 6.9 so, and 15.0 in MKL (without what Python adds).
 // How many rows share a tile changes which registers hold their sums, never the order of the sums.
 #include "linear.h"
 
