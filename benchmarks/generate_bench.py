@@ -4,13 +4,15 @@
     python benchmarks/generate_bench.py --quick                fewer rounds, and no compiled peer
     python benchmarks/generate_bench.py --preset tiny --batch 8
 
-All contenders are the same `DALLE` with the same weights, and draw the next code in the same way. They differ in what they
-keep: this package's `KVCache` and its decode attention; a dense static cache of all positions for every sample, and
-SDPA; or nothing, so that every step runs the whole model over all tokens so far.
+All contenders are the same `DALLE` with the same weights, and draw the next code in the same way. Peers are plain torch
+but for that. They differ in what they keep: this package's `KVCache`, with its decode attention and its linear layers of
+few rows; a dense static cache of all positions for every sample, SDPA and torch's linear layers; or nothing, so that
+every step runs the whole model over all tokens so far.
 
 A whole image takes minutes on a CPU. What is timed is one step at each of two positions, 21% and 79% through the image:
 the points of Gauss's rule, whose mean is that of all steps where the time of a step grows like any cubic polynomial of
 its position. Images per second are batch / (steps of an image * that mean + the caption's pass through the model).
+Before them each contender takes the same steps untimed, as the contenders run in turns, and an image's steps do not.
 
 Each contender's results at these positions are held against the whole model in float64: the command fails where this
 package errs more than twice as much as the eager reference in the same dtype, plus rounding.
@@ -21,6 +23,7 @@ B batch (images of one caption), T text positions, G image tokens, S = 1 + T + G
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import math
@@ -35,6 +38,7 @@ from harness import DTYPES, FORWARD, OURS, Contender
 import dalle_fast.nn.functional as F
 from dalle_fast.nn.dalle import DALLE, PRESETS, DALLEConfig
 from dalle_fast.nn.kv_cache import KVCache
+from dalle_fast.nn.transformer import Linear
 
 NAME = "generation"
 SECONDS, MIN_ROUNDS = 4.0, 5
@@ -132,6 +136,10 @@ class DenseLayer:
 
     def append(self, key, value):
         """(B, H, D)"""
+        if not self.cache.whole:
+            at = self.cache.T + int(self.cache.position)
+            self.key[:, :, at], self.value[:, :, at] = key, value
+            return
         at = (self.cache.T + self.cache.position).view(1)
         self.key.index_copy_(2, at, key[:, :, None])
         self.value.index_copy_(2, at, value[:, :, None])
@@ -163,6 +171,10 @@ class Drawer:
     @torch.no_grad()
     def __call__(self):
         return tuple(self._step_at(position).clone() for position in self.case.positions)
+
+    def warm_up(self):
+        """In an image a step follows a step of the same kind, so that what it reads is where that has left it."""
+        self()
 
     @torch.no_grad()
     def exact(self):
@@ -233,11 +245,24 @@ def draw(model, hidden, seeds):
     return F.codebook_sample(hidden, model.image_weight, seed=seeds, impl=model.impl)
 
 
+def with_linear(inputs, impl):
+    """The inputs with a model of the same weights whose linear layers are of `impl`."""
+    model, *tokens = inputs
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.impl = impl
+    return model, *tokens
+
+
 def build_ours(case, device, *, impl):
     def make(case, inputs):
+        inputs = with_linear(inputs, impl)
         for block in inputs[0].transformer.blocks:
             block.attention.impl = impl
         cache = our_cache(case, device)
+        for mask in set(case.config.masks):
+            mask.visible_slots()  # a table that is made once in a process, as the dense ones' masks are above
         for index in range(case.config.layers):  # as the dense ones: memory that is first touched later looks like use
             for tensor in cache.layer(index).tensors:
                 tensor.fill_(1)
@@ -255,13 +280,13 @@ def our_cache(case, device):
 def build_dense(case, device, *, whole=False, compiled=False):
     def make(case, inputs):
         cache = DenseCache(case.config, case.batch, device, DTYPES[case.dtype], whole)
-        return Drawer(case, inputs, cache, compiled)
+        return Drawer(case, with_linear(inputs, "reference"), cache, compiled)
 
     return make
 
 
 def build_uncached(case, device):
-    return Uncached
+    return lambda case, inputs: Uncached(case, with_linear(inputs, "reference"))
 
 
 def contenders_of(case: Case, args) -> list[Contender]:

@@ -10,7 +10,8 @@ A benchmark is a module with
     contenders_of(case, args)        list of `Contender`, this package's first
     describe_case(case) -> dict      what the case is, for the results file; `name` among it
     make_inputs(case, device)        tensors, the same in every process
-    make_call(function, case, inputs)  the function without arguments that is timed; it returns a tuple of tensors
+    make_call(function, case, inputs)  the function without arguments that is timed; it returns a tuple of tensors, and may
+                                     have a method warm_up, which is called before every timed call
     Oracle(case, inputs)             has `facts` (a dictionary for the results file), and judges: see `measure_case`
     error_columns(result)            two headers, and a function from an entry's errors to their two cells
     case_title(result), summary_columns(results), notes(results), plot_title(report)
@@ -34,6 +35,7 @@ import random
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -107,6 +109,7 @@ def time_interleaved(calls: dict, *, device: str, seconds: float, min_rounds: in
     try:
         while calls and (rounds < min_rounds or time.perf_counter() - start < seconds):
             for name in order.sample(list(calls), len(calls)):
+                getattr(calls[name], "warm_up", lambda: None)()
                 samples[name].append(measure(calls[name]))
             rounds += 1
             tick(min(rounds / min_rounds, (time.perf_counter() - start) / seconds, 1.0))
@@ -649,7 +652,9 @@ def draw(benchmark, report: dict, path) -> None:
     axes.set_ylabel(f"time / {OURS}'s time")
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{benchmark.plot_title(report)}\n{where_line(report)}", fontsize=9)
+    letters = int(13 * figure.get_figwidth())  # in a line
+    lines = [textwrap.fill(line, letters) for line in (benchmark.plot_title(report), where_line(report))]
+    axes.set_title("\n".join(lines), fontsize=9)
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -223,7 +223,8 @@ class Oracle:
 
     def _reference(self, dtype):
         model, text, codes = self._inputs
-        reference = DALLE(self._case.config, impl="reference").to(text.device, dtype)
+        # Layer by layer, as the S x S matrices of all layers at once are too many.
+        reference = DALLE(self._case.config, impl="reference", activation_checkpointing=True).to(text.device, dtype)
         reference.load_state_dict(model.state_dict())
         return make_call(lambda model: model, self._case, (reference, text, codes))()
 

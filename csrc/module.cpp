@@ -42,6 +42,7 @@ PYBIND11_MODULE(_native, m) {
     dalle_fast::bind_attention(m);
     dalle_fast::bind_decode(m);
     dalle_fast::bind_codebook(m);
+    dalle_fast::bind_linear(m);
 #if DALLE_FAST_CUDA
     dalle_fast::bind_cuda(m);
 #endif

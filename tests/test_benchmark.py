@@ -3,6 +3,7 @@
 The commands run at a tiny size, where nothing they measure means anything but everything they write has its form.
 """
 
+import copy
 import functools
 import importlib.util
 import json
@@ -18,12 +19,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import dalle_fast.nn as fnn
+from dalle_fast.ops import linear as linear_ops
+from dalle_fast.ops.attention import decode
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 TINY = ["--quick", "--seconds", "0.05", "--grid", "3x5", "--text-len", "6", "--heads", "2", "--head-dim", "16"]
 CONTENDERS = ("dalle_fast", "SDPA causal", "SDPA mask", "FlexAttention, block 128", "eager")
 CODEBOOK_TINY = ["--quick", "--seconds", "0.02", "--threads", "1"]  # threads cost more than they give at these sizes
 CODEBOOK_TINY += ["--rows", "24", "--codes", "100", "--embedding-dim", "8", "--din", "16"]
+GENERATE_TINY = ["--quick", "--seconds", "0.02", "--threads", "1", "--preset", "tiny", "--text-len", "6"]
+GENERATE_TINY += ["--grid", "4", "--layers", "3", "--batch", "2", "--device", "cpu"]
+TRAIN_TINY = ["--quick", "--seconds", "0.02", "--threads", "1", "--text-len", "6", "--layers", "3", "--width", "64"]
+TRAIN_TINY += ["--grid", "3x4", "--device", "cpu"]
 CODEBOOK_CONTENDERS = {
     ("gumbel", "forward"): ["dalle_fast", "products alone", "eager", "compiled"],
     ("gumbel", "forward+backward"): ["dalle_fast", "eager", "compiled"],
@@ -164,6 +173,115 @@ def test_compiled_torch_takes_part(codebook_bench, monkeypatch, capsys, threads)
     assert codebook_bench.main(flags) == 0
     printed = capsys.readouterr().out
     assert "gumbel, forward, bfloat16, Din 16" in printed and "compiled: not run" not in printed
+
+
+@pytest.fixture
+def generate_bench(modules):
+    import generate_bench
+
+    return generate_bench
+
+
+@pytest.fixture
+def train_bench(modules):
+    import train_bench
+
+    return train_bench
+
+
+def test_a_generation_run_writes_everything(tmp_path):
+    report, printed = report_of(tmp_path, "generate_bench.py", *GENERATE_TINY)
+    assert report["benchmark"] == "generation"
+    (case,) = report["cases"]
+    entries = {entry["name"]: entry for entry in case["contenders"]}
+    assert list(entries) == ["dalle_fast", "dense cache, SDPA", "no cache"] and set(case["ratios"]) == {
+        "dense cache",
+        "no cache",
+    }
+    assert case["complete"] and case["batch"] == 2 and case["positions"] == [3, 11] and case["caption_s"] > 0
+    for name, entry in entries.items():
+        assert name in printed and entry["error"].keys() == {"token 3", "token 11"}
+        assert all(0 < error["max_abs"] < 1e-4 for error in entry["error"].values())
+        check_timing(entry, entries["dalle_fast"])
+    assert entries["dalle_fast"]["exact"] is True
+    # 7 text positions once, and what a layer's mask can see: 2 * 4 heads * 32 numbers of 4 bytes a key
+    config = fnn.DALLEConfig(**case["config"])
+    keys = sum(7 + 2 * mask.cache_slots for mask in config.masks) / 2
+    assert case["cache_bytes_per_image"] == {"dalle_fast": keys * 1024, "dense cache": 3 * (7 + 16) * 1024}
+
+
+def test_peers_of_generation_are_plain_torch(generate_bench, monkeypatch):
+    """All but the way to draw: neither our attention nor our linear layers serve them."""
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 17),) * 2)  # with any instruction set
+    case = generate_bench.parse(GENERATE_TINY).cases[0]
+    inputs = generate_bench.make_inputs(case, "cpu")
+    calls = {
+        contender.name: generate_bench.make_call(contender.build(case, "cpu"), case, inputs)
+        for contender in generate_bench.contenders_of(case, generate_bench.parse(GENERATE_TINY))
+    }
+    expected = {name: call.exact() for name, call in calls.items()}
+    served = []
+    for place, name in ((linear_ops, "_linear_op"), (decode, "_decode_op")):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, real=real, name=name: served.append(name) or real(*args))
+    for name, call in calls.items():
+        served.clear()
+        for one, other, ours in zip(call.exact(), expected[name], expected["dalle_fast"]):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, ours)
+        assert set(served) == ({"_linear_op", "_decode_op"} if name == "dalle_fast" else set())
+
+
+def test_a_training_run_writes_everything(tmp_path):
+    report, printed = report_of(tmp_path, "train_bench.py", *TRAIN_TINY)
+    assert report["benchmark"] == "training"
+    (case,) = report["cases"]
+    entries = {entry["name"]: entry for entry in case["contenders"]}
+    assert list(entries) == ["dalle_fast", "SDPA mask", "FlexAttention, block 64", "FlexAttention, block 128"]
+    assert case["complete"] and case["tokens"] == 6 + 12 and case["pass"] == "forward+backward"
+    for name, entry in entries.items():
+        if name.startswith("FlexAttention"):
+            assert entry["status"] == "not run" and f"{name}: not run (FlexAttention has no backward on CPU)" in printed
+            continue
+        check_timing(entry, entries["dalle_fast"])
+        assert list(entry["error"]) == ["loss", "grad of the first layer's qkv", "grad of the image embedding"]
+        assert all(0 <= error["max_abs"] < 1e-5 for error in entry["error"].values())
+    assert entries["dalle_fast"]["exact"] is True and set(case["ratios"]) == {"SDPA mask"}
+
+
+@pytest.mark.parametrize("name", ["generate_bench", "train_bench"])
+def test_a_wrong_result_of_the_transformer_fails(name, modules, request, monkeypatch, capsys, threads):
+    """A last weight that is off by a thousandth."""
+    module = request.getfixturevalue(name)
+    monkeypatch.setattr(modules[0], "measure_memory", every_memory_is_zero)
+    real = module.build_ours
+
+    def spoiled(case, device, *, impl):
+        make = real(case, device, impl=impl)
+
+        def spoil(model):
+            model = copy.deepcopy(model)
+            with torch.no_grad():
+                model.transformer.norm.weight[0] += 1e-3
+            return model
+
+        if name == "train_bench":
+            return lambda model: make(spoil(model))
+        return lambda case, inputs: make(case, (spoil(inputs[0]), *inputs[1:]))
+
+    monkeypatch.setattr(module, "build_ours", spoiled)
+    assert module.main(GENERATE_TINY if name == "generate_bench" else TRAIN_TINY) == 1
+    printed = capsys.readouterr()
+    assert "dalle_fast: TOO INEXACT" in printed.out and "too inexact: " in printed.err
+
+
+def test_the_default_cases_of_the_transformer(generate_bench, train_bench):
+    cases = generate_bench.parse(["--device", "cpu"]).cases
+    assert [(case.batch, case.dtype) for case in cases] == [(1, "float32"), (8, "float32")]
+    assert all(case.config == fnn.DALLEConfig() for case in cases)  # the preset "small": text 256, grid 32 x 32
+    cases = train_bench.parse(["--device", "cpu"]).cases
+    assert [case.config.grid for case in cases] == [(16, 16), (32, 32), (64, 64)]
+    assert all(case.config.text_len == 256 for case in cases)
 
 
 def every_memory_is_zero(benchmark, case, contenders, *_):

@@ -329,6 +329,19 @@ def test_resuming_is_exact(objective, tmp_path):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_gradient_scaling_changes_nothing_but_the_scales(objective, tmp_path):
+    """In float32 scaling by powers of two is exact: the loop must take the scales out before it clips."""
+    weights = []
+    for scaling in (False, True):
+        o = objective()
+        o.model.transformer.gradient_scaling = scaling
+        train(o, tmp_path / str(scaling), LoopSettings(steps=4), **QUIET)
+        weights.append(dict(o.model.named_parameters()))
+        assert (o.model.transformer.updates_at_scale == (4 if scaling else 0)).all()
+    for name, parameter in weights[0].items():
+        assert torch.equal(weights[1][name], parameter), name
+
+
 def test_a_resumed_run_needs_the_same_codes_and_tokenizer(objective, tokenizer, tmp_path):
     settings = LoopSettings(steps=12, checkpoint_every=5)
     train(objective(), tmp_path / "run", settings, **QUIET)

@@ -31,6 +31,7 @@ struct InstructionSet {
     const AttentionKernels& attention;
     const DecodeKernels& decode;
     const CodebookKernels& codebook;
+    const LinearKernels& linear;
     const ProductKernels& product;
 };
 
@@ -38,21 +39,24 @@ struct InstructionSet {
 const std::vector<InstructionSet>& compiled() {
     static const std::vector<InstructionSet> sets = {
         {"portable", true, true,
-         portable::attention_kernels, portable::decode_kernels, portable::codebook_kernels, portable::product_kernels},
+         portable::attention_kernels, portable::decode_kernels, portable::codebook_kernels, portable::linear_kernels,
+         portable::product_kernels},
 #if defined(DALLE_FAST_WITH_avx2)
         {"avx2", cpu_has_avx2(), true,
-         avx2::attention_kernels, avx2::decode_kernels, avx2::codebook_kernels, avx2::product_kernels},
+         avx2::attention_kernels, avx2::decode_kernels, avx2::codebook_kernels, avx2::linear_kernels,
+         avx2::product_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512)
         {"avx512", cpu_has_avx512(), true,
-         avx512::attention_kernels, avx512::decode_kernels, avx512::codebook_kernels, avx512::product_kernels},
+         avx512::attention_kernels, avx512::decode_kernels, avx512::codebook_kernels, avx512::linear_kernels,
+         avx512::product_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512_bf16)
         // Intel's cores issue vdpbf16ps at a quarter of the rate of a float32 FMA (measured on Sapphire Rapids): half
         // the multiply-adds. There bfloat16 is faster converted to float32, as avx512 does.
         {"avx512_bf16", cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0,
          avx512_bf16::attention_kernels, avx512_bf16::decode_kernels, avx512_bf16::codebook_kernels,
-         avx512_bf16::product_kernels},
+         avx512_bf16::linear_kernels, avx512_bf16::product_kernels},
 #endif
     };
     return sets;
@@ -91,6 +95,7 @@ const char* instruction_set() { return active().name; }
 const AttentionKernels& attention_kernels() { return active().attention; }
 const DecodeKernels& decode_kernels() { return active().decode; }
 const CodebookKernels& codebook_kernels() { return active().codebook; }
+const LinearKernels& linear_kernels() { return active().linear; }
 const ProductKernels& product_kernels() { return active().product; }
 
 }  // namespace dalle_fast

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "codebook.h"
 #include "decode.h"
+#include "linear.h"
 #include "product.h"
 
 namespace dalle_fast {
@@ -22,6 +23,7 @@ const char* instruction_set();
 const AttentionKernels& attention_kernels();
 const DecodeKernels& decode_kernels();
 const CodebookKernels& codebook_kernels();
+const LinearKernels& linear_kernels();
 const ProductKernels& product_kernels();
 
 }  // namespace dalle_fast

@@ -25,6 +25,8 @@ class LayerCache:
         self.text_key, self.text_value, self.image_key, self.image_value = (
             torch.empty(shape, device=cache.device, dtype=cache.dtype) for shape in (text, text, image, image)
         )
+        if self.text_key.device.type == "cpu":  # as its kernel reads them: positions beside each other in memory
+            self.text_key = self.text_key.view(*text[:2], text[3], text[2]).mT
 
     @property
     def tensors(self):
@@ -58,6 +60,10 @@ class LayerCache:
         if key.shape != (B, H, D):
             raise ValueError(f"key must have shape ({B}, {H}, {D}), got {tuple(key.shape)}")
         self.cache.check_room()
+        if self.image_key.device.type == "cpu" and not torch.compiler.is_compiling():  # no tensor for the position
+            slot = self.mask.cache_slot(self.cache.length)
+            self.image_key[:, :, slot], self.image_value[:, :, slot] = key, value
+            return
         slot = self.mask.cache_slot(self.cache.position).view(1)
         self.image_key.index_copy_(2, slot, key[:, :, None].to(self.image_key.dtype))
         self.image_value.index_copy_(2, slot, value[:, :, None].to(self.image_value.dtype))

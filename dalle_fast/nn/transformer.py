@@ -21,14 +21,28 @@ FIRST_SCALE, MIN_SCALE, MAX_SCALE = 2.0**13, 2.0**7, 2.0**24
 UPDATES_TO_DOUBLE = 1000
 
 
+class Linear(nn.Linear):
+    """torch's, through `dalle_fast.nn.functional.linear`: faster where one token comes after another on a CPU.
+
+    impl: as of the attention beside it, but only "reference" means something here.
+    """
+
+    def __init__(self, in_features, out_features, impl):
+        super().__init__(in_features, out_features)
+        self.impl = impl
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias, impl="reference" if self.impl == "reference" else "auto")
+
+
 class Attention(nn.Module):
     """Self-attention under an `AttentionMask`; the packed projection is read in place."""
 
     def __init__(self, width, num_heads, head_dim, mask, impl):
         super().__init__()
         self.num_heads, self.head_dim, self.mask, self.impl = num_heads, head_dim, mask, impl
-        self.qkv = nn.Linear(width, 3 * num_heads * head_dim)
-        self.out = nn.Linear(num_heads * head_dim, width)
+        self.qkv = Linear(width, 3 * num_heads * head_dim, impl)
+        self.out = Linear(num_heads * head_dim, width, impl)
 
     def forward(self, x, text_lengths=None, cache=None):
         """x (B, S, W) -> (B, S, W); keys and values also go into `cache`, a `KVCache.layer`."""
@@ -57,9 +71,9 @@ class Block(nn.Module):
         self.attention = Attention(width, num_heads, head_dim, mask, impl)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("up", nn.Linear(width, 4 * width))
+        self.mlp.add_module("up", Linear(width, 4 * width, impl))
         self.mlp.add_module("gelu", nn.GELU())
-        self.mlp.add_module("down", nn.Linear(4 * width, width))
+        self.mlp.add_module("down", Linear(4 * width, width, impl))
 
     def forward(self, x, text_lengths=None, cache=None, scales=None):
         if scales is None:

@@ -43,7 +43,7 @@ class Objective(Protocol):
     """What differs between the stages.
 
     Attributes:
-        model: trained, on its device.
+        model: trained, on its device. What it has as `unscale_gradients` is called after each backward pass.
         settings: name -> value (JSON's), all that the numbers of a run depend on; a resumed run must have the same.
         examples_per_step: for the rate that is shown.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
@@ -225,6 +225,8 @@ class _Run:
             loss, scalars = self.objective.loss(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if hasattr(self.model, "unscale_gradients"):
+            self.model.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         values = _numbers({"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, **scalars})
         self.step += 1

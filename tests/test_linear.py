@@ -1,0 +1,184 @@
+"""`F.linear`: torch's results, rows that do not depend on each other, and who serves which call.
+
+R rows, K in, N out.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dalle_fast import _extension
+from dalle_fast.nn import functional as F
+from dalle_fast.nn.transformer import Linear
+from dalle_fast.ops import linear as linear_ops
+from dalle_fast.testing import nan_poisoned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 21)  # around the blocks of 8, 4 and 2
+# (N, K): nothing, one, around vectors of 4, 8 and 16 and tiles of 2, 3 and 4, enough weights for all threads.
+SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), (300, 257)]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls that our kernel serves."""
+    calls, real = [], linear_ops._linear_op
+    monkeypatch.setattr(linear_ops, "_linear_op", lambda *tensors: calls.append(tensors) or real(*tensors))
+    return calls
+
+
+def operands(R, N, K, dtype=torch.float32):
+    """-2 to 2: sums are exact, and so must results be."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (R, K), (N, K), (N,)
+    return [torch.randint(-2, 3, shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_size_and_dtype_is_exact(sizes):
+    for dtype in DTYPES:
+        for R in ROWS:
+            x, weight, bias = operands(R, *sizes, dtype)
+            exact = x.double() @ weight.double().T
+            with nan_poisoned():
+                out, with_bias = F.linear(x, weight, impl="cpu"), F.linear(x, weight, bias, impl="cpu")
+            assert out.dtype == with_bias.dtype == dtype
+            assert torch.equal(out, exact.to(dtype)) and torch.equal(with_bias, (exact + bias).to(dtype))
+
+
+def test_any_leading_dimensions_and_strides():
+    x, weight, bias = operands(6, 10, 32)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(F.linear(x.view(2, 3, 32), weight, bias, impl="cpu"), expected.view(2, 3, 10))
+    assert torch.equal(F.linear(x[0], weight, bias, impl="cpu"), expected[0])
+    wide = torch.full((10, 40), torch.nan)
+    wide[:, 3:35] = weight
+    assert torch.equal(F.linear(x.T.contiguous().T, wide[:, 3:35], bias, impl="cpu"), expected)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    """Bit for bit, so that an image does not depend on its batch, whatever the threads."""
+    x, weight, bias = torch.randn(21, 300), torch.randn(401, 300), torch.randn(401)
+    alone = torch.cat([F.linear(row[None], weight, bias, impl="cpu") for row in x])
+    for R in ROWS:
+        assert torch.equal(F.linear(x[:R], weight, bias, impl="cpu"), alone[:R])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(F.linear(x, weight, bias, impl="cpu"), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_errors_are_those_of_float32_sums():
+    """At most twice torch's error in the same dtype, plus the result's rounding."""
+    for dtype in DTYPES:
+        x, weight, bias = torch.randn(8, 2048).to(dtype), torch.randn(96, 2048).to(dtype), torch.randn(96).to(dtype)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        ours, theirs = (
+            (F.linear(x, weight, bias, impl=impl).double() - exact).abs().max() for impl in ("cpu", "reference")
+        )
+        assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_infinity_and_nan_stay_in_their_row():
+    x, weight, _ = operands(9, 12, 40)
+    expected = torch.nn.functional.linear(x, weight)
+    x[2, 3], x[5, 39] = torch.nan, torch.inf
+    out = F.linear(x, weight, impl="cpu")
+    assert out[2].isnan().all() and not out[5].isfinite()[weight[:, 39] != 0].any()
+    others = [r for r in range(9) if r not in (2, 5)]
+    assert torch.equal(out[others], expected[others])
+
+
+def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3)))
+    most = 6
+    x, weight, bias = torch.randn(most + 1, 16), torch.randn(8, 16), torch.randn(8)
+    few = x[:most]
+    F.linear(few, weight, bias)
+    assert len(counted) == 1
+    parameter = torch.nn.Parameter(weight)
+    with torch.no_grad():
+        F.linear(few, parameter, bias)
+    assert len(counted) == 2
+    calls = {
+        "many rows": lambda: F.linear(x, weight, bias),
+        "many for 16 bits": lambda: F.linear(few[:3].bfloat16(), weight.bfloat16(), bias.bfloat16()),
+        "reference": lambda: F.linear(few, weight, bias, impl="reference"),
+        "a gradient": lambda: F.linear(few, parameter, bias),
+        "float64": lambda: F.linear(few.double(), weight.double(), bias.double()),
+        "weights with strides": lambda: F.linear(few, weight.T.contiguous().T, bias),
+        "a transformation": lambda: torch.func.jvp(lambda y: F.linear(y, weight, bias), (few,), (few,))[1],
+        "vmap": lambda: torch.func.vmap(lambda y: F.linear(y, weight, bias))(few),
+        "meta": lambda: F.linear(few.to("meta"), weight.to("meta"), bias.to("meta")),
+    }
+    for call in calls.values():
+        call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(few, weight, bias).dtype == torch.bfloat16
+    assert len(counted) == 2
+    for parameter in (weight, bias):  # torch's own error
+        with pytest.raises(RuntimeError):
+            F.linear(few, parameter[1:] if parameter is bias else parameter[:, 1:], bias)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": torch.float64}, "one dtype, float32, float16 or bfloat16, got torch.float64"),
+        ({"weight": torch.ones(3, 5)}, r"x \(..., K\) and weight \(N, K\), got \(2, 4\) and \(3, 5\)"),
+        ({"weight": torch.ones(4, 3).T}, "weights whose rows lie side by side"),
+        ({"bias": torch.ones(2)}, r"a contiguous bias \(3,\), got \(2,\)"),
+        ({"weight": torch.ones(3, 4, requires_grad=True)}, "a gradient is needed"),
+        ({"impl": "triton"}, "impl must be one of auto, reference, cpu, got 'triton'"),
+    ],
+)
+def test_what_cannot_be_served_is_named(change, message):
+    arguments = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4), "bias": torch.ones(3), "impl": "cpu", **change}
+    if dtype := arguments.pop("dtype", None):
+        arguments |= {name: arguments[name].to(dtype) for name in ("x", "weight", "bias")}
+    with pytest.raises(ValueError, match=message):
+        F.linear(**arguments)
+
+
+def test_it_is_a_good_torch_operation():
+    x, weight, bias = operands(3, 5, 20)
+    for arguments in ((x, weight, bias), (x, weight, None), (x.view(3, 1, 20), weight, bias)):
+        torch.library.opcheck(torch.ops.dalle_fast.linear.default, arguments)
+
+
+def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):
+    """The same parameters and weights; `impl` chooses."""
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3)))
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(64, 40)
+    torch.manual_seed(0)
+    ours = Linear(64, 40, "auto")
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, torch.nn.Linear)
+    plain = copy.deepcopy(ours)
+    plain.impl = "reference"
+    x = torch.randn(1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert len(counted) == 1
+        assert torch.equal(plain(x), theirs(x)) and len(counted) == 1
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    """This file again, in a process that uses another instruction set."""
+    available = _extension.native().instruction_sets()
+    if isa not in available:
+        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
+    if _extension.native().instruction_set() == isa:
+        return  # that is how the other tests have run
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set", __file__]
+    environment = {**os.environ, "DALLE_FAST_ISA": isa}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
