@@ -206,11 +206,33 @@ void multiply(const Product& p, void* scratch) {
     }
 }
 
+// -- packed sums --------------------------------------------------------------------------------------------------------
+// Plain loops: compilers make vectors of them.
+
+void unpack_sums(const PackedSums& packed, int64_t begin, int64_t end, float* sums) {
+    const uint16_t* __restrict upper = packed.upper;
+    const uint8_t* __restrict lower = packed.lower;
+    float* __restrict out = sums;
+    for (int64_t i = begin; i < end; ++i) out[i] = bits_to_float(uint32_t(upper[i]) << 16 | uint32_t(lower[i]) << 8);
+}
+
+void pack_sums(const float* sums, int64_t begin, int64_t end, const PackedSums& packed) {
+    uint16_t* __restrict upper = packed.upper;
+    uint8_t* __restrict lower = packed.lower;
+    const float* __restrict in = sums;
+    for (int64_t i = begin; i < end; ++i) {
+        const uint32_t bits = float_to_bits(in[i]), rounded = bits + 0x7f + (bits >> 8 & 1);
+        const uint32_t kept = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : rounded;  // a NaN must not round up to -0
+        upper[i] = uint16_t(kept >> 16);
+        lower[i] = uint8_t(kept >> 8);
+    }
+}
+
 }  // namespace
 
 extern const ProductKernels product_kernels;
 const ProductKernels product_kernels = {(kColumnsAtOnce + kPanel) * kWords * sizeof(Word), PANEL_ROWS, TILE_COLUMNS,
-                                        multiply};
+                                        multiply, unpack_sums, pack_sums};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast
