@@ -21,7 +21,8 @@ from dalle_fast.nn import functional as F
 from dalle_fast.ops.codebook import chunked, cpu
 from dalle_fast.testing import nan_poisoned
 
-# (M, J, I): nothing, one, around the tiles of 14 x 32 and 6 x 16, around the 256 columns and 512 words at once.
+# (M, J, I): nothing, one, around the tiles of 14 x 32, 6 x 16 and 32 x 32 x 32, around the 256 columns and 512 words at
+# once.
 SIZES = [
     (0, 5, 3),
     (5, 0, 3),
@@ -33,6 +34,10 @@ SIZES = [
     (6, 16, 31),
     (7, 17, 33),
     (29, 255, 5),
+    (31, 31, 31),
+    (32, 64, 32),
+    (33, 65, 34),
+    (70, 96, 63),
     (43, 257, 2),
     (200, 300, 20),
     (5, 40, 511),
