@@ -340,9 +340,12 @@ print(measure(call(N, K)))
     [
         ("gumbel_codebook", "float32", 64),
         ("gumbel_codebook", "float32", 512),
+        ("gumbel_codebook", "float32", 2048),
         ("gumbel_codebook", "bfloat16", 512),
+        ("gumbel_codebook", "bfloat16", 2048),
         ("cross_entropy", "float32", 64),
         ("cross_entropy", "bfloat16", 512),
+        ("cross_entropy", "bfloat16", 2048),
         ("sample", "float32", 64),
     ],
 )
@@ -352,6 +355,8 @@ def test_extra_memory(serve, what, dtype, din):
         pytest.skip("the reference is dense")
     if serve.impl == "cpu" and dtype == "bfloat16" and cpu.PRODUCTS[_extension.native().instruction_set()] == "vendor":
         pytest.skip("float32 copies of what torch multiplies take more than 40 MB here")
+    if serve.impl == "cuda" and dtype != "float32" and din > 512:
+        pytest.skip("on GPUs the gradient of weight is added up in float32 outside of its own memory: 67 MB")
     benchmarks = str(Path(__file__).resolve().parents[1] / "benchmarks")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([benchmarks, os.environ.get("PYTHONPATH", "")])}
     sizes = map(str, (din, 128, 8192, 8192))

@@ -21,7 +21,8 @@ from dalle_fast.nn import functional as F
 from dalle_fast.ops.codebook import chunked, cpu
 from dalle_fast.testing import nan_poisoned
 
-# (M, J, I): nothing, one, around the tiles of 14 x 32 and 6 x 16, around the 256 columns and 512 words at once.
+# (M, J, I): nothing, one, around the tiles of 14 x 32, 6 x 16 and 32 x 32 x 32, around the 256 columns and 512 words at
+# once.
 SIZES = [
     (0, 5, 3),
     (5, 0, 3),
@@ -33,6 +34,10 @@ SIZES = [
     (6, 16, 31),
     (7, 17, 33),
     (29, 255, 5),
+    (31, 31, 31),
+    (32, 64, 32),
+    (33, 65, 34),
+    (70, 96, 63),
     (43, 257, 2),
     (200, 300, 20),
     (5, 40, 511),
@@ -115,6 +120,101 @@ def test_an_element_depends_on_its_two_lanes_alone(threads, dtype):
         assert torch.equal(cpu.product(a[rows], b[columns]), whole[rows, columns])
 
 
+GUARDED = """
+import itertools, torch
+from dalle_fast.ops.codebook import cpu
+from dalle_fast.verify import guard
+
+cpu.PRODUCTS = dict.fromkeys(cpu.PRODUCTS, "ours")
+for at_end in (True, False):
+    guarded = guard.guarding(at_end=at_end)
+    for dtype, (M, J, I) in itertools.product((torch.float32, torch.float16, torch.bfloat16), SIZES):
+        a, b = (torch.ones(lanes, I, dtype=dtype) for lanes in (M, J))
+        for x, y in itertools.product((guarded(a), guarded(a.T).T), (guarded(b), guarded(b.T).T)):
+            assert (cpu.product(x, y, out=guarded(torch.empty(M, J))) == I).all()
+        total = cpu.Sum(guarded(torch.empty(M, J, dtype=dtype)))
+        total.add(guarded(a.float().T), guarded(b.T))
+        assert (total.result() == I).all()
+        guard._kept.clear()
+print("all")
+"""
+
+
+def test_products_touch_nothing_but_their_operands():
+    """Each lies against a page that cannot be read: a process of its own, which it would end."""
+    sizes = [(1, 1, 1), (3, 5, 7), (15, 33, 17), (17, 31, 33), (29, 70, 64), (5, 300, 2)]
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED.replace("SIZES", repr(sizes))], check=False, capture_output=True, text=True
+    )
+    if "NotRun" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0 and done.stdout == "all\n", f"ended with {done.returncode}: {done.stderr[-2000:]}"
+
+
+# -- sums over chunks -----------------------------------------------------------------------------------------------------
+
+
+def packed(floats):
+    """Through the 24 bits that a sum is kept in."""
+    floats, upper, lower = floats.clone(), torch.empty(len(floats), dtype=torch.int16), torch.empty(len(floats)).byte()
+    where = upper.data_ptr(), lower.data_ptr()
+    _extension.native().pack_sums(floats.data_ptr(), len(floats), *where, 2)
+    _extension.native().unpack_sums(*where, len(floats), floats.fill_(7).data_ptr(), 2)
+    return floats
+
+
+def test_packed_sums_are_rounded_to_nearest():
+    bits = torch.randint(-(2**31), 2**31, (100_003,), generator=torch.Generator().manual_seed(0))
+    bits[:1024] = (bits[:1024] & ~0x1FF) + torch.arange(1024) % 512  # ties, to both sides
+    floats = bits.int().view(torch.float32)
+    numbers = floats[floats.isfinite() & (floats.abs() < 3e38)]
+    out = packed(numbers)
+    assert (out.view(torch.int32) & 0xFF == 0).all()
+    spacing = 2.0 ** (numbers.frexp().exponent.clamp(min=-125) - 16).double()
+    off = (out.double() - numbers.double()).abs() / spacing
+    assert (off <= 0.5).all()
+    ties = off == 0.5
+    assert ties.sum() > 10 and (out[ties].view(torch.int32) >> 8 & 1 == 0).all()
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4028235e38])
+    assert torch.equal(packed(special).view(torch.int32)[:4], special.view(torch.int32)[:4])
+    assert packed(special)[4] == torch.inf
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    assert packed(nans).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_sum_over_many_chunks_errs_by_its_last_rounding(monkeypatch, dtype):
+    """100 chunks: sums that were rounded to 16 bits after each would be off by several times as much."""
+    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)  # several parts
+    generator = torch.Generator().manual_seed(0)
+    like = torch.empty(37, 50, dtype=dtype)
+    a, b = torch.randn(100, 4, 37, generator=generator), torch.randn(100, 4, 50, generator=generator).to(dtype)
+    with nan_poisoned():
+        total = cpu.Sum(like)
+        for x, y in zip(a, b, strict=True):
+            total.add(x, y)
+        out = total.result()
+    assert out.dtype == dtype and out.shape == like.shape and out.is_contiguous()
+    exact = torch.einsum("crj,cri->ji", a.double(), b.double())
+    rounded = exact.to(dtype).double()
+    allowed = 1.1 * (rounded - exact).square().mean().sqrt()
+    assert (out.double() - exact).square().mean().sqrt() <= allowed
+
+
+@pytest.mark.parametrize("how", ["ours", "vendor"])
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (130, 33)], ids=str)
+def test_sums_of_every_size(monkeypatch, how, sizes):
+    monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, how))
+    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 3000)
+    for dtype in DTYPES:
+        total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype)), torch.zeros(sizes)
+        for seed, R in enumerate((3, 1, 0)):
+            a, b = integers((R, sizes[0]), torch.float32, seed), integers((R, sizes[1]), dtype, seed + 9)
+            total.add(a, b)
+            exact += a.T @ b.float()
+        assert torch.equal(total.result(), exact.to(dtype))
+
+
 # -- tiles of logits -----------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +254,7 @@ def test_tiles_say_what_rows_say(monkeypatch, threads, sizes, bias):
 
 def test_equals_in_different_tiles():
     weight = torch.zeros(3 * TILE_CODES, 1)
-    for codes in ((255, 256), (300, 700), (5, 767), (512, 513)):
+    for codes in ((255, 256), (300, 700), (5, 767), (512, 513), (63, 64), (447, 448, 500)):  # of a tile's blocks, too
         weight[:] = -1
         weight[list(codes)] = 1
         assert F.codebook_argmax(torch.ones(3, 1), weight).tolist() == [min(codes)] * 3

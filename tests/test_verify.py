@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dalle_fast import cli
+from dalle_fast import cli, provenance
 from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
@@ -54,6 +54,12 @@ def test_every_figure_has_as_many_cases_as_it_says():
     assert {name: len(cases) for name, cases in listed.items()} == {name: FIGURES[name].total for name in listed}
     for name in FIGURES:
         assert importlib.import_module(f"dalle_fast.verify.{name}").case
+
+
+def test_every_fault_can_still_be_seeded():
+    for mutant in mutants.MUTANTS:
+        text = (provenance.ROOT / mutant.file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1 and mutant.new != mutant.old, mutant.name
 
 
 # -- the runner ----------------------------------------------------------------------------------------------------------

@@ -101,6 +101,14 @@ void bind_codebook(py::module_& m) {
           [](const Matrix& a, const Matrix& b, int64_t out, int64_t stride_out, bool add, int threads) {
               multiply(product_kernels(), {operand(a), operand(b), a[3], at<float>(out), stride_out, add}, threads);
           }, released);
+    m.def("unpack_sums",
+          [](int64_t upper, int64_t lower, int64_t count, int64_t sums, int threads) {
+              unpack_sums(product_kernels(), {at<uint16_t>(upper), at<uint8_t>(lower)}, count, at<float>(sums), threads);
+          }, released);
+    m.def("pack_sums",
+          [](int64_t sums, int64_t count, int64_t upper, int64_t lower, int threads) {
+              pack_sums(product_kernels(), at<const float>(sums), count, {at<uint16_t>(upper), at<uint8_t>(lower)}, threads);
+          }, released);
     m.def("sample_streaming",
           [](const Matrix& hidden, const Matrix& weight, int64_t bias, int64_t seed, bool seed_per_row,
              int64_t temperature, int64_t codes, int threads) {

@@ -12,6 +12,14 @@
 #include "simd.h"
 #include "transpose.h"
 
+// Intel's matrix unit, in functions of their own, as few CPUs have it. Where bfloat16 has a fast dot product there is none.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__) && defined(__linux__) && __GNUC__ >= 11
+#define DF_AMX __attribute__((noinline, target("amx-tile,amx-bf16")))
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 namespace {
@@ -22,9 +30,13 @@ constexpr int PANELS = VW == 16 ? 2 : 1;      // of b in a tile
 constexpr int TILE_COLUMNS = PANELS * kPanel;
 constexpr int TILE_ROWS = VW == 16 ? 14 : VW == 8 ? 6 : 4;       // as many sums as the register file holds
 constexpr int PANEL_ROWS = kPanel / TILE_ROWS * TILE_ROWS;       // of a, that a panel of it has for its tiles
+constexpr int MAX_TILE_ROWS = 2 * kPanel;                        // of any format
 constexpr int64_t kWords = 512;               // of 32 bits, of the depth at once
 
 static_assert(kColumnsAtOnce % TILE_COLUMNS == 0, "b's panels fill whole tiles");
+
+// The smallest multiple of `unit` that is not below x.
+constexpr int64_t multiple(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // -- packing ------------------------------------------------------------------------------------------------------------
 // A word of a panel is a float. Or, for the dot product of bfloat16, two neighbours in the depth.
@@ -114,18 +126,16 @@ typedef void (*TileProduct)(const Word* a, const Word* b, int64_t words, float* 
 
 // How words are made of the operands, and multiplied.
 struct Format {
-    int64_t elements;  // of the depth in a word
+    int64_t elements;    // of the depth in a word
+    int64_t words_unit;  // words of a panel are a multiple of it, behind the depth 0
+    int64_t panel_rows;  // of a, packed at once
+    int64_t tile_rows;
     Pack pack_a, pack_b;
     TileProduct product;
+    void (*begin)(), (*end)();  // of work with it on a thread; may be null
 };
 
-#if defined(__AVX512BF16__)
-struct PairDot {
-    static DF_INLINE_MEMBER Vec add(Vec sum, Vec b, const Word* a) {
-        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
-    }
-};
-
+#if defined(__AVX512BF16__) || defined(DF_AMX)
 // As pack_floats; the elements of a lane lie side by side. Behind an odd depth there is a 0.
 DF_NOINLINE void pack_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const uint16_t* p = static_cast<const uint16_t*>(x.data) + lane * x.stride_lane + d;
@@ -149,18 +159,106 @@ DF_NOINLINE void pack_pairs(const Operand& x, int64_t lane, int64_t d, int64_t d
 }
 #endif
 
-Format format_of(const Operand& a, const Operand& b) {
 #if defined(__AVX512BF16__)
-    if (a.dtype == CodebookDType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1)
-        return {2, pack_pairs, pack_pairs, tile_product<PairDot>};
+struct PairDot {
+    static DF_INLINE_MEMBER Vec add(Vec sum, Vec b, const Word* a) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
+    }
+};
 #endif
-    return {1, pack_as_floats(a.dtype), pack_as_floats(b.dtype), tile_product<FloatDot>};
+
+#if defined(DF_AMX)
+// Its registers have 16 rows of 16 words. One of b is 16 words of a panel as pack_pairs makes it, one of a the same words
+// of 16 lanes, a lane in a row. A tile of the result takes four of them.
+constexpr int kUnit = 16, kUnitRows = 2 * kUnit;
+
+bool has_matrix_unit() {
+    static const bool has = [] {
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+        constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of Linux, for this process
+        return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return has;
+}
+
+DF_AMX void begin_tiles() {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {kUnit, kUnit, kUnit, kUnit, kUnit, kUnit, kUnit, kUnit};
+    } config;
+    __asm__ volatile("" : : "r"(&config) : "memory");  // written before it is loaded
+    _tile_loadconfig(&config);
+}
+
+DF_AMX void end_tiles() { _tile_release(); }
+
+// -> (kUnitRows, whole units of words)
+DF_NOINLINE void pack_rows(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(x.data) + lane * x.stride_lane + d;
+    const int64_t lanes = std::min<int64_t>(kUnitRows, x.lanes - lane), words = multiple((depth + 1) / 2, kUnit);
+    std::memset(out, 0, size_t(kUnitRows * words) * sizeof(Word));
+    for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * words, p + l * x.stride_lane, size_t(depth) * 2);
+}
+
+DF_NOINLINE void pack_whole_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    pack_pairs(x, lane, d, depth, out);
+    const int64_t words = (depth + 1) / 2;
+    std::memset(out + words * kPanel, 0, size_t((multiple(words, kUnit) - words) * kPanel) * sizeof(Word));
+}
+
+// Registers 0 to 3: sums, 4 and 5: of a, 6 and 7: of b.
+DF_AMX void unit_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
+    static_assert(PANELS == 2, "as many as registers of b");
+    float* below = out + kUnit * stride;
+    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
+    if (add) {
+        _tile_loadd(0, out, stride * 4);
+        _tile_loadd(1, out + kPanel, stride * 4);
+        _tile_loadd(2, below, stride * 4);
+        _tile_loadd(3, below + kPanel, stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t w = 0; w < words; w += kUnit) {
+        _tile_loadd(4, a + w, words * 4);
+        _tile_loadd(5, a + kUnit * words + w, words * 4);
+        _tile_loadd(6, b + w * kPanel, kPanel * 4);
+        _tile_loadd(7, b + (words + w) * kPanel, kPanel * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + kPanel, stride * 4);
+    _tile_stored(2, below, stride * 4);
+    _tile_stored(3, below + kPanel, stride * 4);
+}
+#endif
+
+Format format_of(const Operand& a, const Operand& b) {
+    const bool pairs =
+        a.dtype == CodebookDType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1;
+#if defined(__AVX512BF16__)
+    if (pairs) return {2, 1, PANEL_ROWS, TILE_ROWS, pack_pairs, pack_pairs, tile_product<PairDot>, nullptr, nullptr};
+#elif defined(DF_AMX)
+    if (pairs && has_matrix_unit())
+        return {2, kUnit, kUnitRows, kUnitRows, pack_rows, pack_whole_pairs, unit_product, begin_tiles, end_tiles};
+#endif
+    (void)pairs;
+    return {1, 1, PANEL_ROWS, TILE_ROWS, pack_as_floats(a.dtype), pack_as_floats(b.dtype), tile_product<FloatDot>, nullptr,
+            nullptr};
 }
 
 // A tile of which only some rows and columns are in the result.
 void part_of_tile(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
                   bool add, int64_t rows, int64_t columns) {
-    float whole[TILE_ROWS * TILE_COLUMNS];
+    float whole[MAX_TILE_ROWS * TILE_COLUMNS];
     format.product(a, b, words, whole, TILE_COLUMNS, false);
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) {
@@ -173,13 +271,13 @@ void part_of_tile(const Format& format, const Word* a, const Word* b, int64_t wo
 void panel_product(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
                    bool add, int64_t rows, int64_t columns) {
     for (int64_t c = 0; c < columns; c += TILE_COLUMNS)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+        for (int64_t r = 0; r < rows; r += format.tile_rows) {
             const Word* b_panels = b + c * words;
             float* tile = out + r * stride + c;
-            if (r + TILE_ROWS <= rows && c + TILE_COLUMNS <= columns)
+            if (r + format.tile_rows <= rows && c + TILE_COLUMNS <= columns)
                 format.product(a + r, b_panels, words, tile, stride, add);
             else
-                part_of_tile(format, a + r, b_panels, words, tile, stride, add, std::min<int64_t>(TILE_ROWS, rows - r),
+                part_of_tile(format, a + r, b_panels, words, tile, stride, add, std::min(format.tile_rows, rows - r),
                              std::min<int64_t>(TILE_COLUMNS, columns - c));
         }
 }
@@ -189,28 +287,52 @@ void multiply(const Product& p, void* scratch) {
     const int64_t elements = kWords * format.elements;
     Word* b_panels = static_cast<Word*>(scratch);
     Word* a_panel = b_panels + kColumnsAtOnce * kWords;
+    if (format.begin) format.begin();
     for (int64_t column = 0; column < p.b.lanes; column += kColumnsAtOnce) {
         const int64_t columns = std::min(kColumnsAtOnce, p.b.lanes - column);
         for (int64_t d = 0; d == 0 || d < p.depth; d += elements) {
             const int64_t depth = std::min(elements, p.depth - d);
-            const int64_t words = (depth + format.elements - 1) / format.elements;
+            const int64_t words = multiple(multiple(depth, format.elements) / format.elements, format.words_unit);
             const int64_t tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
             for (int64_t x = 0; x < tiles * PANELS; ++x)
                 format.pack_b(p.b, column + x * kPanel, d, depth, b_panels + x * words * kPanel);
-            for (int64_t row = 0; row < p.a.lanes; row += PANEL_ROWS) {
+            for (int64_t row = 0; row < p.a.lanes; row += format.panel_rows) {
                 format.pack_a(p.a, row, d, depth, a_panel);
                 panel_product(format, a_panel, b_panels, words, p.out + row * p.stride_out + column, p.stride_out,
-                              p.add || d > 0, std::min<int64_t>(PANEL_ROWS, p.a.lanes - row), columns);
+                              p.add || d > 0, std::min(format.panel_rows, p.a.lanes - row), columns);
             }
         }
+    }
+    if (format.end) format.end();
+}
+
+// -- packed sums --------------------------------------------------------------------------------------------------------
+// Plain loops: compilers make vectors of them.
+
+void unpack_sums(const PackedSums& packed, int64_t begin, int64_t end, float* sums) {
+    const uint16_t* __restrict upper = packed.upper;
+    const uint8_t* __restrict lower = packed.lower;
+    float* __restrict out = sums;
+    for (int64_t i = begin; i < end; ++i) out[i] = bits_to_float(uint32_t(upper[i]) << 16 | uint32_t(lower[i]) << 8);
+}
+
+void pack_sums(const float* sums, int64_t begin, int64_t end, const PackedSums& packed) {
+    uint16_t* __restrict upper = packed.upper;
+    uint8_t* __restrict lower = packed.lower;
+    const float* __restrict in = sums;
+    for (int64_t i = begin; i < end; ++i) {
+        const uint32_t bits = float_to_bits(in[i]), rounded = bits + 0x7f + (bits >> 8 & 1);
+        const uint32_t kept = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : rounded;  // a NaN must not round up to -0
+        upper[i] = uint16_t(kept >> 16);
+        lower[i] = uint8_t(kept >> 8);
     }
 }
 
 }  // namespace
 
 extern const ProductKernels product_kernels;
-const ProductKernels product_kernels = {(kColumnsAtOnce + kPanel) * kWords * sizeof(Word), PANEL_ROWS, TILE_COLUMNS,
-                                        multiply};
+const ProductKernels product_kernels = {(kColumnsAtOnce + MAX_TILE_ROWS) * kWords * sizeof(Word), PANEL_ROWS, TILE_COLUMNS,
+                                        multiply, unpack_sums, pack_sums};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

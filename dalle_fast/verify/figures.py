@@ -62,6 +62,6 @@ FIGURES = {
         Figure(
             "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600
         ),
-        Figure("mutants", "faults seeded one at a time that no test catches", 25, 300),
+        Figure("mutants", "faults seeded one at a time that no test catches", 32, 300),
     )
 }

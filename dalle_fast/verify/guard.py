@@ -21,18 +21,24 @@ _kept = []  # mappings of the tensors of one case
 
 def case(number: int, device: str) -> None:
     try:
+        (_attention if number % 4 < 2 else _codebook)(number, guarding(at_end=number % 2 == 0))
+    finally:
+        _kept.clear()
+
+
+def guarding(*, at_end: bool):
+    """The function that gives a contiguous copy of a tensor, or None of None, with the page behind it unreadable (or
+    before it). Copies are not to be used after the case.
+
+    Raises:
+        NotRun: this system has no mprotect.
+    """
+    try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     except (OSError, AttributeError) as error:
         raise NotRun(f"no mprotect here: {error}") from None
-
-    def guarded(tensor):
-        return None if tensor is None else _guarded(libc, tensor, at_end=number % 2 == 0)
-
-    try:
-        (_attention if number % 4 < 2 else _codebook)(number, guarded)
-    finally:
-        _kept.clear()
+    return lambda tensor: None if tensor is None else _guarded(libc, tensor, at_end=at_end)
 
 
 def _guarded(libc, tensor, *, at_end: bool):

@@ -59,7 +59,7 @@ class Chunked:
         needs,
     ):  # fmt: skip
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
-        grad_codebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device) if needs[3] else None
+        of_codebook = self.rows.Sum(codebook) if needs[3] and not hard else None
         bias, grad_kl = _float32(bias), _float32(grad_kl)
         product = self.rows.product
         for chunk, logits, small in self._chunks(hidden, weight, small=True):
@@ -71,17 +71,17 @@ class Chunked:
                 grad_weights = product(of_embedding, codebook, out=small[: len(here)])
                 of_logits, weights = self.rows.gumbel_backward(
                     here, bias, _seeds(seed, seed_per_row, part), part.start, tau, stats[part], kl[part],
-                    None if grad_kl is None else grad_kl[part], grad_weights, hidden.dtype, needs[3] and not hard,
+                    None if grad_kl is None else grad_kl[part], grad_weights, hidden.dtype, of_codebook is not None,
                     seed_per_row=seed_per_row,
                 )  # fmt: skip
                 grad_logits.append(of_logits)
-                if needs[3] and not hard:
-                    self.rows.accumulate(grad_codebook, weights, of_embedding)
+                if of_codebook is not None:
+                    of_codebook.add(weights, of_embedding)
             # Where they were written in place, they lie together already.
             sums.add(chunk, logits if grad_logits[0].dtype == logits.dtype else torch.cat(grad_logits), weight)
-        if needs[3] and hard:
-            grad_codebook.index_add_(0, codes, grad_embedding.float())
-        return *sums.result(), grad_codebook.to(codebook.dtype) if needs[3] else None
+        if not needs[3]:
+            return *sums.result(), None
+        return *sums.result(), _sum_by_code(codebook, codes, grad_embedding) if hard else of_codebook.result()
 
     def sample(self, hidden, weight, bias, temperature, seed, seed_per_row):
         bias = _float32(bias)
@@ -127,9 +127,9 @@ class _Gradients:
     """Adds up the gradients of hidden, weight and bias over chunks, in float32."""
 
     def __init__(self, rows, hidden, weight, bias, needs):
-        self.rows, self.hidden, self.weight, self.bias, self.needs = rows, hidden, weight, bias, needs
+        self.rows, self.hidden, self.bias, self.needs = rows, hidden, bias, needs
         self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.of_weight = torch.zeros(weight.shape, device=weight.device) if needs[1] else None
+        self.of_weight = rows.Sum(weight) if needs[1] else None
         self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
 
     def add(self, chunk, grad_logits, weight):
@@ -140,7 +140,7 @@ class _Gradients:
             else:
                 out.copy_(self.rows.product(grad_logits, weight.T))
         if self.needs[1]:
-            self.rows.accumulate(self.of_weight, grad_logits, self.hidden[chunk])
+            self.of_weight.add(grad_logits, self.hidden[chunk])
         if self.needs[2]:
             self.of_bias += grad_logits.sum(0, dtype=torch.float32)
 
@@ -148,9 +148,14 @@ class _Gradients:
         """In the dtype of the tensors they belong to; None for those that are not needed."""
         return (
             self.of_hidden,
-            self.of_weight.to(self.weight.dtype) if self.needs[1] else None,
+            self.of_weight.result() if self.needs[1] else None,
             self.of_bias.to(self.bias.dtype) if self.needs[2] else None,
         )
+
+
+def _sum_by_code(codebook, codes, grad_embedding):
+    total = torch.zeros(codebook.shape, device=codebook.device)
+    return total.index_add_(0, codes, grad_embedding.float()).to(codebook.dtype)
 
 
 def _slices(start, stop, step):

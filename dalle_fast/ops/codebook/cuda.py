@@ -71,6 +71,21 @@ def accumulate(total, a, b):
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
 
 
+class Sum:
+    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products."""
+
+    def __init__(self, like):
+        self._total, self._dtype = torch.zeros(like.shape, device=like.device), like.dtype
+
+    def add(self, a, b):
+        """Add a (R, J).T @ b (R, I)."""
+        accumulate(self._total, a, b)
+
+    def result(self):
+        """The sum. No more can be added."""
+        return self._total.to(self._dtype)
+
+
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
