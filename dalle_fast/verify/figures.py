@@ -28,6 +28,7 @@ class Figure:
         title: what it counts.
         total: number of cases.
         seconds: after which a case is taken to hang.
+        about: how many seconds a case takes, where they are many: with less of the budget left none is begun.
         device: "cpu", or "cuda" for what needs a GPU.
     """
 
@@ -35,6 +36,7 @@ class Figure:
     title: str
     total: int
     seconds: float = 120
+    about: float = 0
     device: str = "cpu"
 
     def case(self, number: int) -> dict | None:
@@ -57,11 +59,11 @@ FIGURES = {
         Figure("large", "wrong results with offsets beyond 2^31 elements", 6),
         Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
-        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 5400),
-        Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 900),
         Figure(
-            "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600
+            "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600, 40
         ),
-        Figure("mutants", "faults seeded one at a time that no test catches", 25, 300),
+        Figure("mutants", "faults seeded one at a time that no test catches", 25, 600, 30),
+        Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 1800, 120),
+        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 5400, 600),
     )
 }
