@@ -60,7 +60,11 @@ FIGURES = {
         Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
         Figure(
-            "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600, 40
+            "kill",
+            "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write",
+            5,
+            600,
+            40,
         ),
         Figure("mutants", "faults seeded one at a time that no test catches", 25, 600, 30),
         Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 1800, 120),
