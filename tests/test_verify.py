@@ -84,7 +84,7 @@ def trial(number, device):
     if what == "not run":
         raise NotRun("no such machine")
     print("what a case prints is no answer")
-    return {"size": float(number)}
+    return {"size": float(number), "pieces": 2}
 
 
 @pytest.fixture
@@ -123,6 +123,7 @@ def test_what_goes_wrong_is_counted(verify, capsys):
     status, result, _ = verify(["fine", "crash", "wrong", "hang", "leave", "fine"], seconds=6)
     assert status == 1 and result["status"] == "fail"
     assert result["done"] == 6 and result["num_failures"] == 4 and result["worst"] == {"size": 5.0}
+    assert result["counts"] == {"pieces": 4}
     whats = {failure["case"]: failure["what"] for failure in result["failures"]}
     assert "signal 11" in whats[1] and "1 is not 2" in whats[2] and "no answer within 6 s, twice" in whats[3]
     assert "status 3" in whats[4]

@@ -1,8 +1,9 @@
 """The figures of `dalle-fast verify`: what is counted, how many cases there are, and which function tries one.
 
 A figure is a numbered list of cases, each a function of its number and the devices alone, so that a failure can be
-repeated by its number and an interrupted figure goes on where it stopped. A case that raises has failed; what it
-returns are numbers whose largest are kept. `NotRun` says that it cannot be tried here, and why.
+repeated by its number and an interrupted figure goes on where it stopped. A case that raises has failed; of the numbers
+that it returns the largest are kept, and of whole numbers, which count something, the sums. `NotRun` says that it cannot
+be tried here, and why.
 
 The modules are imported when a figure is tried, so that `--help` answers at once.
 """
@@ -40,7 +41,7 @@ class Figure:
     device: str = "cpu"
 
     def case(self, number: int) -> dict | None:
-        """Try one case: returns numbers to keep the largest of, raises what went wrong."""
+        """Try one case: returns numbers to keep, by their names, and raises what went wrong."""
         return importlib.import_module(f"dalle_fast.verify.{self.name}").case(number, self.device)
 
 

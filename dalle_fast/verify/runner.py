@@ -132,6 +132,7 @@ class _Run:
             "num_failures": 0,
             "failures": [],
             "worst": {},
+            "counts": {},
             "seconds": 0,
         }.items():
             result.setdefault(key, value)
@@ -215,7 +216,10 @@ class _Run:
             result["skipped"] += 1
             result["reason"] = found["not run"]
         for key, value in found.get("numbers", {}).items():
-            result["worst"][key] = max(value, result["worst"].get(key, value))
+            if isinstance(value, int):
+                result["counts"][key] = value + result["counts"].get(key, 0)
+            else:
+                result["worst"][key] = max(value, result["worst"].get(key, value))
         result["done"] += 1
         bar.update()
         self._judge()
@@ -259,8 +263,9 @@ def summary(report: dict) -> str:
         counts[result["status"]] += 1
         tried = result["done"] - result["skipped"]
         text = f"{result['status']:7}  {key:14} {result['num_failures']} of {tried} tried: {result['title']}"
-        worst = ", ".join(f"{name} {value:.3g}" for name, value in result["worst"].items())
-        text += f" ({worst})" if worst else ""
+        numbers = [f"{name} {value:.3g}" for name, value in result["worst"].items()]
+        numbers += [f"{name} {value}" for name, value in result["counts"].items()]
+        text += f" ({', '.join(numbers)})" if numbers else ""
         if again := result["again"]:
             text += f"; no answer in time at first: {', '.join(map(str, again))}"
         if result["status"] == NOT_RUN:
