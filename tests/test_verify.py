@@ -3,7 +3,10 @@
 import importlib
 import json
 import os
+import pathlib
 import signal
+import sys
+import tempfile
 import time
 
 import pytest
@@ -72,12 +75,22 @@ def trial(number, device):
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "hang":
         time.sleep(60)
+    if what == "busy":  # at first
+        first = pathlib.Path(os.environ["TRIAL_FOLDER"], f"case-{number}")
+        if not first.exists():
+            first.touch()
+            time.sleep(60)
+    if what == "litter":
+        tempfile.mkstemp()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "leave":
+        sys.exit(3)
     if what == "wrong":
         raise AssertionError("1 is not 2")
     if what == "not run":
         raise NotRun("no such machine")
     print("what a case prints is no answer")
-    return {"size": float(number)}
+    return {"size": float(number), "pieces": 2}
 
 
 @pytest.fixture
@@ -100,10 +113,11 @@ def verify(monkeypatch, tmp_path):
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.path.dirname(root)]))
+    monkeypatch.setenv("TRIAL_FOLDER", str(folder))
 
-    def verify(cases, *, seconds=20, **options):
+    def verify(cases, *, seconds=20, about=0, **options):
         monkeypatch.setenv("TRIAL", ",".join(cases))
-        monkeypatch.setattr(runner, "FIGURES", {"trial": Figure("trial", "trials", len(cases), seconds)})
+        monkeypatch.setattr(runner, "FIGURES", {"trial": Figure("trial", "trials", len(cases), seconds, about)})
         out = tmp_path / "evidence.json"
         status = runner.verify([], out, **{"gpu": False, "budget": 60, "restart": False, **options})
         return status, json.loads(out.read_text())["figures"]["trial"], out
@@ -112,12 +126,39 @@ def verify(monkeypatch, tmp_path):
 
 
 def test_what_goes_wrong_is_counted(verify, capsys):
-    status, result, _ = verify(["fine", "crash", "wrong", "hang", "fine"], seconds=5)
+    status, result, _ = verify(["fine", "crash", "wrong", "hang", "leave", "fine"], seconds=6)
     assert status == 1 and result["status"] == "fail"
-    assert result["done"] == 5 and result["num_failures"] == 3 and result["worst"] == {"size": 4.0}
+    assert result["done"] == 6 and result["num_failures"] == 4 and result["worst"] == {"size": 5.0}
+    assert result["counts"] == {"pieces": 4}
     whats = {failure["case"]: failure["what"] for failure in result["failures"]}
-    assert "signal 11" in whats[1] and "1 is not 2" in whats[2] and "no answer within 5 s" in whats[3]
+    assert "signal 11" in whats[1] and "1 is not 2" in whats[2] and "no answer within 6 s, twice" in whats[3]
+    assert "status 3" in whats[4]
     assert "0 pass, 1 fail, 0 not run" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_no_hang(verify, capsys):
+    status, result, _ = verify(["fine", "busy", "fine"], seconds=6)
+    assert status == 0 and result["status"] == "pass" and result["done"] == 3 and result["again"] == [1]
+    assert "no answer in time at first: 1" in capsys.readouterr().out
+
+
+def test_the_end_of_the_budget_is_no_failure(verify):
+    """Neither in the midst of a case, nor before one that would take longer than what is left."""
+    status, result, _ = verify(["fine", "hang"], budget=8)
+    assert status == 0 and result["status"] == "not run" and result["num_failures"] == 0
+    assert result["reason"] == f"the budget ended after {result['done']} of 2"
+    start = time.monotonic()
+    assert verify(["fine"], about=100, budget=50, restart=True)[1]["done"] == 0
+    assert time.monotonic() - start < 2
+
+
+def test_what_was_killed_leaves_no_files(verify, monkeypatch, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # read it again
+    assert verify(["litter", "fine"])[1]["num_failures"] == 1
+    assert list(scratch.iterdir()) == []
 
 
 def test_not_run_is_not_passed(verify, capsys):

@@ -4,7 +4,7 @@
 // streams: at every step of the depth some vectors of b, and numbers of a that each is multiplied with. The sums of a
 // tile stay in registers, a's panel in the first-level cache, b's panels in the second.
 //
-// A sum is taken in the order of the depth, by blocks of kWords: it depends on nothing but its two lanes.
+// A sum is taken in the order of the depth, by blocks of kWordsInARow: it depends on nothing but its two lanes.
 #include "product.h"
 
 #include <algorithm>
@@ -32,6 +32,7 @@ constexpr int TILE_ROWS = VW == 16 ? 14 : VW == 8 ? 6 : 4;       // as many sums
 constexpr int PANEL_ROWS = kPanel / TILE_ROWS * TILE_ROWS;       // of a, that a panel of it has for its tiles
 constexpr int MAX_TILE_ROWS = 2 * kPanel;                        // of any format
 constexpr int64_t kWords = 512;               // of 32 bits, of the depth at once
+constexpr int64_t kWordsInARow = 128;         // whose sum is taken one by one: longer rows round more often than eager's
 
 static_assert(kColumnsAtOnce % TILE_COLUMNS == 0, "b's panels fill whole tiles");
 
@@ -102,24 +103,27 @@ struct FloatDot {
 // out (TILE_ROWS, TILE_COLUMNS) = or += rows of a's panel times PANELS panels of b, all of `words` words.
 template <class Dot>
 DF_NOINLINE void tile_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
-    Vec sum[TILE_ROWS][PANELS * NV] = {};
-    for (int64_t w = 0; w < words; ++w) {
-        Vec columns[PANELS * NV];
+    for (int64_t from = 0; from == 0 || from < words; from += kWordsInARow) {
+        const int64_t to = std::min(from + kWordsInARow, words);
+        Vec sum[TILE_ROWS][PANELS * NV] = {};
+        for (int64_t w = from; w < to; ++w) {
+            Vec columns[PANELS * NV];
 #pragma GCC unroll 4
-        for (int v = 0; v < PANELS * NV; ++v)
-            columns[v] = load(reinterpret_cast<const float*>(b + (v / NV * words + w) * kPanel + v % NV * VW));
+            for (int v = 0; v < PANELS * NV; ++v)
+                columns[v] = load(reinterpret_cast<const float*>(b + (v / NV * words + w) * kPanel + v % NV * VW));
+#pragma GCC unroll 16
+            for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 4
+                for (int v = 0; v < PANELS * NV; ++v) sum[r][v] = Dot::add(sum[r][v], columns[v], a + w * kPanel + r);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < PANELS * NV; ++v) sum[r][v] = Dot::add(sum[r][v], columns[v], a + w * kPanel + r);
+            for (int v = 0; v < PANELS * NV; ++v) {
+                float* total = out + r * stride + v * VW;
+                store(total, add || from ? load(total) + sum[r][v] : sum[r][v]);
+            }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < TILE_ROWS; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < PANELS * NV; ++v) {
-            float* to = out + r * stride + v * VW;
-            store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-        }
 }
 
 typedef void (*TileProduct)(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add);
@@ -258,13 +262,12 @@ Format format_of(const Operand& a, const Operand& b) {
 // A tile of which only some rows and columns are in the result.
 void part_of_tile(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
                   bool add, int64_t rows, int64_t columns) {
-    float whole[MAX_TILE_ROWS * TILE_COLUMNS];
-    format.product(a, b, words, whole, TILE_COLUMNS, false);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) {
-            float* to = out + r * stride + c;
-            *to = (add ? *to : 0) + whole[r * TILE_COLUMNS + c];
-        }
+    float whole[MAX_TILE_ROWS * TILE_COLUMNS] = {};
+    const size_t width = columns * sizeof(float);
+    if (add)
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(whole + r * TILE_COLUMNS, out + r * stride, width);
+    format.product(a, b, words, whole, TILE_COLUMNS, add);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * stride, whole + r * TILE_COLUMNS, width);
 }
 
 // out (rows, columns) = or += a's panel times b's panels.

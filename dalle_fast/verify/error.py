@@ -1,6 +1,8 @@
 """The worst error at the paper's sizes over that of eager torch in the same dtype: each tensor's, at most 2.
 
-Attention: text 256, grid 32 x 32, head size 64. Codebook: 8,192 codes, embeddings of 128, hidden of 512.
+Attention: text 256, grid 32 x 32, head size 64. Codebook: 8,192 codes, embeddings of 128, hidden of 512; the worst of
+several draws, as at low temperatures the few rows with two codes near a tie decide, and one draw has one or none: of
+single draws in float32 at 1/16 even the reference's gradients reached 2.1 times eager's error.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dalle_fast.verify.random_calls import DTYPES, IMPLEMENTATIONS
 LIMIT = 2.0
 MASKS = (row_mask(256, 32), column_mask(256, 32), conv_mask(256, 32, 11))
 TAUS = (1.0, 1 / 4, 1 / 16)
+DRAWS = 8  # of the codebook's tensors
 CASES = [("attention", mask, dtype) for mask, dtype in itertools.product(MASKS, DTYPES)]
 CASES += [("codebook", tau, dtype) for tau, dtype in itertools.product(TAUS, DTYPES)]
 
@@ -40,8 +43,13 @@ def case(number: int, device: str) -> dict:
     return found
 
 
-def _ratio(actual, eager, exact) -> float:
-    ours, yardstick = ((x.double() - exact).abs().max() for x in (actual, eager))
+def _errors(actual, eager, exact) -> torch.Tensor:
+    """The worst of ours and of eager's."""
+    return torch.stack([(x.detach().double() - exact.detach()).abs().max() for x in (actual, eager)])
+
+
+def _ratio(errors) -> float:
+    ours, yardstick = errors
     return float(ours / yardstick.clamp_min(1e-30))
 
 
@@ -58,16 +66,21 @@ def _attention(mask, dtype, device, impl) -> dict:
     ):
         results.append((function(*inputs)[0].detach(), *attention_gradients(function, inputs, grad_out)))
     names = ("out", "grad_query", "grad_key", "grad_value")
-    return {name: _ratio(*three) for name, *three in zip(names, *results, strict=True)}
+    return {name: _ratio(_errors(*three)) for name, *three in zip(names, *results, strict=True)}
 
 
 def _codebook(tau, dtype, device, impl) -> dict:
     """Eager's logits are in the tensors' dtype; noise has the same values everywhere."""
-    generator, (N, K, I, D) = torch.Generator().manual_seed(0), (64, 8192, 512, 128)
+    draws = [_codebook_errors(seed, tau, dtype, device, impl) for seed in range(DRAWS)]
+    return {name: _ratio(torch.stack([draw[name] for draw in draws]).amax(0)) for name in draws[0]}
+
+
+def _codebook_errors(seed, tau, dtype, device, impl) -> dict:
+    generator, (N, K, I, D) = torch.Generator().manual_seed(seed), (64, 8192, 512, 128)
     shapes = ((N, I), 1.0), ((K, I), I**-0.5), ((K,), 0.1), ((K, D), 1.0)
     tensors = [(torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape, scale in shapes]
     grads = [torch.randn(size, generator=generator).to(device) for size in ((N, D), (N,))]
-    noise, seed = codebook_noise(1, N, K).to(device), 1
+    noise = codebook_noise(seed, N, K).to(device)
     ours = functools.partial(F.gumbel_codebook, tau=tau, seed=seed, impl=impl)
     eager = functools.partial(eager_codebook, tau=tau, noise=noise.to(dtype))
     exact = functools.partial(codebook_oracle, tau=tau, noise=noise)
@@ -75,4 +88,4 @@ def _codebook(tau, dtype, device, impl) -> dict:
     for function, inputs in ((ours, tensors), (eager, tensors), (exact, [x.double() for x in tensors])):
         results.append((*function(*inputs)[:2], *codebook_gradients(function, inputs, *grads)))
     names = ("embedding", "kl", "grad_hidden", "grad_weight", "grad_bias", "grad_codebook")
-    return {name: _ratio(*(x.detach() for x in three)) for name, *three in zip(names, *results, strict=True)}
+    return {name: _errors(*three) for name, *three in zip(names, *results, strict=True)}

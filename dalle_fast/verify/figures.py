@@ -1,8 +1,9 @@
 """The figures of `dalle-fast verify`: what is counted, how many cases there are, and which function tries one.
 
 A figure is a numbered list of cases, each a function of its number and the devices alone, so that a failure can be
-repeated by its number and an interrupted figure goes on where it stopped. A case that raises has failed; what it
-returns are numbers whose largest are kept. `NotRun` says that it cannot be tried here, and why.
+repeated by its number and an interrupted figure goes on where it stopped. A case that raises has failed; of the numbers
+that it returns the largest are kept, and of whole numbers, which count something, the sums. `NotRun` says that it cannot
+be tried here, and why.
 
 The modules are imported when a figure is tried, so that `--help` answers at once.
 """
@@ -28,6 +29,7 @@ class Figure:
         title: what it counts.
         total: number of cases.
         seconds: after which a case is taken to hang.
+        about: how many seconds a case takes, where they are many: with less of the budget left none is begun.
         device: "cpu", or "cuda" for what needs a GPU.
     """
 
@@ -35,10 +37,11 @@ class Figure:
     title: str
     total: int
     seconds: float = 120
+    about: float = 0
     device: str = "cpu"
 
     def case(self, number: int) -> dict | None:
-        """Try one case: returns numbers to keep the largest of, raises what went wrong."""
+        """Try one case: returns numbers to keep, by their names, and raises what went wrong."""
         return importlib.import_module(f"dalle_fast.verify.{self.name}").case(number, self.device)
 
 
@@ -57,11 +60,15 @@ FIGURES = {
         Figure("large", "wrong results with offsets beyond 2^31 elements", 6),
         Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
-        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 5400),
-        Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 900),
         Figure(
-            "kill", "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write", 5, 600
+            "kill",
+            "tens of kills after which a resumed training run differs, 3 inside a checkpoint's write",
+            5,
+            600,
+            40,
         ),
-        Figure("mutants", "faults seeded one at a time that no test catches", 32, 300),
+        Figure("mutants", "faults seeded one at a time that no test catches", 32, 600, 30),
+        Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 3, 1800, 120),
+        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 5400, 600),
     )
 }

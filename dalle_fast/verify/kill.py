@@ -14,4 +14,5 @@ def case(number: int, device: str) -> dict:
         report = kill_and_resume(folder, kills=KILLS, inside=INSIDE, seed=number)
     if report.failures or report.kills < KILLS or report.inside_writes < INSIDE or report.runs < 1:
         raise AssertionError(f"{report}: {'; '.join(report.failures) or 'too few'}")
-    return {}
+    where = {place: count for place, count in report.places.items() if count}
+    return {"kills": report.kills, "inside a write": report.inside_writes, "runs compared": report.runs, **where}

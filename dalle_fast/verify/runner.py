@@ -11,6 +11,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -127,9 +128,11 @@ class _Run:
         for key, value in {
             "done": 0,
             "skipped": 0,
+            "again": [],
             "num_failures": 0,
             "failures": [],
             "worst": {},
+            "counts": {},
             "seconds": 0,
         }.items():
             result.setdefault(key, value)
@@ -144,8 +147,9 @@ class _Run:
             total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None
         )
         with bar:
-            while self.result["done"] < total and not self._stopping():
-                self._child(bar)
+            while self.result["done"] < total and not self._too_late():
+                with tempfile.TemporaryDirectory(prefix="dalle_fast_verify_", ignore_cleanup_errors=True) as scratch:
+                    self._child(bar, scratch)
         self.result["seconds"] = round(self.result["seconds"] + time.monotonic() - start, 1)
         self._judge()
         self.saver.save()
@@ -153,13 +157,20 @@ class _Run:
     def _stopping(self) -> bool:
         return time.monotonic() > self.deadline or self.saver.stop.is_set()
 
-    def _child(self, bar) -> None:
-        """Let a child try the cases that are left, until it ends, hangs, or the budget is spent."""
+    def _too_late(self) -> bool:
+        """Whether no other case is to begin."""
+        return self._stopping() or time.monotonic() + self.figure.about > self.deadline
+
+    def _child(self, bar, scratch: str) -> None:
+        """Let a child try the cases that are left, until it ends, hangs, or the budget is spent.
+
+        What it leaves in temporary files when it is killed lies in `scratch`.
+        """
         command = [sys.executable, "-m", "dalle_fast.verify.worker", self.figure.name, self.figure.device]
         command += [str(self.result["done"]), str(self.figure.total)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        ) as child:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {**os.environ, "TMPDIR": scratch}
+        with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
             lines, errors = queue.Queue(), []
             readers = [
                 threading.Thread(target=_read, args=(child.stdout, lines.put), daemon=True),
@@ -168,24 +179,32 @@ class _Run:
             for reader in readers:
                 reader.start()
             try:
-                while not self._stopping():
+                while self.result["done"] < self.figure.total and not self._too_late():
                     line = _next(lines, self.figure.seconds, self._stopping)
                     if line is None:
-                        self._add({"error": f"no answer within {self.figure.seconds:g} s"}, bar)
+                        self._no_answer(bar)
                         return
-                    if not line:
-                        break
-                    self._add(json.loads(line), bar)
-                else:
-                    return
+                    if line:
+                        self._add(json.loads(line), bar)
+                    elif self._stopping():
+                        return
+                    else:
+                        child.wait()
+                        readers[1].join(timeout=5)
+                        end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+                        error = f"the process ended with {end}: {''.join(errors)[-500:].strip()}"
+                        self._add({"error": error}, bar)
+                        return
             finally:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            readers[1].join(timeout=5)
-            if self.result["done"] < self.figure.total:
-                end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
-                self._add({"error": f"the process ended with {end}: {''.join(errors)[-500:].strip()}"}, bar)
+
+    def _no_answer(self, bar) -> None:
+        """A machine that is busy looks like a case that hangs: it counts as one when it does so twice."""
+        if self.result["done"] in self.result["again"]:
+            self._add({"error": f"no answer within {self.figure.seconds:g} s, twice"}, bar)
+        else:
+            self.result["again"].append(self.result["done"])
 
     def _add(self, found: dict, bar) -> None:
         result, number = self.result, self.result["done"]
@@ -197,7 +216,10 @@ class _Run:
             result["skipped"] += 1
             result["reason"] = found["not run"]
         for key, value in found.get("numbers", {}).items():
-            result["worst"][key] = max(value, result["worst"].get(key, value))
+            if isinstance(value, int):
+                result["counts"][key] = value + result["counts"].get(key, 0)
+            else:
+                result["worst"][key] = max(value, result["worst"].get(key, value))
         result["done"] += 1
         bar.update()
         self._judge()
@@ -241,8 +263,11 @@ def summary(report: dict) -> str:
         counts[result["status"]] += 1
         tried = result["done"] - result["skipped"]
         text = f"{result['status']:7}  {key:14} {result['num_failures']} of {tried} tried: {result['title']}"
-        worst = ", ".join(f"{name} {value:.3g}" for name, value in result["worst"].items())
-        text += f" ({worst})" if worst else ""
+        numbers = [f"{name} {value:.3g}" for name, value in result["worst"].items()]
+        numbers += [f"{name} {value}" for name, value in result["counts"].items()]
+        text += f" ({', '.join(numbers)})" if numbers else ""
+        if again := result["again"]:
+            text += f"; no answer in time at first: {', '.join(map(str, again))}"
         if result["status"] == NOT_RUN:
             text += f"; {result.get('reason', '')}"
         lines.append(text)
