@@ -102,7 +102,7 @@ RECIPES = {
     "medium": DVAERecipe(steps=200_000, batch_size=128, learning_rate=3e-4, beta_share=0.05, tau_share=0.3),
     "small": DVAERecipe(steps=50_000, batch_size=64, learning_rate=5e-4, beta_share=0.1, tau_share=0.5),
     "tiny": DVAERecipe(
-        steps=6000,
+        steps=5500,
         batch_size=32,
         learning_rate=2e-3,
         final_learning_rate=1e-4,
