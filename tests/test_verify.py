@@ -4,9 +4,11 @@ import importlib
 import json
 import os
 import pathlib
+import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
 
 import pytest
@@ -140,6 +142,13 @@ def test_a_busy_machine_is_no_hang(verify, capsys):
     status, result, _ = verify(["fine", "busy", "fine"], seconds=6)
     assert status == 0 and result["status"] == "pass" and result["done"] == 3 and result["again"] == [1]
     assert "no answer in time at first: 1" in capsys.readouterr().out
+
+
+def test_time_in_which_the_machine_sleeps_is_no_hang(monkeypatch):
+    lines, clock = queue.Queue(), iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))  # a thousand seconds pass between two looks
+    threading.Timer(0.7, lines.put, ["answer"]).start()
+    assert runner._next(lines, 20, lambda: False) == "answer"
 
 
 def test_the_end_of_the_budget_is_no_failure(verify):

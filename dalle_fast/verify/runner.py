@@ -26,6 +26,7 @@ from dalle_fast.verify.figures import FIGURES, Figure
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 KEPT_FAILURES = 20  # of each figure; all are counted
 SAVE_SECONDS = 5
+WAIT = 0.5  # seconds, for a line at a time
 SAME = ("commit", "machine", "versions", "gpu")  # what must not change between two runs that add to one file
 
 
@@ -246,11 +247,15 @@ def _read(stream, keep) -> None:
 
 
 def _next(lines: queue.Queue, seconds: float, stopping) -> str | None:
-    """The next line, "" at the end or where `stopping()`, None where there is none within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not stopping():
+    """The next line, "" at the end or where `stopping()`, None where there is none within `seconds`.
+
+    Waits are counted, not the clock: while a machine sleeps, or this process is stopped, a case can give no answer.
+    """
+    for _ in range(max(1, round(seconds / WAIT))):
+        if stopping():
+            return ""
         try:
-            return lines.get(timeout=0.5)
+            return lines.get(timeout=WAIT)
         except queue.Empty:
             continue
     return "" if stopping() else None
