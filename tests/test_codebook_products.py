@@ -185,7 +185,7 @@ def test_packed_sums_are_rounded_to_nearest():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_sum_over_many_chunks_errs_by_its_last_rounding(monkeypatch, dtype):
     """100 chunks: sums that were rounded to 16 bits after each would be off by several times as much."""
-    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)  # several parts
+    monkeypatch.setattr(cpu, "SUM_BYTES", 1000)  # several parts
     generator = torch.Generator().manual_seed(0)
     like = torch.empty(37, 50, dtype=dtype)
     a, b = torch.randn(100, 4, 37, generator=generator), torch.randn(100, 4, 50, generator=generator).to(dtype)
@@ -205,7 +205,7 @@ def test_a_sum_over_many_chunks_errs_by_its_last_rounding(monkeypatch, dtype):
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (130, 33)], ids=str)
 def test_sums_of_every_size(monkeypatch, how, sizes):
     monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, how))
-    monkeypatch.setattr(cpu, "CONVERTED_BYTES", 3000)
+    monkeypatch.setattr(cpu, "SUM_BYTES", 3000)
     for dtype in DTYPES:
         total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype)), torch.zeros(sizes)
         for seed, R in enumerate((3, 1, 0)):

@@ -12,7 +12,8 @@ import torch
 from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
-CONVERTED_BYTES = 4 << 20  # of a part of a 16-bit tensor as float32: a sum, or an operand where the vendor multiplies
+CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
+SUM_BYTES = 1 << 20  # of a part of a 16-bit sum as float32
 
 
 def why_not(tensors) -> list[str]:
@@ -53,20 +54,28 @@ def _keep(name, size):
 
 # -- products ---------------------------------------------------------------------------------------------------------
 
-# Who multiplies matrices, by the instruction set in use: "ours" (csrc/cpu/product_kernels.cpp) or "vendor" (torch.mm).
-# Where it is ours, `sample` and the loss without gradients go tile by tile and have no logits in memory. Measured on an
-# AMD EPYC of Zen 5 with two cores, 384 x 512 x 8,192 in float32: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
-# their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. On Intel's CPUs only torch's was.
-PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "ours", "avx512_bf16": "ours"}
+# Who multiplies matrices, by the instruction set in use: "ours" (csrc/cpu/product_kernels.cpp), "vendor" (torch.mm), or
+# "both": torch those of two float32 matrices, we the others. Where some are ours, `sample` and the loss without gradients
+# go tile by tile and have no logits in memory.
+# On an AMD EPYC of Zen 5, 384 x 512 x 8,192 in float32 with two cores: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
+# their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. AMD's CPUs with AVX-512 have avx512_bf16.
+# On an Intel Xeon with AMX, which avx512 means, one core: ours 23.0 ms, torch's 21.5, and a forward and backward pass at
+# Din = 2,048 took 1.64 s with ours and 1.43 with torch's; but codebook_argmax 296 ms, with torch's 349. In bfloat16 ours
+# uses AMX (4 ms) and needs no float32 copies.
+PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "both", "avx512_bf16": "ours"}
 
 
-def _ours():
-    return PRODUCTS[_extension.native().instruction_set()] == "ours"
+def _who():
+    return PRODUCTS[_extension.native().instruction_set()]
+
+
+def _ours(a, b):
+    return _who() == "ours" or (_who() == "both" and not a.dtype == b.dtype == torch.float32)
 
 
 def product(a, b, out=None):
     """a (R, I) @ b (J, I).T -> (R, J) in float32, in `out` where it is given: neighbours in a row side by side."""
-    if not _ours():
+    if not _ours(a, b):
         return _vendor_product(a, b, out)
     out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
     _multiply(a, b, out, False)
@@ -75,7 +84,7 @@ def product(a, b, out=None):
 
 def accumulate(total, a, b):
     """total (J, I) += a (R, J).T @ b (R, I), in float32."""
-    if _ours():
+    if _ours(a, b):
         _multiply(a.T, b.T, total, True)
     else:
         total.addmm_(a.T, b.float())
@@ -96,7 +105,7 @@ class Sum:
         """Add a (R, J).T @ b (R, I)."""
         if self._lower is None:
             return accumulate(self._result, a, b)
-        for part in _parts(*self._result.shape):
+        for part in _parts(*self._result.shape, SUM_BYTES):
             floats, where = self._unpacked(part)
             accumulate(floats, a[:, part], b)
             _extension.native().pack_sums(floats.data_ptr(), floats.numel(), *where, torch.get_num_threads())
@@ -104,13 +113,13 @@ class Sum:
     def result(self):
         """The sum. No more can be added."""
         if self._lower is not None:
-            for part in _parts(*self._result.shape):
+            for part in _parts(*self._result.shape, SUM_BYTES):
                 self._result[part] = self._unpacked(part)[0]
         return self._result
 
     def _unpacked(self, part):
         upper, lower = self._result[part], self._lower[part]
-        floats, where = _keep("part", upper.numel()).view(upper.shape), (upper.data_ptr(), lower.data_ptr())
+        floats, where = _keep("sum", upper.numel()).view(upper.shape), (upper.data_ptr(), lower.data_ptr())
         _extension.native().unpack_sums(*where, floats.numel(), floats.data_ptr(), torch.get_num_threads())
         return floats, where
 
@@ -130,17 +139,17 @@ def _vendor_product(a, b, out):
         return torch.mm(a, b.T, out=out)
     out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
     if b.stride(0) >= b.stride(1):  # parts of what lies together in memory: of its rows
-        for part in _parts(*b.shape):
+        for part in _parts(*b.shape, CONVERTED_BYTES):
             torch.mm(a, _converted(b[part]).T, out=out[:, part])
     else:
-        for part in _parts(b.shape[1], b.shape[0]):
+        for part in _parts(b.shape[1], b.shape[0], CONVERTED_BYTES):
             torch.addmm(out, a[:, part], _converted(b[:, part].T), beta=0 if part.start == 0 else 1, out=out)
     return out
 
 
-def _parts(count, width):
-    """Slices of `count` rows of `width` floats that take CONVERTED_BYTES each."""
-    step = max(1, CONVERTED_BYTES // (4 * max(1, width)))
+def _parts(count, width, size):
+    """Slices of `count` rows of `width` floats that take `size` bytes each."""
+    step = max(1, size // (4 * max(1, width)))
     return [slice(start, min(count, start + step)) for start in range(0, max(1, count), step)]
 
 
@@ -216,7 +225,7 @@ def _address(tensor):
 
 def streams(operation, hidden, weight):
     """Does `operation` run as one of the two functions below?"""
-    return _ours()
+    return _who() != "vendor"
 
 
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
