@@ -97,7 +97,8 @@ def objective(dvae, tokenizer, encoded):
 
 
 def test_codes_and_captions_are_those_of_the_pictures(dvae, encoded):
-    assert len({tuple(row) for row in encoded[0].codes.tolist()}) == 10  # else the comparison says nothing
+    different = {tuple(row) for row in encoded[0].codes.tolist()}
+    assert len(different) > 7  # of 10, by a model that is not trained; else the comparison says nothing
     for split, some in zip(("train", "validation"), encoded):
         source = few(split, len(some.codes))
         of_caption = {}
