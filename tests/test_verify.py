@@ -67,7 +67,7 @@ def test_every_fault_can_still_be_seeded():
         assert text.count(mutant.old) == 1 and mutant.new != mutant.old, mutant.name
 
 
-# -- the runner ----------------------------------------------------------------------------------------------------------
+# -- the runner --------------------------------------------------------------------------------------------------------
 
 
 def trial(number, device):
