@@ -61,7 +61,7 @@ def few(split="train", size=8, image_size=16, **fields):
 
 def make_dvae(seed=0):
     """With weights for which the codes of ten pictures differ."""
-    torch.manual_seed(seed + 2)
+    torch.manual_seed(seed + 9)
     model = fnn.DiscreteVAE(VAE)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
@@ -97,8 +97,7 @@ def objective(dvae, tokenizer, encoded):
 
 
 def test_codes_and_captions_are_those_of_the_pictures(dvae, encoded):
-    different = {tuple(row) for row in encoded[0].codes.tolist()}
-    assert len(different) > 7  # of 10, by a model that is not trained; else the comparison says nothing
+    assert len({tuple(row) for row in encoded[0].codes.tolist()}) == 10  # else the comparison says nothing
     for split, some in zip(("train", "validation"), encoded):
         source = few(split, len(some.codes))
         of_caption = {}
