@@ -5,7 +5,7 @@ stop after compiling, so that arguments are specialised (strides of 1, divisibil
 Nothing here ran on a GPU: these tests prove no spills, shared memory within the limit, and tensor-core instructions.
 
 The default is the cases of every architecture that have the fewest registers to spare, spread over the rules: a minute
-or two. DALLE_FAST_COMPILE=all compiles every combination, in about three quarters of an hour, and ends with a table of
+or two. DALLE_FAST_COMPILE=all compiles every combination, in one to one and a half hours of a core, and ends with a table of
 registers, shared memory and spills. Shown with -s, and after the run when it fails: the same for every kernel.
 """
 
