@@ -4,8 +4,6 @@ B batch, H heads, S sequence, D head size, T text.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -253,19 +251,8 @@ def test_instruction_set_is_the_one_asked_for():
     assert asked is None or native.instruction_set() == asked
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    """The CPU tests of this file, of test_attention_grad.py and of test_decode.py, in a process that uses `isa`."""
-    available = _extension.native().instruction_sets()
-    if isa not in available:
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
-    if _extension.native().instruction_set() == isa:
-        return  # that is how the other tests have run
-    here = os.path.dirname(__file__)
-    selection = "instruction_set_is or (cpu and (every_mask or head_size or every_stride or long_texts))"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-    files = [os.path.join(here, name) for name in ("test_attention.py", "test_attention_grad.py", "test_decode.py")]
-    environment = {**os.environ, "DALLE_FAST_ISA": isa}
-    done = subprocess.run(command + files, env=environment, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
+def test_every_instruction_set(run_with_instruction_set):
+    """The CPU tests of this file, of test_attention_grad.py and of test_decode.py, with another instruction set."""
+    files = ("test_attention.py", "test_attention_grad.py", "test_decode.py")
+    select = "instruction_set_is or (cpu and (every_mask or head_size or every_stride or long_texts))"
+    run_with_instruction_set(*files, select=select)

@@ -4,9 +4,6 @@ N rows, K codes, I size of hidden (Din), D size of an embedding.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -515,20 +512,8 @@ def test_arguments_are_not_written(serve):
 # -- instruction sets ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    """CPU tests of this file and of test_codebook_grad.py, in a process that uses `isa`."""
-    available = _extension.native().instruction_sets()
-    if isa not in available:
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
-    if _extension.native().instruction_set() == isa:
-        return  # that is how the other tests have run
-    here = os.path.dirname(__file__)
+def test_every_instruction_set(run_with_instruction_set):
+    """CPU tests of this file and of test_codebook_grad.py, with another instruction set."""
     functions = "every_size or test_gumbel_softmax or broken_row or first_of_equals or ruled_out or test_cross_entropy"
-    selection = f"cpu and not 8192 and not 1000 and ({functions})"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-    files = [os.path.join(here, name) for name in ("test_codebook.py", "test_codebook_grad.py")]
-    environment = {**os.environ, "DALLE_FAST_ISA": isa}
-    done = subprocess.run(command + files, env=environment, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
+    select = f"cpu and not 8192 and not 1000 and ({functions})"
+    run_with_instruction_set("test_codebook.py", "test_codebook_grad.py", select=select)

@@ -4,9 +4,6 @@ N rows, K codes.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -180,29 +177,9 @@ def test_all_implementations_draw_the_same_codes(serve):
         assert torch.equal(serve.codebook_sample(*on_device, seed=seed).cpu(), expected)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    """The CPU tests of this file, in a process that uses `isa`."""
-    available = _extension.native().instruction_sets()
-    if isa not in available:
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
-    if _extension.native().instruction_set() == isa:
-        return  # that is how the other tests have run
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "cpu and (kernels or rows)",
-        __file__,
-    ]
-    environment = {**os.environ, "DALLE_FAST_ISA": isa}
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
+def test_every_instruction_set(run_with_instruction_set):
+    """The CPU tests of this file, with another instruction set."""
+    run_with_instruction_set("test_codebook_noise.py", select="cpu and (kernels or rows)")
 
 
 # -- seeds ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ M rows, J columns, N rows of hidden, K codes, I depth.
 """
 
 import itertools
-import os
 import subprocess
 import sys
 
@@ -329,16 +328,6 @@ class _OnCPU:
 # -- instruction sets ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    """This file in a process that uses `isa`."""
-    available = _extension.native().instruction_sets()
-    if isa not in available:
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
-    if _extension.native().instruction_set() == isa:
-        return  # that is how the other tests have run
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set", __file__]
-    environment = {**os.environ, "DALLE_FAST_ISA": isa}
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
+def test_every_instruction_set(run_with_instruction_set):
+    """This file with another instruction set."""
+    run_with_instruction_set("test_codebook_products.py", select="not instruction_set")

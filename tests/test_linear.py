@@ -4,9 +4,6 @@ R rows, K in, N out.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -170,15 +167,6 @@ def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):
         assert torch.equal(plain(x), theirs(x)) and len(counted) == 1
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    """This file again, in a process that uses another instruction set."""
-    available = _extension.native().instruction_sets()
-    if isa not in available:
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {', '.join(available)}")
-    if _extension.native().instruction_set() == isa:
-        return  # that is how the other tests have run
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not instruction_set", __file__]
-    environment = {**os.environ, "DALLE_FAST_ISA": isa}
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_every_instruction_set(run_with_instruction_set):
+    """This file with another instruction set."""
+    run_with_instruction_set("test_linear.py", select="not instruction_set")

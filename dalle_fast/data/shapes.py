@@ -28,7 +28,7 @@ COLOURS = {
     "blue": (40, 70, 225),
     "purple": (175, 50, 200),
 }
-SIZES = {"small": 0.20, "large": 0.28}  # the radius
+SIZES = {"small": 0.20, "large": 0.28}  # the radius; the largest may reach a little beyond the picture
 PLACES = {
     "top left": (0.31, 0.31),
     "top right": (0.69, 0.31),

@@ -108,8 +108,8 @@ class LoopSettings:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     def that_matter(self) -> dict:
-        """Those that numbers depend on."""
-        names = ("steps", "clip", "ema_decay", "ema_every", "precision", "log_every", "evaluate_every")
+        """Those that numbers depend on, but for the precision, which "auto" leaves to the device."""
+        names = ("steps", "clip", "ema_decay", "ema_every", "log_every", "evaluate_every")
         return {name: getattr(self, name) for name in names}
 
 
@@ -182,7 +182,8 @@ class _Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ema = EMA(self.model, decay=settings.ema_decay, every=settings.ema_every)
         self.autocast = _autocast_dtype(settings.precision, self.device)
-        self.settings_that_matter = {**settings.that_matter(), **objective.settings}
+        precision = "float32" if self.autocast is None else "bfloat16"
+        self.settings_that_matter = {**settings.that_matter(), "precision": precision, **objective.settings}
         self.reports = None
         self.step = 0
         self.updates = 0  # steps that were not skipped
