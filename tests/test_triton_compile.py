@@ -31,7 +31,6 @@ from dalle_fast.ops.attention.triton import bwd, dec, fwd, launch
 
 KERNELS = {
     "forward": fwd._attention_fwd_kernel,
-    "delta": bwd._attention_delta_kernel,
     "grad_query": bwd._attention_grad_query_kernel,
     "grad_key_value": bwd._attention_grad_key_value_kernel,
     "decode": dec._attention_decode_kernel,
@@ -198,7 +197,7 @@ def shortcomings(compile_for, usages, tmp_path):
             if shared > SHARED_LIMIT[arch]:
                 wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
             # Products of 16 rows, as decode has them, are HMMA on every architecture.
-            product = {"delta": "", "decode_merge": "", "decode": r"\bHMMA\b"}.get(
+            product = {"decode_merge": "", "decode": r"\bHMMA\b"}.get(
                 kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch]
             )
             if dtype != "float32" and not re.search(product, code):

@@ -104,7 +104,8 @@ def test_no_case_has_vanished(cases):
 def _dense_mask_kernel(out_ptr, size, MASK: tl.constexpr, BLOCK: tl.constexpr):
     q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out_ptr + q * size + k, primitives.allows(q, k, MASK).to(tl.int8), mask=(q < size) & (k < size))
+    seen = tl.where(k < MASK.T, k <= q, primitives.image_allows(q, k, MASK) & (q >= MASK.T))
+    tl.store(out_ptr + q * size + k, seen.to(tl.int8), mask=(q < size) & (k < size))
 
 
 @interpreted
@@ -242,7 +243,7 @@ def test_patch_walk(edges, grid, S):
 
 @interpreted
 def test_patch_walk_of_the_table():
-    mask = conv_mask(20, (16, 64), 11)
+    mask = conv_mask(20, (8, 128), 11)
     assert configs.tiles_for("forward", mask, (8, 0), 16, 2)[1].WALK == configs.WALKS.index("patch")
     check(mask, inputs(1, 1, mask.seq_len, 16, dtype=torch.float16), backward=False)
 
@@ -304,7 +305,7 @@ def test_any_strides(layout):
 def _addresses_kernel(out_ptr, base_ptr, strides, batch, head, BLOCK: tl.constexpr):
     rows = tl.arange(0, BLOCK)
     base = primitives.head_base(base_ptr, strides, batch + tl.zeros([], tl.int32), head + tl.zeros([], tl.int32))
-    pointers = primitives.tile_pointers(base, strides, rows, rows)
+    pointers = primitives.tile_pointers(base, strides, rows, rows, True)
     tl.store(out_ptr + rows[:, None] * BLOCK + rows[None, :], pointers.to(tl.int64))
 
 
@@ -322,12 +323,25 @@ def test_addresses_beyond_two_to_the_31(strides):
     assert np.array_equal(addresses.numpy(), memory.data_ptr() + 4 * elements)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+def test_offsets_of_a_head_are_64_bits_wide_where_they_must_be():
+    """Those between heads always are."""
+
+    def tensor(*strides):
+        return torch.empty(1).as_strided((2, 2, 5, 8), (0, 0, 0, 0)).to("meta").as_strided((2, 2, 5, 8), strides)
+
+    narrow = tensor(2**40, 2**40, (2**31 - 8) // 4, 1), tensor(1, 1, 1, (2**31 - 8) // 7)
+    assert not launch.wide(*narrow)
+    for strides in ((1, 1, 2**29, 1), (1, 1, 2**31 // 5, 2**31 // 5)):
+        assert launch.wide(*narrow, tensor(*strides))
+
+
 @interpreted
 @pytest.mark.parametrize(("B", "H", "S"), [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
 def test_nothing_to_do(B, H, S, monkeypatch):
     """Nothing is launched: a GPU refuses an empty grid, which the interpreter would not notice."""
     monkeypatch.setattr(fwd, "_attention_fwd_kernel", None)
-    monkeypatch.setattr(bwd, "_attention_delta_kernel", None)
+    monkeypatch.setattr(bwd, "_attention_grad_query_kernel", None)
     results = check(row_mask(3, (2, 3)), inputs(B, H, S, 16))
     assert all(x.shape[:3] == (B, H, S) for x in results)
 

@@ -1,9 +1,9 @@
-"""Sparse attention, backward: one kernel for dQ, one for dK and dV, no atomics, so that every call gives the same bits.
+"""Sparse attention, backward: a kernel for dQ, then one for dK and dV, no atomics, so that every call gives the same bits.
 
 B batch, H heads, S sequence, D head size, T text; q queries, k keys; walk and windows as in primitives.py.
 
 With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(O * dO) - dlse:
-dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO.
+dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. The first kernel leaves delta to the second.
 
 P is computed again from lse, one float32 per row. The rounding of lse, up to eps / 2 * abs(lse), is a relative error
 of a whole row of P that no order of the operations here removes: 2e-6 where lse is 40. `gradient_terms` in
@@ -17,8 +17,8 @@ import triton.language as tl
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import (
     LOG2E,
-    allows,
     head_base,
+    image_allows,
     image_count,
     load_tile,
     query_tile,
@@ -30,49 +30,18 @@ from dalle_fast.ops.attention.triton.primitives import (
     visible_text,
     walk_tokens,
     window,
+    window_allows,
 )
 
 __all__ = ["attention_backward"]
 
-_DELTA_ROWS = 32  # rows per program of the delta kernel, which is bound by memory
-
-
-@triton.jit(do_not_specialize=["num_heads", "seq_len"])
-def _attention_delta_kernel(
-    out_ptr,
-    grad_out_ptr,
-    grad_out_strides,
-    grad_lse_ptr,
-    delta_ptr,
-    num_heads,
-    seq_len,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """delta = rowsum(out * grad_out) - grad_lse, float32; `out` is contiguous."""
-    tiles = (seq_len + BLOCK - 1) // BLOCK
-    head = tl.program_id(0) // tiles
-    rows = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    valid = rows < seq_len
-    columns = tl.arange(0, BLOCK_D)
-    flat_rows = head.to(tl.int64) * seq_len + rows
-    out_pointers = out_ptr + flat_rows[:, None] * HEAD_DIM + columns[None, :]
-    out = tl.load(out_pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-    grad_base = head_base(grad_out_ptr, grad_out_strides, head // num_heads, head % num_heads)
-    grad_out = load_tile(grad_base, grad_out_strides, rows, valid, True, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + flat_rows, mask=valid, other=0.0)
-    tl.store(delta_ptr + flat_rows, delta, mask=valid)
-
 
 @triton.jit
 def _grad_query_step(
-    acc, q, k, v, grad_out, lse, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Add one tile of keys to dQ / scale; `lse` is in units of log2."""
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+    """Add one tile of keys to dQ / scale."""
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse2[:, None])
     grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
     grad_s = p * (grad_p - delta[:, None])
     if MASKED:
@@ -90,7 +59,10 @@ def _attention_grad_query_kernel(
     v_strides,
     grad_out_ptr,
     grad_out_strides,
+    out_ptr,
     lse_ptr,
+    grad_lse_ptr,
+    lse2_ptr,
     delta_ptr,
     grad_q_ptr,
     text_lengths_ptr,
@@ -101,12 +73,16 @@ def _attention_grad_query_kernel(
     MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ, over the same tiles as the forward kernel."""
+    """dQ, over the same tiles as the forward kernel, and of each query what dK and dV need of it: lse2 and delta.
+
+    lse2 is lse in units of log2. `out` is contiguous.
+    """
     head, is_image, t0, first, q_pos, q_valid = query_tile(tl.program_id(0), seq_len, MASK, BLOCK_Q)
     batch = head // num_heads
     first_row = head.to(tl.int64) * seq_len
@@ -114,27 +90,35 @@ def _attention_grad_query_kernel(
     k_base = head_base(k_ptr, k_strides, batch, head % num_heads)
     v_base = head_base(v_ptr, v_strides, batch, head % num_heads)
     grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head % num_heads)
-    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D)
-    grad_out = load_tile(grad_out_base, grad_out_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D)
+    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+    grad_out = load_tile(grad_out_base, grad_out_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
     # P of a row past the sequence is exp2(-inf) = 0.
-    lse = tl.load(lse_ptr + first_row + q_pos, mask=q_valid, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + first_row + q_pos, mask=q_valid, other=0.0)
+    lse2 = tl.load(lse_ptr + first_row + q_pos, mask=q_valid, other=float("inf")) * LOG2E
+    out_base = out_ptr + first_row * HEAD_DIM
+    out = load_tile(out_base, (0, 0, HEAD_DIM, 1), q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + first_row + q_pos, mask=q_valid, other=0.0)
+    tl.store(lse2_ptr + first_row + q_pos, lse2, mask=q_valid)
+    tl.store(delta_ptr + first_row + q_pos, delta, mask=q_valid)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
 
     text_len = visible_text(text_lengths_ptr, batch, seq_len, MASK)
     full, end = text_keys(first, text_len, BLOCK_Q, BLOCK_TEXT)
     offsets = tl.arange(0, BLOCK_TEXT)
     for start in range(0, full, BLOCK_TEXT):
-        k = load_tile(k_base, k_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D)
-        acc = _grad_query_step(acc, q, k, v, grad_out, lse, delta, None, scale_log2, False, PRECISION)
-    for start in range(full, end, BLOCK_TEXT):
-        k_pos = start + offsets
-        k_valid = k_pos < text_len
-        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        seen = k_valid[None, :] & (k_pos[None, :] <= q_pos[:, None])  # the rule between text keys and any query
-        acc = _grad_query_step(acc, q, k, v, grad_out, lse, delta, seen, scale_log2, True, PRECISION)
+        k = load_tile(k_base, k_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
+        acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, None, scale_log2, False, PRECISION)
+    if full < end:  # a branch, so that programs without this loop do not run its prologue
+        for start in range(full, end, BLOCK_TEXT):
+            k_pos = start + offsets
+            k_valid = k_pos < text_len
+            k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+            v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+            # The rule between text keys and any query, and k_valid.
+            seen = k_pos[None, :] <= tl.minimum(q_pos, text_len - 1)[:, None]
+            acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, PRECISION)
 
     _, rows, length = image_count(seq_len, MASK)
     w_start, count, column, columns = window(t0, rows, length, MASK, BLOCK_Q, BLOCK_IMAGE, False)
@@ -142,12 +126,12 @@ def _attention_grad_query_kernel(
     for n in range(tl.where(is_image, count, 0)):
         k_first = tile_start(n, w_start, column, columns, MASK, BLOCK_IMAGE)
         k_pos, k_valid = walk_tokens(k_first + image_offsets, seq_len, rows, length, MASK)
-        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        seen = k_valid[None, :] & allows(q_pos[:, None], k_pos[None, :], MASK)
-        acc = _grad_query_step(acc, q, k, v, grad_out, lse, delta, seen, scale_log2, True, PRECISION)
+        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+        seen = window_allows(q_pos, k_pos, k_valid, MASK)
+        acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, PRECISION)
 
-    store_tile(grad_q_ptr, first_row, q_pos, q_valid, acc * scale, HEAD_DIM, BLOCK_D)
+    store_tile(grad_q_ptr + first_row * HEAD_DIM, q_pos, q_valid, acc * scale, HEAD_DIM, BLOCK_D, WIDE)
 
 
 @triton.jit
@@ -160,7 +144,7 @@ def _grad_key_value_step(
     q_strides,
     grad_out_base,
     grad_out_strides,
-    lse_base,
+    lse2_base,
     delta_base,
     q_pos,
     q_valid,
@@ -169,27 +153,33 @@ def _grad_key_value_step(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add one tile of queries to dK / scale and dV. P and dS are transposed: keys are rows."""
-    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D)
+    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
     # P of a row past the sequence is exp2(-inf) = 0.
-    lse = tl.load(lse_base + q_pos, mask=q_valid, other=float("inf")) * LOG2E
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+    lse2 = tl.load(lse2_base + q_pos, mask=q_valid, other=float("inf"))
+    exponents = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse2[None, :]
     if MASKED:
-        p = tl.where(seen, p, 0.0)
-    grad_out = load_tile(grad_out_base, grad_out_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D)
+        exponents = tl.where(seen, exponents, float("-inf"))
+    p = tl.exp2(exponents)
+    grad_out = load_tile(grad_out_base, grad_out_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
     grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
     delta = tl.load(delta_base + q_pos, mask=q_valid, other=0.0)
     grad_p = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-    grad_s = p * (grad_p - delta[None, :])
+    difference = grad_p - delta[None, :]
     if MASKED:
-        grad_s = tl.where(seen, grad_s, 0.0)  # again: 0 * NaN, from a delta that belongs to no visible key
+        # Not 0 * NaN, from a query that does not see this key. That p is 0 says what `seen` said, which need not be kept
+        # until here in registers that are few.
+        difference = tl.where(p == 0.0, 0.0, difference)
+    grad_s = p * difference
     grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["num_heads", "seq_len", "num_programs_text"])
+# seq_len is specialized: where it is a multiple of 16, lse2 and delta are loaded two at a time.
+@triton.jit(do_not_specialize=["num_heads", "num_programs_text"])
 def _attention_grad_key_value_kernel(
     q_ptr,
     q_strides,
@@ -199,7 +189,7 @@ def _attention_grad_key_value_kernel(
     v_strides,
     grad_out_ptr,
     grad_out_strides,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     grad_k_ptr,
     grad_v_ptr,
@@ -212,6 +202,7 @@ def _attention_grad_key_value_kernel(
     MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
@@ -243,10 +234,10 @@ def _attention_grad_key_value_kernel(
     k_base = head_base(k_ptr, k_strides, batch, head % num_heads)
     v_base = head_base(v_ptr, v_strides, batch, head % num_heads)
     grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head % num_heads)
-    lse_base = lse_ptr + first_row
+    lse2_base = lse2_ptr + first_row
     delta_base = delta_ptr + first_row
-    k = load_tile(k_base, k_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D)
-    v = load_tile(v_base, v_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D)
+    k = load_tile(k_base, k_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D, WIDE)
+    v = load_tile(v_base, v_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D, WIDE)
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
 
@@ -256,14 +247,14 @@ def _attention_grad_key_value_kernel(
         q_pos = start + q_offsets
         seen = k_pos[:, None] <= q_pos[None, :]  # the rule between text keys and any query
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse_base, delta_base,
-            q_pos, q_pos < seq_len, seen, scale_log2, True, HEAD_DIM, BLOCK_D, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
+            q_pos, q_pos < seq_len, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
         )  # fmt: skip
     for start in range(full, end, BLOCK_TEXT):
         q_pos = start + q_offsets
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse_base, delta_base,
-            q_pos, q_pos < seq_len, None, scale_log2, False, HEAD_DIM, BLOCK_D, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
+            q_pos, q_pos < seq_len, None, scale_log2, False, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
         )  # fmt: skip
 
     w_start, count, column, columns = window(first, rows, length, MASK, BLOCK_K, BLOCK_IMAGE, True)
@@ -271,16 +262,16 @@ def _attention_grad_key_value_kernel(
     for n in range(tl.where(is_image, count, 0)):
         q_first = tile_start(n, w_start, column, columns, MASK, BLOCK_IMAGE)
         q_pos, q_valid = walk_tokens(q_first + image_offsets, seq_len, rows, length, MASK)
-        seen = allows(q_pos[None, :], k_pos[:, None], MASK)
+        seen = image_allows(q_pos[None, :], k_pos[:, None], MASK)
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse_base, delta_base,
-            q_pos, q_valid, seen, scale_log2, True, HEAD_DIM, BLOCK_D, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
+            q_pos, q_valid, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
         )  # fmt: skip
 
     grad_k = tl.where(k_visible[:, None], grad_k * scale, 0.0)
     grad_v = tl.where(k_visible[:, None], grad_v, 0.0)
-    store_tile(grad_k_ptr, first_row, k_pos, k_valid, grad_k, HEAD_DIM, BLOCK_D)
-    store_tile(grad_v_ptr, first_row, k_pos, k_valid, grad_v, HEAD_DIM, BLOCK_D)
+    store_tile(grad_k_ptr + first_row * HEAD_DIM, k_pos, k_valid, grad_k, HEAD_DIM, BLOCK_D, WIDE)
+    store_tile(grad_v_ptr + first_row * HEAD_DIM, k_pos, k_valid, grad_v, HEAD_DIM, BLOCK_D, WIDE)
 
 
 def attention_backward(
@@ -292,30 +283,21 @@ def attention_backward(
     if B * H * S == 0:
         return tuple(grads)
     grad_query, grad_key, grad_value = grads
-    delta = torch.empty_like(lse)
-    block_d = launch.padded_head_size(D)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    sizes = D, launch.padded_head_size(D), launch.wide(query, key, value, grad_out)
     precision = launch.input_precision(query.dtype)
     # Rounded to float32 once, as the forward kernel had it: lse belongs to those scores, to the last bit of the factor.
     scale_log2 = scale * LOG2E.value
-    inputs = (query, query.stride(), key, key.stride(), value, value.stride(), grad_out, grad_out.stride(), lse, delta)
+    inputs = (query, query.stride(), key, key.stride(), value, value.stride(), grad_out, grad_out.stride())
     with launch.device_guard(query):
-        _attention_delta_kernel[(B * H * triton.cdiv(S, _DELTA_ROWS),)](
-            out.contiguous(),
-            grad_out,
-            grad_out.stride(),
-            None if grad_lse is None else grad_lse.contiguous(),
-            delta,
-            H,
-            S,
-            D,
-            block_d,
-            _DELTA_ROWS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
         cut, numbers = query_tiles or launch.chosen_tiles("grad_query", query, mask)
         _attention_grad_query_kernel[launch.query_grid(B * H, S, numbers, cut)](
             *inputs,
+            out.contiguous(),
+            lse,
+            None if grad_lse is None else grad_lse.contiguous(),
+            lse2,
+            delta,
             grad_query,
             text_lengths,
             H,
@@ -323,8 +305,7 @@ def attention_backward(
             scale,
             scale_log2,
             numbers,
-            D,
-            block_d,
+            *sizes,
             cut.own,
             cut.text,
             cut.image,
@@ -335,6 +316,8 @@ def attention_backward(
         text_programs, image_programs = launch.key_programs(B * H, S, numbers, cut)
         _attention_grad_key_value_kernel[(text_programs + image_programs,)](
             *inputs,
+            lse2,
+            delta,
             grad_key,
             grad_value,
             text_lengths,
@@ -344,8 +327,7 @@ def attention_backward(
             scale,
             scale_log2,
             numbers,
-            D,
-            block_d,
+            *sizes,
             cut.own,
             cut.text,
             cut.image,

@@ -18,7 +18,6 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.triton import primitives
 
 __all__ = [
-    "MAX_REGISTERS",
     "MIN_CAPABILITY",
     "MaskNumbers",
     "Tiles",
@@ -29,9 +28,6 @@ __all__ = [
 ]
 
 MIN_CAPABILITY = (8, 0)
-# Per thread: two programs of four warps, or one of eight, fit a multiprocessor's 65,536. Left to itself ptxas aims at
-# three or four programs and spills a few registers to get there; allowed all 255, it plans for so many and misses.
-MAX_REGISTERS = 240
 WALKS = ("raster", "column", "patch")  # the order is that of the numbers in primitives.py
 
 
@@ -40,6 +36,9 @@ class Tiles(NamedTuple):
 
     own: tokens of a program's own tile (queries, or keys in dK/dV).
     text, image: tokens of the tiles it meets in the text loop and in the image window.
+    registers: most of them per thread. A multiprocessor has 65,536: 240 are two programs of four warps or one of eight,
+        168 three of four, 128 four of four or two of eight. Left to itself ptxas aims at more programs and spills a few
+        to get there; allowed all 255, it plans for so many and misses.
     """
 
     own: int
@@ -47,6 +46,7 @@ class Tiles(NamedTuple):
     image: int
     warps: int
     stages: int
+    registers: int = 240
 
 
 class MaskNumbers(NamedTuple):
@@ -80,7 +80,7 @@ _WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1),) * 3
 TILES = {
     (8, 2, False): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 4, 1)),
     (8, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
-    (9, 2, False): (Tiles(64, 64, 64, 4, 2), Tiles(64, 64, 64, 4, 2), Tiles(64, 32, 32, 4, 1)),
+    (9, 2, False): (Tiles(64, 32, 32, 4, 3, 128), Tiles(64, 32, 32, 4, 3, 128), Tiles(64, 16, 16, 4, 3, 168)),
     (9, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 8, 2)),
     (10, 2, False): (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 32, 32, 4, 1)),
     (10, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
@@ -88,11 +88,14 @@ TILES = {
     **{(architecture, 4, True): _WIDE_FLOAT32 for architecture in (8, 9, 10)},
 }
 KERNELS = ("forward", "grad_query", "grad_key_value")
+# What a pair costs in the patch walk, whose positions take more arithmetic, over one in raster order. On an H200, conv 11
+# at grids 64 and 128 in bfloat16: 1.38 and 1.42 forward, 1.29 and 1.35 in dQ, 1.12 and 1.18 in dK/dV.
+PATCH_COST = 1.35
 
 
 def padded_head_size(head_size: int) -> int:
-    """The power of two, at least 16, that the kernels' head-size axis has."""
-    return max(16, 1 << (head_size - 1).bit_length())
+    """The power of two, at least 32, that the kernels' head-size axis has: with 16 ptxas (Triton 3.6, sm_90) crashes."""
+    return max(32, 1 << (head_size - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,7 +103,7 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
     """The tiles of one kernel for one mask, and the walk.
 
     Of the walks the mask allows and of image tiles of 32 tokens up to the table's, the pair that makes the kernel
-    compute the fewest pairs; of equals the simpler walk and the larger tile.
+    compute the fewest pairs, those of the patch walk counted for more; of equals the simpler walk and the larger tile.
 
     Args:
         kernel: one of KERNELS.
@@ -121,7 +124,12 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
             numbers = mask_numbers(mask, walk, tiles.own)
             if numbers is not None:
                 choices.append((cut, numbers))
-    return min(choices, key=lambda choice: cover(kernel, mask.seq_len, *choice))
+
+    def cost(choice):
+        each = PATCH_COST if choice[1].PATCH else 1.0
+        return each * cover(kernel, mask.seq_len, *choice)
+
+    return min(choices, key=cost)
 
 
 def _walks(mask: AttentionMask):

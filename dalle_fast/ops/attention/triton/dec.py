@@ -45,6 +45,7 @@ def _text_part(
     STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Running softmax of queries (16, BLOCK_D) over the text keys [start, end): (acc, maximum, sum), unscaled."""
@@ -53,8 +54,8 @@ def _text_part(
     row_sum = tl.zeros([SAMPLES], dtype=tl.float32)
     for first in range(start, end, STEP):  # no step is without a key, so every maximum is a score
         k_pos = first + tl.arange(0, STEP)
-        k = load_tile(k_base, k_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D)
+        k = load_tile(k_base, k_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D, WIDE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where((k_pos < end)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -79,6 +80,7 @@ def _image_part(
     BLOCK_V: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The same of one query (1, BLOCK_D) over the slots of its cache that are listed at slots_ptr."""
     acc = tl.zeros([1, BLOCK_D], dtype=tl.float32)
@@ -88,8 +90,8 @@ def _image_part(
         offsets = first + tl.arange(0, BLOCK_V)
         seen = offsets < count
         slots = tl.load(slots_ptr + offsets, mask=seen, other=0)
-        k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D).to(tl.float32)
-        v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+        k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE).to(tl.float32)
+        v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE).to(tl.float32)
         scores = tl.sum(k * q.to(tl.float32), 1) * scale_log2
         scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0))
@@ -145,6 +147,7 @@ def _attention_decode_kernel(
     BLOCK_V: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Parts of the keys -> out (TEXT_PARTS + 1, B, H, BLOCK_D) float32 and lse (TEXT_PARTS + 1, B, H), the image last.
@@ -178,6 +181,7 @@ def _attention_decode_kernel(
             STEP,
             HEAD_DIM,
             BLOCK_D,
+            WIDE,
             PRECISION,
         )
         rows = part * num_rows + samples * num_heads + head
@@ -205,6 +209,7 @@ def _attention_decode_kernel(
             BLOCK_V,
             HEAD_DIM,
             BLOCK_D,
+            WIDE,
         )
         _store_part(out_ptr, lse_ptr, TEXT_PARTS * num_rows + row + first, first == 0, total, top, weight, BLOCK_D)
 
@@ -274,6 +279,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             min(max(16, triton.next_power_of_2(slots.shape[1])), IMAGE_ELEMENTS // BLOCK_D),
             D,
             BLOCK_D,
+            launch.wide(text_key, text_value, image_key, image_value),
             launch.input_precision(query.dtype),
             num_warps=4,
             num_stages=2,

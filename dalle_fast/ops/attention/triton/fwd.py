@@ -11,7 +11,6 @@ from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import (
     LN2,
     LOG2E,
-    allows,
     head_base,
     image_count,
     load_tile,
@@ -22,6 +21,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     visible_text,
     walk_tokens,
     window,
+    window_allows,
 )
 
 __all__ = ["attention_forward"]
@@ -32,14 +32,12 @@ def _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, MASKED: tl
     """Add one tile of keys to a tile of queries' running softmax; row_max is in units of log2, scaled."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        scores = tl.where(seen, scores * scale_log2, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    base = new_max
+    if MASKED:
         base = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
-        p = tl.exp2(scores - base[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        base = new_max
-        p = tl.exp2(scores * scale_log2 - base[:, None])  # one fused multiply-add each
+    p = tl.exp2(scores * scale_log2 - base[:, None])  # one fused multiply-add each
     rescale = tl.exp2(row_max - base)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
@@ -63,25 +61,27 @@ def _attention_fwd_kernel(
     MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
-    NEGATE: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out = softmax(scale * q k^T) v over the visible keys, lse = ln sum exp(scale * q k^T).
 
-    scale_log2 = abs(scale) * LOG2E, so that the maximum of the scores is also that of the scaled ones; NEGATE: scale
-    is negative. Strides are (batch, head, position, head size).
+    SIGN, -1, 0 or 1, is that of the scale, and scale_log2 = abs(scale) * LOG2E, or 1 where that is 0, is positive: so
+    the maximum of the scores is also that of the scaled ones, and -inf stays what it is when scaled.
+    Strides are (batch, head, position, head size).
     """
     head, is_image, t0, first, q_pos, q_valid = query_tile(tl.program_id(0), seq_len, MASK, BLOCK_Q)
     batch = head // num_heads
     k_base = head_base(k_ptr, k_strides, batch, head % num_heads)
     v_base = head_base(v_ptr, v_strides, batch, head % num_heads)
     q_base = head_base(q_ptr, q_strides, batch, head % num_heads)
-    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D)
-    if NEGATE:
-        q = -q
+    q = load_tile(q_base, q_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+    if SIGN != 1:
+        q = (q * SIGN).to(q.dtype)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
@@ -91,16 +91,18 @@ def _attention_fwd_kernel(
     full, end = text_keys(first, text_len, BLOCK_Q, BLOCK_TEXT)
     offsets = tl.arange(0, BLOCK_TEXT)
     for start in range(0, full, BLOCK_TEXT):
-        k = load_tile(k_base, k_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D)
+        k = load_tile(k_base, k_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
         acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, None, scale_log2, False, PRECISION)
-    for start in range(full, end, BLOCK_TEXT):
-        k_pos = start + offsets
-        k_valid = k_pos < text_len
-        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        seen = k_valid[None, :] & (k_pos[None, :] <= q_pos[:, None])  # the rule between text keys and any query
-        acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, True, PRECISION)
+    if full < end:  # a branch, so that programs without this loop do not run its prologue
+        for start in range(full, end, BLOCK_TEXT):
+            k_pos = start + offsets
+            k_valid = k_pos < text_len
+            k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+            v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+            # The rule between text keys and any query, and k_valid.
+            seen = k_pos[None, :] <= tl.minimum(q_pos, text_len - 1)[:, None]
+            acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, True, PRECISION)
 
     _, rows, length = image_count(seq_len, MASK)
     w_start, count, column, columns = window(t0, rows, length, MASK, BLOCK_Q, BLOCK_IMAGE, False)
@@ -108,9 +110,9 @@ def _attention_fwd_kernel(
     for n in range(tl.where(is_image, count, 0)):
         k_first = tile_start(n, w_start, column, columns, MASK, BLOCK_IMAGE)
         k_pos, k_valid = walk_tokens(k_first + image_offsets, seq_len, rows, length, MASK)
-        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D)
-        seen = k_valid[None, :] & allows(q_pos[:, None], k_pos[None, :], MASK)
+        k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
+        seen = window_allows(q_pos, k_pos, k_valid, MASK)
         acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, True, PRECISION)
 
     nothing = row_sum == 0.0
@@ -119,7 +121,7 @@ def _attention_fwd_kernel(
     # Two products, because their sum is one fused multiply-add: the backward pass lives on the last bits of lse.
     lse = tl.where(nothing, float("-inf"), row_max * LN2 + tl.log2(row_sum) * LN2)
     first_row = head.to(tl.int64) * seq_len
-    store_tile(out_ptr, first_row, q_pos, q_valid, out, HEAD_DIM, BLOCK_D)
+    store_tile(out_ptr + first_row * HEAD_DIM, q_pos, q_valid, out, HEAD_DIM, BLOCK_D, WIDE)
     tl.store(lse_ptr + first_row + q_pos, lse, mask=q_valid)
 
 
@@ -144,14 +146,15 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
             text_lengths,
             H,
             S,
-            abs(scale) * LOG2E.value,
+            abs(scale) * LOG2E.value or 1.0,
             numbers,
             D,
             launch.padded_head_size(D),
+            launch.wide(query, key, value),
             cut.own,
             cut.text,
             cut.image,
-            scale < 0,
+            (scale > 0) - (scale < 0),
             launch.input_precision(query.dtype),
             **launch.options(cut),
         )

@@ -1,6 +1,7 @@
 """What every launcher of the Triton attention kernels needs: tiles, grids, options, the device."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -16,6 +17,7 @@ __all__ = [
     "options",
     "padded_head_size",
     "query_grid",
+    "wide",
 ]
 
 
@@ -39,9 +41,14 @@ def options(cut) -> dict:
     return {
         "num_warps": cut.warps,
         "num_stages": cut.stages,
-        "maxnreg": configs.MAX_REGISTERS,
+        "maxnreg": cut.registers,
         "enable_fp_fusion": True,
     }
+
+
+def wide(*tensors) -> bool:
+    """Do some of these (.., S, D) have elements of one head that lie 2**31 elements apart or more?"""
+    return any((x.shape[-2] - 1) * x.stride(-2) + (x.shape[-1] - 1) * x.stride(-1) >= 1 << 31 for x in tensors)
 
 
 def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:
@@ -51,9 +58,14 @@ def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:
 
 def key_programs(heads: int, seq_len: int, numbers, cut) -> tuple[int, int]:
     """(text, image) programs: one per head and tile of `cut.own` positions."""
-    _, _, length = image_count.fn(seq_len, numbers)
-    text, image = tile_counts.fn(seq_len, length, numbers, cut.own)
+    text, image = _tiles(seq_len, numbers, cut.own)
     return heads * text, heads * image
+
+
+@functools.lru_cache(maxsize=1024)  # the kernels' own functions, in Python, take longer than a launch
+def _tiles(seq_len: int, numbers, size: int) -> tuple[int, int]:
+    _, _, length = image_count.fn(seq_len, numbers)
+    return tile_counts.fn(seq_len, length, numbers, size)
 
 
 def input_precision(dtype) -> str:

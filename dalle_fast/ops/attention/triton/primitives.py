@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "allows",
     "head_base",
+    "image_allows",
     "image_count",
     "load_tile",
     "query_tile",
@@ -41,6 +41,7 @@ __all__ = [
     "visible_text",
     "walk_tokens",
     "window",
+    "window_allows",
 ]
 
 # exp2 and log2 are the hardware's instructions: scores are kept in units of log2.
@@ -66,9 +67,21 @@ PATCH_WALK = tl.constexpr(2)
 
 
 @triton.jit
+def _unsigned(x):
+    """As an unsigned number a negative one is larger than every position; and division takes fewer instructions."""
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _up_to(x, largest):
+    """0 <= x <= largest in one comparison"""
+    return _unsigned(x) <= largest
+
+
+@triton.jit
 def _in_steps(x, steps, d):
     """x in {0, d, ..., steps * d}"""
-    return (x >= 0) & (x <= steps * d) & (x % d == 0)
+    return _up_to(x, steps * d) & (x % d == 0)
 
 
 @triton.jit
@@ -84,39 +97,49 @@ def _in_steps_around(x, steps, d, size):
 
 
 @triton.jit
-def _image_allows(i, j, MASK: tl.constexpr):
-    """The port of AttentionMask._image_allows; the caller has 0 <= j <= i, and discards what other positions give."""
+def image_allows(q, k, MASK: tl.constexpr):
+    """The port of AttentionMask.allows between image tokens, at sequence positions q and k; integer blocks, broadcast.
+
+    It is evaluated for every pair of a masked tile, where it takes as long as the softmax does: hence its few comparisons.
+    """
     h: tl.constexpr = MASK.K // 2
+    i = q - MASK.T
+    j = k - MASK.T
     delta = i - j
     dr = i // MASK.W - j // MASK.W
     dc = i % MASK.W - j % MASK.W
     if MASK.RULE == CAUSAL:
         seen = delta >= 0
     elif MASK.RULE == ROW:
-        seen = delta <= MASK.W
+        seen = _up_to(delta, MASK.W)
     elif MASK.RULE == AXIAL_ROW:
-        seen = dr == 0
+        seen = (delta >= 0) & (dr == 0)
     elif MASK.RULE == COLUMN:
-        seen = dc == 0
+        seen = (delta >= 0) & (dc == 0)
     elif MASK.RULE == CONV_FLAT:
-        steps = delta // MASK.DILATION
-        past = tl.maximum(steps - h, 0)
-        kernel_row = (past + MASK.W - 1) // MASK.W
-        seen = (delta % MASK.DILATION == 0) & (kernel_row <= h) & (kernel_row * MASK.W <= steps + h)
+        # Whole rows back, and up to h tokens to either side: r * W - h <= steps <= r * W + h for an r from 0 to h.
+        steps = _unsigned(delta) // MASK.DILATION
+        seen = _up_to(delta, h * (MASK.W + 1) * MASK.DILATION) & ((steps + h) % MASK.W <= 2 * h)
+        if MASK.DILATION > 1:
+            seen = seen & (delta % MASK.DILATION == 0)
     elif MASK.RULE == CONV_CLIP:
-        seen = _in_steps_either_way(dr, h, MASK.DILATION) & _in_steps_either_way(dc, h, MASK.DILATION)
+        seen = _in_steps_either_way(dr, h, MASK.DILATION) & _in_steps_either_way(dc, h, MASK.DILATION) & (delta >= 0)
     elif MASK.RULE == CONV_TORUS:
         down = _in_steps_around(dr, h, MASK.DILATION, MASK.H)
-        seen = down & _in_steps_around(dc, h, MASK.DILATION, MASK.W)
-    else:  # conv_corner
+        seen = down & _in_steps_around(dc, h, MASK.DILATION, MASK.W) & (delta >= 0)
+    else:  # conv_corner, whose steps are never negative
         seen = _in_steps(dr, MASK.K - 1, MASK.DILATION) & _in_steps(dc, MASK.K - 1, MASK.DILATION)
     return seen
 
 
 @triton.jit
-def allows(q, k, MASK: tl.constexpr):
-    """The port of AttentionMask.allows: may sequence position q see sequence position k? Integer blocks, broadcast."""
-    return (k <= q) & ((k < MASK.T) | _image_allows(q - MASK.T, k - MASK.T, MASK))
+def window_allows(q, k, k_valid, MASK: tl.constexpr):
+    """`image_allows` in a window of keys, of which those not `k_valid` are seen by no query."""
+    seen = image_allows(q[:, None], k[None, :], MASK)
+    # In raster order what is past the sequence is past every query too. Positions past another walk's end are not.
+    if MASK.WALK != RASTER_WALK:
+        seen = seen & k_valid[None, :]
+    return seen
 
 
 # -- the walk --------------------------------------------------------------------------------------------------------
@@ -304,16 +327,31 @@ def head_base(ptr, strides, batch, head):
 
 
 @triton.jit
-def tile_pointers(base, strides, rows, columns):
-    """Addresses of one head's elements at (rows, columns)."""
-    return base + (rows.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3])
+def tile_pointers(base, strides, rows, columns, WIDE: tl.constexpr):
+    """Addresses of one head's elements at (rows, columns). WIDE: their distances from `base` may pass 2**31.
+
+    Addresses are what a loop carries along for each of its loads, and 32 bits instead of 64 leave registers free.
+    """
+    if WIDE:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return base + (rows[:, None] * strides[2] + columns[None, :] * strides[3])
 
 
 @triton.jit
-def load_tile(base, strides, rows, valid, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(
+    base,
+    strides,
+    rows,
+    valid,
+    MASK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """(len(rows), BLOCK_D) tile of one head's matrix; zero where not `valid` (if MASK_ROWS) and past HEAD_DIM."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = tile_pointers(base, strides, rows, columns)
+    pointers = tile_pointers(base, strides, rows, columns, WIDE)
     if MASK_ROWS:
         tile = tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
     elif HEAD_DIM < BLOCK_D:
@@ -324,8 +362,8 @@ def load_tile(base, strides, rows, valid, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.
 
 
 @triton.jit
-def store_tile(ptr, first_row, rows, valid, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store a tile into a contiguous (B, H, S, D) tensor; `first_row` (64-bit) is the head's row 0 in (B * H * S, D)."""
+def store_tile(base, rows, valid, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Store a tile into one head's contiguous (S, D) matrix."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + (first_row + rows)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=valid[:, None] & (columns < HEAD_DIM)[None, :])
+    pointers = tile_pointers(base, (0, 0, HEAD_DIM, 1), rows, columns, WIDE)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=valid[:, None] & (columns < HEAD_DIM)[None, :])
