@@ -2,6 +2,9 @@
 // have in common. The products before and after it are the vendor's (dalle_fast/ops/codebook/chunked.py).
 //
 // R rows of the chunk, K codes. Plain structures only: this header is compiled once per instruction set.
+//
+// A matrix of results may be where a float matrix of its size was read: each row is at the start of the memory of a row
+// of K floats, also where its elements have 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +38,8 @@ struct GumbelForward {
     LogitRows x;
     NoiseRows noise;
     const float* tau;      // (1)
-    void* weights;         // (R, K) contiguous: exp((t - max_noisy) / tau), not normalised; null: not wanted.
-    CodebookDType dtype;   // of weights; with float32 it may be x.logits
+    void* weights;         // (R, K) results: exp((t - max_noisy) / tau), not normalised; null: not wanted. May be logits
+    CodebookDType dtype;   // of weights
     GumbelStats* stats;    // (R)
     float* kl;             // (R) sum_k p_k (ln p_k + ln K)
     int64_t* codes;        // (R) argmax of t, the first of equals; in [0, K) whatever the logits are
@@ -50,8 +53,8 @@ struct GumbelBackward {
     const float* kl;
     const float* grad_kl;       // (R) or null
     float* grad_weights;        // (R, K) contiguous: grad_embedding @ codebook.T
-    void* weights;              // (R, K) contiguous: y; null: not wanted. With float32 it may be grad_weights
-    void* grad_logits;          // (R, K) contiguous. With float32 it may be x.logits
+    void* weights;              // (R, K) results: y; null: not wanted. May be grad_weights
+    void* grad_logits;          // (R, K) results. May be x.logits
     CodebookDType dtype;        // of weights and grad_logits
 };
 
@@ -72,7 +75,7 @@ struct CrossEntropyRows {
     float* loss;              // (R)
     const float* row_weight;  // (R), or (1) for all rows
     bool weight_per_row;
-    void* grad_logits;        // (R, K) contiguous; null: not wanted. With float32 it may be x.logits
+    void* grad_logits;        // (R, K) results; null: not wanted. May be x.logits
     CodebookDType dtype;      // of grad_logits
 };
 

@@ -34,7 +34,8 @@ struct ScalarLanes {
     }
 };
 
-// A positive normal number is 2^exponent * (1 + fraction), with 1 + fraction from sqrt(1/2) to sqrt(2).
+// A positive normal number is 2^(exponent / 2^23) * (1 + fraction), with 1 + fraction from sqrt(1/2) to sqrt(2): the
+// exponent stays where it is in the number's bits.
 template <class Lanes>
 struct Split {
     typename Lanes::Int exponent;
@@ -43,8 +44,8 @@ struct Split {
 
 template <class Lanes>
 DALLE_FAST_INLINE Split<Lanes> split(typename Lanes::Float x) {
-    const typename Lanes::Int bits = Lanes::bits_of(x) - 0x3f3504f3;  // sqrt(1/2)
-    return {bits >> 23, Lanes::of_bits((bits & 0x7fffff) + 0x3f3504f3) - 1.0f};
+    const typename Lanes::Int bits = Lanes::bits_of(x), exponent = (bits - 0x3f3504f3) & ~0x7fffff;  // sqrt(1/2)
+    return {exponent, Lanes::of_bits(bits - exponent) - 1.0f};
 }
 
 // log(1 + f) = f - f^2 / 2 + f^3 P(f), P of degree 8 with the coefficients of Cephes' logf, and the exponent times ln 2,
@@ -61,7 +62,8 @@ DALLE_FAST_INLINE typename Lanes::Float log_of(const Split<Lanes>& x) {
     p = p * f + 2.0000714765e-1f;
     p = p * f - 2.4999993993e-1f;
     p = p * f + 3.3333331174e-1f;
-    return exponent * 0.693359375f + (f + (exponent * -2.12194440e-4f + (p * f - 0.5f) * (f * f)));
+    const float larger = 0.693359375f * 0x1p-23f, smaller = -2.12194440e-4f * 0x1p-23f;
+    return exponent * larger + (f + (exponent * smaller + (p * f - 0.5f) * (f * f)));
 }
 
 template <class Lanes>

@@ -11,7 +11,15 @@ namespace dalle_fast {
 // What the text below needs of a lane type. `Wide` has 64 bits a lane, of which the low half counts.
 struct ScalarPhilox {
     typedef uint64_t Wide;
-    DALLE_FAST_INLINE uint64_t low_product(uint64_t x, uint32_t m) { return uint64_t(uint32_t(x)) * m; }
+    DALLE_FAST_INLINE uint64_t low_product(uint64_t x, uint32_t m) {
+#if defined(__CUDA_ARCH__)
+        uint64_t product;  // nvcc makes one of 64 by 64 bits of it, and adds the upper halves' 0
+        asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(uint32_t(x)), "r"(m));
+        return product;
+#else
+        return uint64_t(uint32_t(x)) * m;
+#endif
+    }
 };
 
 template <class Wide>

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from dalle_fast import _extension
 from dalle_fast.nn import functional as F
-from dalle_fast.ops.codebook import chunked, cpu
+from dalle_fast.ops.codebook import cpu, cuda
 from dalle_fast.testing import (
     assert_as_exact_as_eager,
     codebook_noise,
@@ -36,6 +35,12 @@ SIZES = [
     (7, 8192, 50, 128),
 ]
 INPUTS = ("hidden", "weight", "bias", "codebook")
+
+
+def smallest_chunks(monkeypatch):
+    """From here on chunks have 16 rows, on every device."""
+    for rows, name in ((cpu, "CHUNK_BYTES"), (cuda, "FORWARD_BYTES"), (cuda, "BACKWARD_BYTES")):
+        monkeypatch.setattr(rows, name, 1)
 
 
 def inputs(N, K, I, D, dtype=torch.float32, device="cpu", *, bias=True, spread=1.0, seed=0):
@@ -109,8 +114,8 @@ def test_every_size(serve, sizes, dtype):
 
 def test_many_rows_of_8192_codes(serve):
     """Enough rows for several chunks, as they are in use."""
-    assert 600 * 8192 * 4 > chunked.CHUNK_BYTES
-    check(serve, inputs(600, 8192, 3, 24, device=serve.device), 0.7)
+    assert all(1100 > rows.chunk_rows(8192, torch.float32, gradients=False, matrices=1) for rows in (cpu, cuda))
+    check(serve, inputs(1100, 8192, 3, 24, device=serve.device), 0.7)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -272,8 +277,7 @@ def test_chunks_equal_the_whole(serve, monkeypatch, dtype):
         ], loss
 
     whole, whole_loss = everything()
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
-    assert 3 * chunked.MIN_ROWS + 1 == 49
+    smallest_chunks(monkeypatch)
     parts, parts_loss = everything()
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     torch.testing.assert_close(parts_loss, whole_loss, rtol=1e-5, atol=1e-5)

@@ -45,13 +45,19 @@ def module(tmp_path_factory):
 
 @pytest.fixture
 def on_host(module, monkeypatch):
-    """`chunked` over `cuda`, with chunks of 16 rows."""
+    """`chunked` over `cuda`, with chunks of 16 rows in poisoned memory."""
     monkeypatch.setattr(cuda, "_extension", SimpleNamespace(native=lambda: module))
     monkeypatch.setattr(cuda, "_stream", lambda: 0)
     monkeypatch.setattr(cuda, "scratch", lambda size, device: torch.full((size,), torch.nan))
-    monkeypatch.setattr(chunked, "chunk_rows", lambda *args: 16)
-    mm, addmm = torch.mm, torch.addmm  # on a CPU they have no out_dtype
-    monkeypatch.setattr(torch, "mm", lambda a, b, out=None, out_dtype=None: mm(a.float(), b.float(), out=out))
+    monkeypatch.setattr(cuda, "chunk_rows", lambda *args, **options: 16)
+    mm, addmm = torch.mm, torch.addmm
+
+    def add_up_in_float32(a, b, out=None, out_dtype=None):  # on a CPU there is no out_dtype
+        assert out is None or out.dtype == (out_dtype or a.dtype)
+        product = mm(a.float(), b.float())
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", add_up_in_float32)
     monkeypatch.setattr(
         torch, "addmm", lambda x, a, b, out=None, out_dtype=None: addmm(x, a.float(), b.float(), out=out)
     )
@@ -118,6 +124,9 @@ def test_samples(on_host, dtype, seed_per_row):
         args = (x.hidden, x.weight, x.bias, temperature, seed, seed_per_row and seed is not None)
         codes = on_host.sample(*args)
         assert torch.equal(codes, reference.sample(*args))
+        # Four of these do not begin at a multiple of 16 bytes.
+        unaligned = x.bias.new_empty(K + 1)[1:].copy_(x.bias)
+        assert torch.equal(on_host.sample(*args[:2], unaligned, *args[3:]), codes)
         if dtype != torch.float32:
             bias = x.bias.float()
             options = {"seed_per_row": args[-1]}

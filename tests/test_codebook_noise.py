@@ -158,9 +158,10 @@ def test_rows_are_numbered_from_the_chunks_first(serve, first_row, per_row):
     rows = _implementation(serve.impl).rows
     N, K = 50, 300
     seed = torch.arange(N) + 2**50 if per_row else torch.tensor([2**50])
-    codes = rows.sample(
+    codes = torch.empty(N, dtype=torch.int64, device=serve.device)
+    rows.sample(
         torch.zeros(N, K, device=serve.device), None, seed.to(serve.device), first_row,
-        torch.ones(1, device=serve.device), seed_per_row=per_row,
+        torch.ones(1, device=serve.device), codes, seed_per_row=per_row,
     )  # fmt: skip
     row = torch.zeros(1, dtype=torch.int64) if per_row else first_row + torch.arange(N)
     assert torch.equal(codes.cpu(), noise.gumbel_noise(seed, row, K).argmax(-1))

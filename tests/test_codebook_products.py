@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
-from test_codebook import DTYPES, HOW, SEED, check, inputs, strided
+from test_codebook import DTYPES, HOW, SEED, check, inputs, smallest_chunks, strided
 from test_codebook_grad import check as check_gradients
 from test_codebook_grad import check_cross_entropy
 
 from dalle_fast import _extension
 from dalle_fast.nn import functional as F
-from dalle_fast.ops.codebook import chunked, cpu
+from dalle_fast.ops.codebook import cpu
 from dalle_fast.testing import nan_poisoned
 
 # (M, J, I): nothing, one, around the tiles of 14 x 32, 6 x 16 and 32 x 32 x 32, around the 256 columns and 512 words at
@@ -305,7 +305,7 @@ def test_a_row_does_not_depend_on_its_batch(threads):
 def test_the_vendors_products_serve_as_well(vendor, monkeypatch, how, dtype):
     """Operands converted by parts, logits in memory, by chunks of rows."""
     monkeypatch.setattr(cpu, "CONVERTED_BYTES", 1000)
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    smallest_chunks(monkeypatch)
     tensors = [strided(x, how) if how else x for x in inputs(37, 130, 20, 12, dtype)]
     check(_OnCPU, tensors, 0.5)
     check_gradients(_OnCPU, inputs(37, 130, 20, 12, dtype), 0.5)

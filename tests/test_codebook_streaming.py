@@ -149,7 +149,8 @@ def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
         for temperature in (None, torch.ones(1, device="cuda")):
             seed = None if temperature is None else case.seed
             common = {"seed_per_row": case.per_row}
-            expected = cuda.sample(case.logits, case.bias, seed, 0, temperature, **common)
+            expected = torch.empty(N, dtype=torch.int64, device="cuda")
+            cuda.sample(case.logits, case.bias, seed, 0, temperature, expected, **common)
             actual = cuda.sample_streaming(case.hidden, case.weight, case.bias, seed, temperature, **common)
             assert_exact(actual, expected)
         loss = cuda.cross_entropy_streaming(case.hidden, case.weight, case.bias, case.target, -100)

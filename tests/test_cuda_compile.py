@@ -57,8 +57,10 @@ def readable(name):
     if not found:
         return name
     arguments = found[2] or ""
-    words = {"__nv_bfloat16": "bfloat16", "__half": "float16", "Lb1": "kept", "Lb0": "not kept"}
-    named = [text for mark, text in words.items() if mark in arguments]
+    named = [text for mark, text in {"__nv_bfloat16": "bfloat16", "__half": "float16"}.items() if mark in arguments]
+    flags = ("packed", "noisy" if found[1] == "sample_kernel" else "kept")
+    values = re.findall(r"Lb([01])", arguments)
+    named += [text if value == "1" else f"not {text}" for text, value in zip(flags, values, strict=False)]
     named += [text for mark, text in {"6Sample": "sample", "4Loss": "loss"}.items() if mark in name]
     if arguments.startswith("f"):
         named.insert(0, "float32")

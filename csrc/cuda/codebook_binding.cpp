@@ -94,6 +94,13 @@ void bind_cuda_codebook(py::module_& m) {
         py::arg("R"), py::arg("K"), py::arg("logits"), py::arg("out"), py::arg("dtype"), py::arg("noise"),
         py::arg("tau"), py::arg("codes"), py::arg("stream"), no_gil);
     m.def(
+        "cuda_add_columns",
+        [](int64_t R, int64_t K, int64_t rows, int dtype, int64_t total, int64_t stream) {
+            cuda_add_columns({R, K, address<void>(rows), CodebookDType(dtype), address<float>(total)},
+                             address<void>(stream));
+        },
+        py::arg("R"), py::arg("K"), py::arg("rows"), py::arg("dtype"), py::arg("total"), py::arg("stream"), no_gil);
+    m.def(
         "cuda_codebook_sample_streaming",
         [](const SizeNumbers& sizes, int64_t hidden, int64_t weight, int dtype, int64_t bias,
            const NoiseNumbers& noise, int64_t temperature, int64_t codes, int64_t stream) {

@@ -74,7 +74,7 @@ struct Sample {
     }
     __device__ void end(const StreamingRows& a, int64_t row) {
         best = quad_reduce(best, Better());
-        if (row < a.N && threadIdx.x % 4 == 0) a.codes[row] = found_code(best);
+        if (row < a.N && threadIdx.x % 4 == 0) a.codes[row] = found_code(best.code, a.K);
     }
 };
 

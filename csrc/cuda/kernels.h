@@ -23,6 +23,15 @@ void cuda_sample(const SampleRows& rows, void* stream);
 void cuda_cross_entropy(const CrossEntropyRows& rows, void* stream);
 void cuda_gumbel_softmax(const GumbelSoftmaxRows& rows, void* stream);
 
+// total[k] += the sum of column k.
+struct ColumnSums {
+    int64_t R, K;
+    void* rows;  // (R, K), each row at the start of the memory of K floats
+    CodebookDType dtype;
+    float* total;  // (K)
+};
+void cuda_add_columns(const ColumnSums& columns, void* stream);
+
 // hidden @ weight.T + bias that never is in memory. Codes as by cuda_sample, or the loss as by cuda_cross_entropy.
 struct StreamingRows {
     int64_t N, K, I;      // I: a multiple of 8, at most 512

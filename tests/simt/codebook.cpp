@@ -102,6 +102,15 @@ void call() {
                 out[k] = uint32_t(philox_words(uint64_t(*seed), uint64_t(row), noise_counter(k)).word[noise_word(k)]);
             return;
         }
+        case 8: {
+            ColumnSums a{};
+            a.R = number();
+            a.K = number();
+            a.rows = buffer<void>();
+            a.dtype = dtype();
+            a.total = buffer<float>();
+            return cuda_add_columns(a, nullptr);
+        }
         default: throw std::invalid_argument("no such function");
     }
 }

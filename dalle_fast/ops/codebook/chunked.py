@@ -1,31 +1,18 @@
 """The codebook operation by chunks of rows, for CPU and CUDA alike.
 
-Of N rows only as many are worked on at a time as keep their float32 logits in cache: a matrix product makes the logits
-of a chunk, one kernel does to them all there is to do, and further products take the result. Nothing of size (N, K)
-exists. What differs by device is in `rows`, a module: `cpu` or `cuda`. It knows who multiplies, and which operations
-it can do without a chunk's logits in memory (`streams`).
+Of N rows only as many are worked on at a time as the device's memory is meant for: a matrix product makes the logits of
+a chunk, one kernel does to them all there is to do, and further products take the result. Nothing of size (N, K)
+exists. What differs by device is in `rows`, a module: `cpu` or `cuda`. It knows how many rows a chunk has, who
+multiplies, and which operations it can do without a chunk's logits in memory (`streams`).
 
 N rows, R rows of a chunk, K codes, I size of hidden, D size of an embedding.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-
-# Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
-# every chunk; more gains nothing (forward + backward at N = 1,024, K = 8,192, Din = 512 on a CPU: 6 MiB 142 ms, 12 MiB
-# 125, 24 MiB 125). 16-bit tensors get half: beside them there are float32 sums of their gradients.
-# Forward and backward passes have the same R, as the vendor rounds the product of other R otherwise.
-CHUNK_BYTES = 12 << 20
-MIN_ROWS = 16
-# The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
-SMALL_PARTS = 4
-
-
-def chunk_rows(num_codes, dtype):
-    """R for K codes: at least MIN_ROWS and a multiple of it."""
-    size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
-    return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
 
 
 class Chunked:
@@ -40,16 +27,18 @@ class Chunked:
         embedding = hidden.new_empty(N, D)
         kl, codes = _row_results(hidden, (), torch.float32), _row_results(hidden, (), torch.int64)
         stats = _row_results(hidden, (4,), torch.float32)
-        product = self.rows.product
-        bias = _float32(bias)
-        for chunk, logits, _ in self._chunks(hidden, weight):
-            product(hidden[chunk], weight, out=logits)
-            weights, stats[chunk], kl[chunk], codes[chunk] = self.rows.gumbel_forward(
-                logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,
+        product, bias, table = self.rows.product, _float32(bias), codebook.T
+
+        def chunk(first_row, logits, hidden, seed, stats, kl, codes, embedding):
+            product(hidden, weight, out=logits.floats)
+            self.rows.gumbel_forward(
+                logits.floats, bias, seed, first_row, tau, hidden.dtype, not hard, stats, kl, codes,
                 seed_per_row=seed_per_row,
             )  # fmt: skip
             if not hard:
-                embedding[chunk] = product(weights, codebook.T) / stats[chunk, 3:]
+                torch.div(product(logits.results, table), stats[:, 3:], out=embedding)
+
+        self._each_chunk(chunk, weight, hidden, seed, stats, kl, codes, embedding)
         if hard:
             torch.index_select(codebook, 0, codes, out=embedding)
         return embedding, kl, codes, stats
@@ -60,25 +49,26 @@ class Chunked:
     ):  # fmt: skip
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         of_codebook = self.rows.Sum(codebook) if needs[3] and not hard else None
-        bias, grad_kl = _float32(bias), _float32(grad_kl)
-        product = self.rows.product
-        for chunk, logits, small in self._chunks(hidden, weight, small=True):
-            product(hidden[chunk], weight, out=logits)
-            grad_logits = []
-            for part in _slices(chunk.start, chunk.stop, -(-len(logits) // SMALL_PARTS)):
-                of_embedding = grad_embedding[part].contiguous()
-                here = logits[part.start - chunk.start : part.stop - chunk.start]
-                grad_weights = product(of_embedding, codebook, out=small[: len(here)])
-                of_logits, weights = self.rows.gumbel_backward(
-                    here, bias, _seeds(seed, seed_per_row, part), part.start, tau, stats[part], kl[part],
-                    None if grad_kl is None else grad_kl[part], grad_weights, hidden.dtype, of_codebook is not None,
-                    seed_per_row=seed_per_row,
-                )  # fmt: skip
-                grad_logits.append(of_logits)
-                if of_codebook is not None:
-                    of_codebook.add(weights, of_embedding)
-            # Where they were written in place, they lie together already.
-            sums.add(chunk, logits if grad_logits[0].dtype == logits.dtype else torch.cat(grad_logits), weight)
+        product, bias = self.rows.product, _float32(bias)
+
+        def part(first_row, grad_weights, logits, seed, stats, kl, grad_kl, grad_embedding):
+            grad_embedding = grad_embedding.contiguous()
+            product(grad_embedding, codebook, out=grad_weights.floats)
+            self.rows.gumbel_backward(
+                logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights.floats, hidden.dtype,
+                of_codebook is not None, seed_per_row=seed_per_row,
+            )  # fmt: skip
+            if of_codebook is not None:
+                of_codebook.add(grad_weights.results, grad_embedding)
+
+        def chunk(first_row, logits, small, hidden, grad_hidden, *tensors):
+            product(hidden, weight, out=logits.floats)
+            for start, *rows in _parts(len(small.floats), logits.floats, *tensors):
+                part(first_row + start, small.rows(len(rows[0])), *rows)
+            sums.add(logits.results, hidden, weight, grad_hidden)
+
+        tensors = (hidden, sums.of_hidden, seed, stats, kl, _float32(grad_kl), grad_embedding)
+        self._each_chunk(chunk, weight, *tensors, gradients=True, small_parts=self.rows.SMALL_PARTS)
         if not needs[3]:
             return *sums.result(), None
         return *sums.result(), _sum_by_code(codebook, codes, grad_embedding) if hard else of_codebook.result()
@@ -87,11 +77,13 @@ class Chunked:
         bias = _float32(bias)
         if self.rows.streams("sample", hidden, weight):
             return self.rows.sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
+
+        def chunk(first_row, logits, hidden, seed, codes):
+            self.rows.product(hidden, weight, out=logits.floats)
+            self.rows.sample(logits.floats, bias, seed, first_row, temperature, codes, seed_per_row=seed_per_row)
+
         codes = _row_results(hidden, (), torch.int64)
-        for chunk, logits, _ in self._chunks(hidden, weight):
-            seeds = _seeds(seed, seed_per_row, chunk)
-            self.rows.product(hidden[chunk], weight, out=logits)
-            codes[chunk] = self.rows.sample(logits, bias, seeds, chunk.start, temperature, seed_per_row=seed_per_row)
+        self._each_chunk(chunk, weight, hidden, seed, codes)
         return codes
 
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
@@ -99,50 +91,66 @@ class Chunked:
         bias, row_weight = _float32(bias), _float32(row_weight)
         if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
             return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
+
+        def chunk(_, logits, hidden, grad_hidden, target, row_weight, loss):
+            self.rows.product(hidden, weight, out=logits.floats)
+            self.rows.cross_entropy(logits.floats, bias, target, ignore_index, row_weight, hidden.dtype, loss)
+            if row_weight is not None:
+                sums.add(logits.results, hidden, weight, grad_hidden)
+
         loss = _row_results(hidden, (), torch.float32)
-        for chunk, logits, _ in self._chunks(hidden, weight):
-            of_rows = row_weight if row_weight is None or len(row_weight) == 1 else row_weight[chunk]
-            self.rows.product(hidden[chunk], weight, out=logits)
-            loss[chunk], grad_logits = self.rows.cross_entropy(
-                logits, bias, target[chunk], ignore_index, of_rows, hidden.dtype
-            )
-            if grad_logits is not None:
-                sums.add(chunk, grad_logits, weight)
+        tensors = (hidden, sums.of_hidden, target, row_weight, loss)
+        self._each_chunk(chunk, weight, *tensors, gradients=row_weight is not None)
         return loss, *sums.result()
 
     def gumbel_softmax(self, logits, tau, seed):
         return self.rows.gumbel_softmax(logits.contiguous(), seed, tau, True)
 
-    def _chunks(self, hidden, weight, small=False):
-        """Yield slices of the rows, each with float32 memory: (R, K), and with `small` (R / SMALL_PARTS, K) or None."""
+    def _each_chunk(self, chunk, weight, hidden, *tensors, gradients=False, small_parts=0):
+        """Call chunk(number of the first row, memory..., rows of hidden, of the other tensors...) for all chunks.
+
+        The memory is a `_Matrix` (R, K), and with small_parts one of (R / small_parts, K) too. It is free once this
+        returns: sums of gradients, which are given their dtype then, take as much.
+        """
         N, K = hidden.shape[0], weight.shape[0]
-        step = min(N, chunk_rows(K, hidden.dtype))
-        small_rows = -(-step // SMALL_PARTS) if small else 0
-        memory = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
-        for chunk in _slices(0, N, step):
-            yield chunk, memory[: chunk.stop - chunk.start], memory[step:] if small else None
+        step = min(N, self.rows.chunk_rows(K, hidden.dtype, gradients=gradients, matrices=2 if small_parts else 1))
+        small_rows = -(-step // small_parts) if small_parts else 0
+        floats = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
+        logits = _Matrix(self.rows, floats[:step], hidden.dtype)
+        small = [_Matrix(self.rows, floats[step:], hidden.dtype)] if small_parts else []
+        for first_row, *rows in _parts(step, hidden, *tensors):
+            chunk(first_row, logits.rows(len(rows[0])), *small, *rows)
+
+
+class _Matrix:
+    """Memory of floats (R, K), and what a kernel leaves in it in `dtype`."""
+
+    def __init__(self, device, floats, dtype):
+        self.device, self.floats, self.dtype = device, floats, dtype
+        self.results = device.results(floats, dtype)
+
+    def rows(self, count):
+        """The first ones."""
+        return self if count == len(self.floats) else _Matrix(self.device, self.floats[:count], self.dtype)
 
 
 class _Gradients:
     """Adds up the gradients of hidden, weight and bias over chunks, in float32."""
 
     def __init__(self, rows, hidden, weight, bias, needs):
-        self.rows, self.hidden, self.bias, self.needs = rows, hidden, bias, needs
+        self.rows, self.bias, self.needs = rows, bias, needs
         self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.of_weight = rows.Sum(weight) if needs[1] else None
         self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
 
-    def add(self, chunk, grad_logits, weight):
+    def add(self, grad_logits, hidden, weight, grad_hidden):
+        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written."""
         if self.needs[0]:
-            out = self.of_hidden[chunk]
-            if out.dtype == torch.float32:
-                self.rows.product(grad_logits, weight.T, out=out)
-            else:
-                out.copy_(self.rows.product(grad_logits, weight.T))
+            self.rows.rounded_product(grad_logits, weight.T, grad_hidden)
         if self.needs[1]:
-            self.of_weight.add(grad_logits, self.hidden[chunk])
+            self.of_weight.add(grad_logits, hidden)
         if self.needs[2]:
-            self.of_bias += grad_logits.sum(0, dtype=torch.float32)
+            self.rows.add_columns(self.of_bias, grad_logits)
 
     def result(self):
         """In the dtype of the tensors they belong to; None for those that are not needed."""
@@ -158,13 +166,18 @@ def _sum_by_code(codebook, codes, grad_embedding):
     return total.index_add_(0, codes, grad_embedding.float()).to(codebook.dtype)
 
 
-def _slices(start, stop, step):
-    """Slices of `step` rows and a last one of what is left, from start to stop."""
-    return [slice(x, min(stop, x + step)) for x in range(start, stop, max(1, step))]
+def _parts(step, *tensors):
+    """Yield the first row's number and the rows of all tensors, `step` at a time and a last time what is left.
 
-
-def _seeds(seed, seed_per_row, chunk):
-    return seed[chunk] if seed_per_row else seed
+    The first tensor has all rows. Others may be None, or have one row for all.
+    """
+    N = len(tensors[0])
+    if N <= step:
+        if N:
+            yield 0, *tensors
+        return
+    split = [itertools.repeat(x) if x is None or len(x) != N else x.split(step) for x in tensors]
+    yield from zip(range(0, N, step), *split, strict=False)
 
 
 def _row_results(hidden, shape, dtype):

@@ -32,6 +32,26 @@ def why_not(tensors) -> list[str]:
     return reasons
 
 
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+# Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
+# every chunk; more gains nothing (forward + backward at N = 1,024, K = 8,192, Din = 512: 6 MiB 142 ms, 12 MiB 125, 24
+# MiB 125). 16-bit tensors get half: beside them there are float32 sums of their gradients.
+CHUNK_BYTES = 12 << 20
+MIN_ROWS = 16
+# The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
+SMALL_PARTS = 4
+
+
+def chunk_rows(num_codes, dtype, *, gradients, matrices):
+    """R for K codes: at least MIN_ROWS and a multiple of it.
+
+    The same for a forward and a backward pass, as the vendor rounds the product of other R otherwise.
+    """
+    size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
+    return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 _kept = threading.local()
@@ -40,6 +60,11 @@ _kept = threading.local()
 def scratch(size, device):
     """`size` floats to work in until this thread asks again. They are kept: the first touch of 16 MB takes some 4 ms."""
     return _keep("rows", size)
+
+
+def results(floats, dtype):
+    """Where the kernels below leave (R, K) in `dtype`, given floats (R, K): all that they compute is float32."""
+    return floats
 
 
 def _keep(name, size):
@@ -80,6 +105,14 @@ def product(a, b, out=None):
     out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
     _multiply(a, b, out, False)
     return out
+
+
+def rounded_product(a, b, out):
+    """out = a (R, I) @ b (J, I).T, rounded once."""
+    if out.dtype == torch.float32:
+        product(a, b, out=out)
+    else:
+        out.copy_(product(a, b))
 
 
 def accumulate(total, a, b):
@@ -124,6 +157,11 @@ class Sum:
         return floats, where
 
 
+def add_columns(total, a):
+    """total (J,) += the sums of the columns of a (R, J), in float32."""
+    total += a.sum(0, dtype=torch.float32)
+
+
 def _multiply(a, b, out, add):
     _extension.native().product(_matrix(a), _matrix(b), out.data_ptr(), out.stride(0), add, torch.get_num_threads())
 
@@ -160,49 +198,42 @@ def _converted(part):
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, *, seed_per_row):
-    """Consumes logits. Returns weights (R, K) not normalised, or None; stats (R, 4); kl (R,); codes (R,)."""
+def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, stats, kl, codes, *, seed_per_row):
+    """Fills stats (R, 4), kl (R,) and codes (R,), and replaces logits by weights (R, K), not normalised."""
     R, K = logits.shape
-    stats, kl, codes = logits.new_empty(R, 4), logits.new_empty(R), logits.new_empty(R, dtype=torch.int64)
     _extension.native().gumbel_forward(
         R, K, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
         logits.data_ptr() if want_weights else 0, stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return logits if want_weights else None, stats, kl, codes
 
 
 def gumbel_backward(
     logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights, dtype, want_weights, *, seed_per_row
 ):
-    """Consumes logits and grad_weights. Returns grad_logits (R, K) and weights (R, K), normalised, or None."""
+    """Replaces logits by their gradient and, with want_weights, grad_weights by the weights, normalised."""
     _extension.native().gumbel_backward(
         *logits.shape, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
         stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(),
         grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return logits, grad_weights if want_weights else None
 
 
-def sample(logits, bias, seed, first_row, temperature, *, seed_per_row):
-    """Returns codes (R,): argmax of logits + bias + temperature * noise, without noise where temperature is None."""
-    codes = logits.new_empty(logits.shape[0], dtype=torch.int64)
+def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
+    """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
     _extension.native().sample(
         *logits.shape, logits.data_ptr(), _address(bias), _address(seed), seed_per_row, first_row,
         _address(temperature), codes.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return codes
 
 
-def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype):
-    """Consumes logits. Returns loss (R,) and grad_logits (R, K) of sum(row_weight * loss), None without row_weight."""
-    loss = logits.new_empty(logits.shape[0])
+def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
+    """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss)."""
     _extension.native().cross_entropy(
         *logits.shape, logits.data_ptr(), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
         _address(row_weight), row_weight is not None and len(row_weight) > 1,
         0 if row_weight is None else logits.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return loss, None if row_weight is None else logits
 
 
 def gumbel_softmax(logits, seed, tau, want_codes):

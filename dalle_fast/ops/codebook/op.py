@@ -23,6 +23,7 @@ from dalle_fast.ops.codebook import chunked, reference
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
+_IGNORED = -2  # the target of a row that is not counted
 _COST = "holds logits of every row and code in memory"
 
 
@@ -83,14 +84,15 @@ def codebook_cross_entropy(
     _check_target(target, hidden, start, weight.shape[0], ignore_index)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     counted = target.reshape(-1) != ignore_index
-    # Out of every range, so that a target that is moved down to the range's start cannot become ignore_index.
-    target = (target.reshape(-1) - start).where(counted, -1)
+    # What is no code becomes -1 or the number of codes, so that none of them can become what stands for ignore_index.
+    target = (target.reshape(-1) - start).clamp(-1, weight.shape[0]).where(counted, _IGNORED)
     rows = _rows(hidden)
     if reduction == "none":
-        return _ops.codebook_cross_entropy(rows, weight, bias, target, -1, impl).view(hidden.shape[:-1])
+        return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).view(hidden.shape[:-1])
     row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    loss, *_ = _ops.codebook_cross_entropy_reduced(rows, weight, bias, target, row_weight.view(1), -1, needs, impl)
+    operands = rows, weight, bias, target, row_weight.view(1), _IGNORED, needs, impl
+    loss, *_ = _ops.codebook_cross_entropy_reduced(*operands)
     return loss
 
 
