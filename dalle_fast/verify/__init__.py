@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from dalle_fast.verify.figures import FIGURES
 
     names = "; ".join(f"{figure.name}: {figure.title}" for figure in FIGURES.values())
+    names += "; gpu: those that a GPU changes, there alone"
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which figures; all if none is named. {names}")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where results are kept")
     parser.add_argument("--gpu", action="store_true", help="hold the GPU's kernels to the same figures")

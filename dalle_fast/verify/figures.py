@@ -31,6 +31,8 @@ class Figure:
         seconds: after which a case is taken to hang.
         about: how many seconds a case takes, where they are many: with less of the budget left none is begun.
         device: "cpu", or "cuda" for what needs a GPU.
+        gpu_total: number of cases on a GPU, 0 where there are none. Where each case has a mask of its own they are
+            few: its kernels take seconds to compile.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Figure:
     seconds: float = 120
     about: float = 0
     device: str = "cpu"
+    gpu_total: int = 0
 
     def case(self, number: int) -> dict | None:
         """Try one case: returns numbers to keep, by their names, and raises what went wrong."""
@@ -49,16 +52,21 @@ class Figure:
 FIGURES = {
     figure.name: figure
     for figure in (
-        Figure("diff", "random calls whose results differ from float64's", 5000),
-        Figure("error", "worst error over that of eager torch in the same dtype, at most 2, at the paper's sizes", 18),
-        Figure("causal", "tokens whose change reaches an earlier output", 457),
-        Figure("decode", "masks whose decoded tokens differ from the full forward pass", 42),
+        Figure("diff", "random calls whose results differ from float64's", 5000, gpu_total=40),
+        Figure(
+            "error",
+            "worst error over that of eager torch in the same dtype, at most 2, at the paper's sizes",
+            18,
+            gpu_total=18,
+        ),
+        Figure("causal", "tokens whose change reaches an earlier output", 457, gpu_total=457),
+        Figure("decode", "masks whose decoded tokens differ from the full forward pass", 42, gpu_total=42),
         Figure("gradcheck", "gradients of the reference against finite differences in float64", 200),
         Figure("badinput", "wrong arguments that crash, hang or give an answer", 500),
-        Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000),
+        Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000, gpu_total=40),
         Figure("guard", "accesses outside of any tensor, with unreadable pages around each", 400),
-        Figure("large", "wrong results with offsets beyond 2^31 elements", 6),
-        Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300),
+        Figure("large", "wrong results with offsets beyond 2^31 elements", 6, gpu_total=6),
+        Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300, gpu_total=21),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),
         Figure(
             "kill",

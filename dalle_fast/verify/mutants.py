@@ -143,8 +143,8 @@ MUTANTS = (
     Mutant(
         "rows numbered anew in every chunk",
         f"{CODEBOOK}/chunked.py",
-        "logits, bias, _seeds(seed, seed_per_row, chunk), chunk.start, tau, hidden.dtype, not hard,",
-        "logits, bias, _seeds(seed, seed_per_row, chunk), 0, tau, hidden.dtype, not hard,",
+        "logits.floats, bias, seed, first_row, tau, hidden.dtype, not hard, stats, kl, codes,",
+        "logits.floats, bias, seed, 0, tau, hidden.dtype, not hard, stats, kl, codes,",
         ("tests/test_codebook.py",),
         "many_rows and cpu",
     ),

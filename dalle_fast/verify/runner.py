@@ -24,6 +24,7 @@ from dalle_fast.provenance import describe_commit, describe_machine, describe_ve
 from dalle_fast.verify.figures import FIGURES, Figure
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+GPU = "gpu"  # the name of all that a GPU changes
 KEPT_FAILURES = 20  # of each figure; all are counted
 SAVE_SECONDS = 5
 WAIT = 0.5  # seconds, for a line at a time
@@ -40,9 +41,9 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     Raises:
         VerifyError: no such figure or folder, or FILE holds results of another commit, machine or set of versions.
     """
-    unknown = [name for name in names if name not in FIGURES]
+    unknown = [name for name in names if name not in (*FIGURES, GPU)]
     if unknown:
-        raise VerifyError(f"NAME must be one of {', '.join(FIGURES)}, got {', '.join(unknown)}")
+        raise VerifyError(f"NAME must be one of {', '.join((*FIGURES, GPU))}, got {', '.join(unknown)}")
     if not out.parent.is_dir() or out.is_dir():
         raise VerifyError(f"--out must name a file in a folder that exists, got {out}")
     report = _report(out, gpu, restart)
@@ -50,7 +51,7 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     deadline = time.monotonic() + budget
     jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
     saver = _Saver(report, out)
-    with concurrent.futures.ThreadPoolExecutor(1 if gpu else jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         runs = [
             pool.submit(_Run(figure, report["figures"].setdefault(key, {}), saver, deadline).go)
             for key, figure in chosen.items()
@@ -70,15 +71,14 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
 
 
 def _figures(names, gpu: bool) -> dict[str, Figure]:
-    """By their keys in the results file: the figures, and with `gpu` those that a GPU changes once more."""
-    names = names or FIGURES
-    chosen = {name: FIGURES[name] for name in FIGURES if name in names}
-    on_gpu = ("diff", "error", "causal", "decode", "repeat", "large", "sampler")
-    for name in on_gpu:
-        if name in names:
-            figure = dataclasses.replace(FIGURES[name], device="cuda")
-            chosen[f"{name}, gpu"] = figure if gpu else dataclasses.replace(figure, total=0)
-    return chosen
+    """By their keys in the results file: the figures, and before them with `gpu` those that a GPU changes once more."""
+    chosen = {name: figure for name, figure in FIGURES.items() if name in (names or FIGURES)}
+    there = {
+        f"{name}, gpu": dataclasses.replace(figure, device="cuda", total=figure.gpu_total if gpu else 0)
+        for name, figure in FIGURES.items()
+        if figure.gpu_total and (name in chosen or GPU in names)
+    }
+    return there | chosen if gpu else chosen | there
 
 
 def _report(out: Path, gpu: bool, restart: bool) -> dict:
