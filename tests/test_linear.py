@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 
-from dalle_fast import _extension
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.transformer import Linear
 from dalle_fast.ops import linear as linear_ops
