@@ -4,58 +4,86 @@
 #
 #     benchmarks/gpu_run.sh [FOLDER]     results go to FOLDER, benchmarks/results/gpu by default
 #
-# Needs torch, Triton, CMake, Ninja, pybind11, pytest and nvcc on the machine. A step that fails or takes too long does
-# not stop the others; the last lines say how each ended, and the exit status is the number of those that failed or were
-# not run. Written before a GPU was at hand: it has not run on one.
+# Needs torch, Triton, CMake, Ninja, pybind11, pytest and nvcc on the machine; with pytest-xdist the tests run side by
+# side. What compiles or checks comes first, all at once, and fills the compilers' caches; then each benchmark has the GPU
+# to itself. A step that fails or takes too long does not stop the others; the last lines say how each ended, and the exit
+# status is the number of those that failed or were not run. SECONDS_ALLOWED and STEPS (a regular expression of names)
+# shorten it.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=$(realpath -m "${1:-benchmarks/results/gpu}")
 mkdir -p "$results"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PATH="/usr/local/cuda/bin:$PATH"
 python=${PYTHON:-python3}
-seconds_allowed=580
+seconds_allowed=${SECONDS_ALLOWED:-580}
+wanted=${STEPS:-.}
 failed=0
-summary=()
+names=()
 
-# step NAME SECONDS COMMAND...: its output goes to NAME.log as well; less than SECONDS where less time is left in all
+# step NAME SECONDS COMMAND...: its output goes to NAME.log, its end to the summary; less than SECONDS where less is left
 step() {
     local name=$1 seconds=$2 start=$SECONDS status=0 left=$((seconds_allowed - SECONDS))
+    [[ $name =~ $wanted ]] || return 0
     if [ "$left" -lt 10 ]; then
-        failed=$((failed + 1))
-        summary+=("$(printf '%-14s not run, out of time' "$name")")
+        echo "not run, out of time" > "$results/.$name"
         return
     fi
     [ "$seconds" -le "$left" ] || seconds=$left
-    printf '\n== %s (%d s so far)\n' "$name" "$SECONDS"
-    timeout --kill-after=10 "$seconds" "${@:3}" 2>&1 | tee "$results/$name.log" || status=$?
-    [ "$status" -eq 0 ] || failed=$((failed + 1))
-    summary+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - start)) \
-        "$([ "$status" -eq 0 ] && echo ok || echo "ended with $status")")")
+    timeout --kill-after=10 "$seconds" "${@:3}" > "$results/$name.log" 2>&1 || status=$?
+    printf '%4d s  %s\n' $((SECONDS - start)) "$([ "$status" -eq 0 ] && echo ok || echo "ended with $status")" \
+        > "$results/.$name"
+    printf '%-14s at %3d s: %s\n' "$name" "$SECONDS" "$(cat "$results/.$name")"
 }
 
-step build 120 "$python" -m pip install -q -e . --no-build-isolation --no-deps
+# announce NAME...: the steps of the summary, in its order
+announce() { names+=("$@"); }
+
+# warm NAME COMMAND...: the same benchmark with next to no timing, for what it compiles
+warm() { step "warm_$1" 170 "${@:2}" --seconds 0.01; }
+
+paper=(--dtype bfloat16 --batch 16 --heads 16)
+large=("${paper[@]}" --mask row --mask conv:11 --flex-block 128)
+attn_32=("$python" benchmarks/attn_bench.py "${paper[@]}" --seconds 2)
+attn_64=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 64 --seconds 2)
+attn_128=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 128 --pass forward --seconds 3)
+codebook=("$python" benchmarks/codebook_bench.py)
+generate=("$python" benchmarks/generate_bench.py --preset 1b --seconds 2)
+train=("$python" benchmarks/train_bench.py --grid 32 --grid 64 --seconds 3)
+benchmarks=(attn_32 attn_64 attn_128 codebook generate train)
+
+announce build info tests memcheck racecheck verify "${benchmarks[@]}"
+step build 150 "$python" -m pip install -q -e . --no-build-isolation --no-deps
 step info 30 "$python" -m dalle_fast info
-step attention 60 "$python" benchmarks/attn_bench.py --quick --dtype bfloat16 --batch 16 --heads 16 \
-    --json "$results/attn_quick.json"
-step tests 120 "$python" -m pytest tests -q -x -k "cuda or triton and not compile and not interpreter" \
-    --ignore=tests/test_benchmark.py --ignore=tests/test_build.py
-step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$python" -m dalle_fast.verify.worker diff cuda 0 24
-step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    "$python" -m dalle_fast.verify.worker diff cuda 3 12
-step verify 90 "$python" -m dalle_fast verify diff error causal repeat sampler --gpu --budget 80 \
-    --out "$results/verify_gpu.json"
-for grid in 32 64 128; do
-    step "attn_$grid" 60 "$python" benchmarks/attn_bench.py --dtype bfloat16 --batch 16 --heads 16 --grid "$grid" \
-        --json "$results/attn_$grid.json" --plot "$results/attn_$grid.png"
+
+parallel=()
+"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
+OMP_NUM_THREADS=2 step tests 200 "$python" -m pytest tests -q "${parallel[@]}" -p no:cacheprovider --tb=short \
+    -k "(cuda or triton or gpu) and not host" --ignore=tests/test_benchmark.py --ignore=tests/test_build.py \
+    --ignore=tests/test_triton_compile.py --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_cover.py \
+    --ignore=tests/test_triton_interpreter.py --ignore=tests/test_codebook_cuda_host.py &
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 170 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$python" -m dalle_fast.verify.worker diff cuda 0 16 &
+step verify 200 "$python" -m dalle_fast verify gpu --gpu --budget 170 --restart --out "$results/verify_gpu.json" &
+step racecheck 170 compute-sanitizer --tool racecheck --error-exitcode 9 \
+    "$python" -m dalle_fast.verify.worker diff cuda 16 24 &
+for name in "${benchmarks[@]}"; do
+    declare -n command=$name
+    warm "$name" "${command[@]}" &
 done
-step codebook 60 "$python" benchmarks/codebook_bench.py --json "$results/codebook.json" --plot "$results/codebook.png"
-for bench in generate train; do
-    if [ -e "benchmarks/${bench}_bench.py" ]; then
-        step "$bench" 90 "$python" "benchmarks/${bench}_bench.py" --json "$results/$bench.json"
-    fi
+wait
+
+for name in "${benchmarks[@]}"; do
+    declare -n command=$name
+    step "$name" 90 "${command[@]}" --json "$results/$name.json" --plot "$results/$name.png"
 done
 
+for name in "${names[@]}"; do
+    [[ $name =~ $wanted ]] || continue
+    ended=$(cat "$results/.$name" 2> /dev/null || echo "not run")
+    [[ $ended == *ok ]] || failed=$((failed + 1))
+    printf '%-14s %s\n' "$name" "$ended"
+done > "$results/summary.txt"
+rm -f "$results"/.[a-z]*
 printf '\n'
-printf '%s\n' "${summary[@]}" | tee "$results/summary.txt"
+cat "$results/summary.txt"
 exit "$failed"
