@@ -63,8 +63,8 @@ class Chunked:
 
         def chunk(first_row, logits, small, hidden, grad_hidden, *tensors):
             product(hidden, weight, out=logits.floats)
-            for start, *rows in _parts(len(small.floats), logits.floats, *tensors):
-                part(first_row + start, small.rows(len(rows[0])), *rows)
+            for start, *rows in _parts(small.count, logits.floats, *tensors):
+                part(first_row + start, small.rows(rows[0].shape[0]), *rows)
             sums.add(logits.results, hidden, weight, grad_hidden)
 
         tensors = (hidden, sums.of_hidden, seed, stats, kl, _float32(grad_kl), grad_embedding)
@@ -119,19 +119,19 @@ class Chunked:
         logits = _Matrix(self.rows, floats[:step], hidden.dtype)
         small = [_Matrix(self.rows, floats[step:], hidden.dtype)] if small_parts else []
         for first_row, *rows in _parts(step, hidden, *tensors):
-            chunk(first_row, logits.rows(len(rows[0])), *small, *rows)
+            chunk(first_row, logits.rows(rows[0].shape[0]), *small, *rows)
 
 
 class _Matrix:
     """Memory of floats (R, K), and what a kernel leaves in it in `dtype`."""
 
     def __init__(self, device, floats, dtype):
-        self.device, self.floats, self.dtype = device, floats, dtype
+        self.device, self.floats, self.dtype, self.count = device, floats, dtype, floats.shape[0]
         self.results = device.results(floats, dtype)
 
     def rows(self, count):
         """The first ones."""
-        return self if count == len(self.floats) else _Matrix(self.device, self.floats[:count], self.dtype)
+        return self if count == self.count else _Matrix(self.device, self.floats[:count], self.dtype)
 
 
 class _Gradients:
@@ -171,7 +171,7 @@ def _parts(step, *tensors):
 
     The first tensor has all rows. Others may be None, or have one row for all.
     """
-    N = len(tensors[0])
+    N = tensors[0].shape[0]
     if N <= step:
         if N:
             yield 0, *tensors
