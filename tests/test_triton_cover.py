@@ -23,13 +23,15 @@ CONV = [(1, 1), (3, 1), (5, 1), (9, 1), (11, 1), (3, 2), (5, 3)]  # (kernel size
 
 # -- how much ----------------------------------------------------------------------------------------------------------
 
-# Pairs per batch and head that a kernel may compute, text 256: the design's table, to the digits that it has.
+# Pairs per batch and head that a kernel may compute, text 256: the design's table, to the digits that it has. But for
+# conv at grid 64: there the design has patches, 2,565,000, and on an H200 the more pairs of raster order took less time
+# (forward 0.78 of it, dQ 0.82, dK/dV 0.99).
 MOST_PAIRS = {
     "32 row": (row_mask(256, 32), 399_360),
     "32 column": (column_mask(256, 32), 368_640),
     "32 conv": (conv_mask(256, 32, 11), 540_672),
     "64 row": (row_mask(256, 64), 1_615_000),
-    "64 conv": (conv_mask(256, 64, 11), 2_565_000),
+    "64 conv": (conv_mask(256, 64, 11), 2_840_000),
     "128 row": (row_mask(256, 128), 7_450_000),
     "128 conv": (conv_mask(256, 128, 11), 10_350_000),
 }
@@ -135,7 +137,8 @@ def test_large_grids_take_patches_and_small_ones_do_not():
         return configs.tiles_for("forward", mask, (9, 0), 64, size=2)[1].WALK
 
     assert walk(conv_mask(256, 32, 11)) == configs.WALKS.index("raster")
-    assert walk(conv_mask(256, 64, 11)) == configs.WALKS.index("patch")
+    assert walk(conv_mask(256, 64, 11)) == configs.WALKS.index("raster")
+    assert walk(conv_mask(256, 128, 11)) == configs.WALKS.index("patch")
     assert walk(row_mask(256, 128)) == configs.WALKS.index("raster")
 
 

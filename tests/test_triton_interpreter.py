@@ -36,7 +36,7 @@ from dalle_fast.testing import (
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
 
-from dalle_fast.ops.attention.triton import bwd, configs, fwd, primitives
+from dalle_fast.ops.attention.triton import bwd, configs, fwd, launch, primitives
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
