@@ -609,6 +609,16 @@ def test_products_on_a_gpu(dtype):
 # -- who can be served ------------------------------------------------------------------------------------------------
 
 
+def test_matrices_whose_rows_lie_too_far_apart_for_blas_are_copied():
+    def matrix(*strides):
+        return torch.empty(1, device="meta").as_strided((2, 8), strides)
+
+    near = matrix(2**31 - 1, 1)
+    assert cuda._for_blas(near) is near
+    for far in (matrix(2**31, 1), matrix(1, 2**32)):
+        assert cuda._for_blas(far).stride() == (8, 1)
+
+
 def test_every_reason_why_it_cannot_serve():
     hidden, table = torch.zeros(2, cuda.MAX_DIN + 1, dtype=torch.float64), torch.zeros(3, cuda.MAX_D + 1)
     reasons = " | ".join(cuda.why_not({"hidden": hidden, "bias": None, "codebook": table}))

@@ -82,6 +82,7 @@ def results(floats, dtype):
 
 def product(a, b, out=None):
     """a (R, I) @ b (J, I).T -> (R, J) in float32, added up in float32 whatever the dtype of a and b."""
+    a, b = _for_blas(a), _for_blas(b)
     if a.dtype == torch.float32:
         return torch.mm(a, b.t(), out=out)
     if out is None:
@@ -94,15 +95,21 @@ def rounded_product(a, b, out):
 
     Parts of a long sum may be rounded too: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
     """
-    torch.mm(a, b.t(), out=out)
+    torch.mm(_for_blas(a), _for_blas(b).t(), out=out)
 
 
 def accumulate(total, a, b):
     """total (J, I) += a (R, J).T @ b (R, I), in float32 and in place: total may be as large as the weight."""
+    a, b = _for_blas(a), _for_blas(b)
     if a.dtype == total.dtype:
         total.addmm_(a.t(), b)
     else:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
+
+
+def _for_blas(x):
+    """The matrix x as torch.mm takes it: cuBLAS holds the distance of two rows in 32 bits."""
+    return x if max(x.stride()) < 1 << 31 else x.contiguous()
 
 
 class Sum:

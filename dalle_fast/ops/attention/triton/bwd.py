@@ -5,9 +5,10 @@ B batch, H heads, S sequence, D head size, T text; q queries, k keys; walk and w
 With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(O * dO) - dlse:
 dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. The first kernel leaves delta to the second.
 
-P is computed again from lse, one float32 per row. The rounding of lse, up to eps / 2 * abs(lse), is a relative error
-of a whole row of P that no order of the operations here removes: 2e-6 where lse is 40. `gradient_terms` in
-tests/test_triton_interpreter.py derives the whole bound.
+P is computed again from lse, one float32 per row. The rounding of lse, up to eps / 2 * abs(lse), and the error of the
+GPU's logarithm, are a relative error of a whole row of P: 1e-6 at the paper's sizes. Of 16-bit tensors nothing of it
+remains. In float32 (EXACT) the first kernel adds up the rows of P, whose exact sums are 1, and both divide by the sums.
+`gradient_terms` in tests/test_triton_interpreter.py derives the whole bound.
 """
 
 import torch
@@ -38,15 +39,29 @@ __all__ = ["attention_backward"]
 
 @triton.jit
 def _grad_query_step(
-    acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    acc,
+    row_sum,
+    q,
+    k,
+    v,
+    grad_out,
+    lse2,
+    delta,
+    seen,
+    scale_log2,
+    MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Add one tile of keys to dQ / scale."""
+    """Add one tile of keys to dQ / scale, and with EXACT to the sums of P's rows."""
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse2[:, None])
+    if EXACT:
+        row_sum += tl.sum(tl.where(seen, p, 0.0) if MASKED else p, 1)
     grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
     grad_s = p * (grad_p - delta[:, None])
     if MASKED:
         grad_s = tl.where(seen, grad_s, 0.0)
-    return tl.dot(grad_s.to(k.dtype), k, acc, input_precision=PRECISION)
+    return tl.dot(grad_s.to(k.dtype), k, acc, input_precision=PRECISION), row_sum
 
 
 @triton.jit(do_not_specialize=["num_heads", "seq_len"])
@@ -64,6 +79,7 @@ def _attention_grad_query_kernel(
     grad_lse_ptr,
     lse2_ptr,
     delta_ptr,
+    correction_ptr,
     grad_q_ptr,
     text_lengths_ptr,
     num_heads,
@@ -77,11 +93,12 @@ def _attention_grad_query_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ, over the same tiles as the forward kernel, and of each query what dK and dV need of it: lse2 and delta.
 
-    lse2 is lse in units of log2. `out` is contiguous.
+    lse2 is lse in units of log2. With EXACT also the correction, see above. `out` is contiguous.
     """
     head, is_image, t0, first, q_pos, q_valid = query_tile(tl.program_id(0), seq_len, MASK, BLOCK_Q)
     batch = head // num_heads
@@ -102,6 +119,7 @@ def _attention_grad_query_kernel(
     tl.store(lse2_ptr + first_row + q_pos, lse2, mask=q_valid)
     tl.store(delta_ptr + first_row + q_pos, delta, mask=q_valid)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
 
     text_len = visible_text(text_lengths_ptr, batch, seq_len, MASK)
     full, end = text_keys(first, text_len, BLOCK_Q, BLOCK_TEXT)
@@ -109,7 +127,9 @@ def _attention_grad_query_kernel(
     for start in range(0, full, BLOCK_TEXT):
         k = load_tile(k_base, k_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
         v = load_tile(v_base, v_strides, start + offsets, None, False, HEAD_DIM, BLOCK_D, WIDE)
-        acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, None, scale_log2, False, PRECISION)
+        acc, row_sum = _grad_query_step(
+            acc, row_sum, q, k, v, grad_out, lse2, delta, None, scale_log2, False, EXACT, PRECISION
+        )
     if full < end:  # a branch, so that programs without this loop do not run its prologue
         for start in range(full, end, BLOCK_TEXT):
             k_pos = start + offsets
@@ -118,7 +138,9 @@ def _attention_grad_query_kernel(
             v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
             # The rule between text keys and any query, and k_valid.
             seen = k_pos[None, :] <= tl.minimum(q_pos, text_len - 1)[:, None]
-            acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, PRECISION)
+            acc, row_sum = _grad_query_step(
+                acc, row_sum, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, EXACT, PRECISION
+            )
 
     _, rows, length = image_count(seq_len, MASK)
     w_start, count, column, columns = window(t0, rows, length, MASK, BLOCK_Q, BLOCK_IMAGE, False)
@@ -129,8 +151,14 @@ def _attention_grad_query_kernel(
         k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
         v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
         seen = window_allows(q_pos, k_pos, k_valid, MASK)
-        acc = _grad_query_step(acc, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, PRECISION)
+        acc, row_sum = _grad_query_step(
+            acc, row_sum, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, EXACT, PRECISION
+        )
 
+    if EXACT:
+        correction = tl.where(row_sum == 0.0, 1.0, 1.0 / row_sum)  # 0: a row that sees no key
+        tl.store(correction_ptr + first_row + q_pos, correction, mask=q_valid)
+        acc *= correction[:, None]
     store_tile(grad_q_ptr + first_row * HEAD_DIM, q_pos, q_valid, acc * scale, HEAD_DIM, BLOCK_D, WIDE)
 
 
@@ -146,6 +174,7 @@ def _grad_key_value_step(
     grad_out_strides,
     lse2_base,
     delta_base,
+    correction_base,
     q_pos,
     q_valid,
     seen,
@@ -154,6 +183,7 @@ def _grad_key_value_step(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add one tile of queries to dK / scale and dV. P and dS are transposed: keys are rows."""
@@ -164,6 +194,9 @@ def _grad_key_value_step(
     if MASKED:
         exponents = tl.where(seen, exponents, float("-inf"))
     p = tl.exp2(exponents)
+    if EXACT:
+        corrected = p * tl.load(correction_base + q_pos, mask=q_valid, other=0.0)[None, :]
+        p = tl.where(p == 0.0, 0.0, corrected) if MASKED else corrected  # not 0 * NaN, as below
     grad_out = load_tile(grad_out_base, grad_out_strides, q_pos, q_valid, True, HEAD_DIM, BLOCK_D, WIDE)
     grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
     delta = tl.load(delta_base + q_pos, mask=q_valid, other=0.0)
@@ -191,6 +224,7 @@ def _attention_grad_key_value_kernel(
     grad_out_strides,
     lse2_ptr,
     delta_ptr,
+    correction_ptr,
     grad_k_ptr,
     grad_v_ptr,
     text_lengths_ptr,
@@ -206,6 +240,7 @@ def _attention_grad_key_value_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV. Programs below num_programs_text own text keys: they are the long ones, so all of them start first.
@@ -236,6 +271,7 @@ def _attention_grad_key_value_kernel(
     grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head % num_heads)
     lse2_base = lse2_ptr + first_row
     delta_base = delta_ptr + first_row
+    correction_base = correction_ptr + first_row
     k = load_tile(k_base, k_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D, WIDE)
     v = load_tile(v_base, v_strides, k_pos, k_visible, True, HEAD_DIM, BLOCK_D, WIDE)
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
@@ -247,14 +283,16 @@ def _attention_grad_key_value_kernel(
         q_pos = start + q_offsets
         seen = k_pos[:, None] <= q_pos[None, :]  # the rule between text keys and any query
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
-            q_pos, q_pos < seq_len, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides,
+            lse2_base, delta_base, correction_base,
+            q_pos, q_pos < seq_len, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, EXACT, PRECISION,
         )  # fmt: skip
     for start in range(full, end, BLOCK_TEXT):
         q_pos = start + q_offsets
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
-            q_pos, q_pos < seq_len, None, scale_log2, False, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides,
+            lse2_base, delta_base, correction_base,
+            q_pos, q_pos < seq_len, None, scale_log2, False, HEAD_DIM, BLOCK_D, WIDE, EXACT, PRECISION,
         )  # fmt: skip
 
     w_start, count, column, columns = window(first, rows, length, MASK, BLOCK_K, BLOCK_IMAGE, True)
@@ -264,8 +302,9 @@ def _attention_grad_key_value_kernel(
         q_pos, q_valid = walk_tokens(q_first + image_offsets, seq_len, rows, length, MASK)
         seen = image_allows(q_pos[None, :], k_pos[:, None], MASK)
         grad_k, grad_v = _grad_key_value_step(
-            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides, lse2_base, delta_base,
-            q_pos, q_valid, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, PRECISION,
+            grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides,
+            lse2_base, delta_base, correction_base,
+            q_pos, q_valid, seen, scale_log2, True, HEAD_DIM, BLOCK_D, WIDE, EXACT, PRECISION,
         )  # fmt: skip
 
     grad_k = tl.where(k_visible[:, None], grad_k * scale, 0.0)
@@ -284,6 +323,8 @@ def attention_backward(
         return tuple(grads)
     grad_query, grad_key, grad_value = grads
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    exact = query.dtype == torch.float32
+    correction = torch.empty_like(lse) if exact else lse2  # not looked at
     sizes = D, launch.padded_head_size(D), launch.wide(query, key, value, grad_out)
     precision = launch.input_precision(query.dtype)
     # Rounded to float32 once, as the forward kernel had it: lse belongs to those scores, to the last bit of the factor.
@@ -298,6 +339,7 @@ def attention_backward(
             None if grad_lse is None else grad_lse.contiguous(),
             lse2,
             delta,
+            correction,
             grad_query,
             text_lengths,
             H,
@@ -309,6 +351,7 @@ def attention_backward(
             cut.own,
             cut.text,
             cut.image,
+            exact,
             precision,
             **launch.options(cut),
         )
@@ -318,6 +361,7 @@ def attention_backward(
             *inputs,
             lse2,
             delta,
+            correction,
             grad_key,
             grad_value,
             text_lengths,
@@ -331,6 +375,7 @@ def attention_backward(
             cut.own,
             cut.text,
             cut.image,
+            exact,
             precision,
             **launch.options(cut),
         )

@@ -1,11 +1,11 @@
 """Tile choices of the Triton attention kernels, and the pairs that they make the kernels compute.
 
-TILES has NOT been tuned on a GPU: it was chosen from compiled code (shared memory, tensor-core instructions, no
-spills, see tests/test_triton_compile.py) and from the cover of each mask. No kernel times itself at run time. Which
-settings spill differs between compilers and masks, so that of some 60 settings those with registers to spare were
-kept where there was a choice. Compiled as it stands, without a spill: bfloat16, head sizes 64 and 128, every mask of
-that test, with text_lengths, by Triton 3.6, 3.8 and 3.9 (198 kernels each). While it was searched for, dQ of a torus
-on a grid of 31 x 29 with dilation 3 spilled 24 bytes on sm_100 at head size 128 (3.9).
+For bfloat16 and float16 at head sizes up to 64 on compute capability 9, TILES was tuned on an H200 (2026-11-26, Triton
+3.6; benchmarks/tune_attention.py, benchmarks/results/attention_kernels_h200.json): what matters most are registers per
+thread, as few as fit without a spill, so that four programs share a multiprocessor. With 96 (five programs) the forward
+kernel took 5% less, and dK/dV with 32 text queries a step 7%, but both spill 8 bytes for some masks. Everything else has
+NOT been tuned on a GPU: it was chosen from compiled code (shared memory, tensor-core instructions, no spills, see
+tests/test_triton_compile.py) and from the cover of each mask. No kernel times itself at run time.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MaskNumbers(NamedTuple):
 # 128. `image` is the largest that is tried: see `tiles_for`.
 # Before compute capability 9, products of 64 rows keep only 4 warps busy, and their operands live in registers: the
 # steps are shorter there. float32 products run on the ordinary cores and need short steps everywhere.
-_FLOAT32 = (Tiles(32, 16, 16, 4, 1),) * 3
+_FLOAT32 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 4, 1))
 _WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1),) * 3
 TILES = {
     (8, 2, False): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 4, 1)),
@@ -94,8 +94,8 @@ PATCH_COST = 1.35
 
 
 def padded_head_size(head_size: int) -> int:
-    """The power of two, at least 32, that the kernels' head-size axis has: with 16 ptxas (Triton 3.6, sm_90) crashes."""
-    return max(32, 1 << (head_size - 1).bit_length())
+    """The power of two, at least 16, that the kernels' head-size axis has."""
+    return max(16, 1 << (head_size - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -116,6 +116,10 @@ def tiles_for(kernel: str, mask: AttentionMask, capability: tuple, head_size: in
     """
     architecture = capability[0] if capability[0] in (9, 10) else 8  # 12 has mma.sync and 99 KiB, like 8.6
     tiles = TILES[architecture, size, padded_head_size(head_size) == 128][KERNELS.index(kernel)]
+    if (
+        mask.text_len <= tiles.text
+    ):  # a loop of one turn at most: pipelined, it makes ptxas of Triton 3.6 crash on sm_90
+        tiles = tiles._replace(stages=1)
     steps = sorted({tiles.image, min(32, tiles.image)}, reverse=True)
     choices = []
     for walk in _walks(mask):
