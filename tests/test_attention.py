@@ -10,6 +10,7 @@ import torch
 
 from dalle_fast import _extension
 from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.nn.functional import sparse_attention
 from dalle_fast.ops.attention import cpu
 from dalle_fast.testing import (
     SMALL_MASKS,
@@ -20,6 +21,10 @@ from dalle_fast.testing import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROW = row_mask(5, (3, 7))
+
+
+def cpu_attention(*args, **options):
+    return sparse_attention(*args, **options, impl="cpu")
 
 
 def check(server, q, k, v, mask, *, scale=None, text_lengths=None):
@@ -40,8 +45,6 @@ def test_poison_works():
 def test_cpu_kernels_serve_here(make, recwarn):
     q, k, v = make((1, 2, ROW.seq_len, 16))
     assert cpu.why_not(q, k, v, ROW) == []
-    from dalle_fast.nn.functional import sparse_attention
-
     auto, named = sparse_attention(q, k, v, ROW), sparse_attention(q, k, v, ROW, impl="cpu")
     assert torch.equal(auto, named)
     assert not torch.equal(auto, sparse_attention(q, k, v, ROW, impl="reference"))  # so the two differ in who computes
@@ -239,6 +242,83 @@ def test_arguments_are_not_written(server, make):
     before = [x.clone() for x in (q, k, v, lengths)]
     server(q, k, v, ROW, text_lengths=lengths)
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, lengths)))
+
+
+# -- what only larger units of work show: Intel's matrix unit takes 32 queries and 12 x 32 keys at once --------------
+
+
+def test_keys_that_score_higher_and_higher(server, make):
+    """So the sums of the first keys are rescaled, again and again."""
+    mask = causal_mask(400, (10, 40))
+    q, k, v = make((1, 1, mask.seq_len, 64), torch.bfloat16, server.device)
+    q, k = q.abs(), k.abs() * torch.linspace(0.1, 4, mask.seq_len, device=server.device)[:, None]
+    check(server, q, k.to(torch.bfloat16), v, mask)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_any_scale_in_bfloat16(server, make, scale):
+    check(server, *make((1, 2, ROW.seq_len, 16), torch.bfloat16, server.device), ROW, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0, 2, 32, 38, 64])
+def test_hidden_text_may_hold_anything(make, dtype, length):
+    """On the CPU: the tokens of a text behind its end are not read, or with a weight and a number of zero."""
+    mask = row_mask(70, (4, 40))
+    q, k, v = make((1, 2, mask.seq_len, 24), dtype)
+    lengths = torch.tensor([length])
+    clean = cpu_attention(q, k, v, mask, text_lengths=lengths, return_lse=True)
+    check_attention(cpu_attention, q, k, v, mask, text_lengths=lengths)
+    k[:, :, length:70] = v[:, :, length:70] = torch.nan
+    dirty = cpu_attention(q, k, v, mask, text_lengths=lengths, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_text_is_not_touched_by_the_image(make, dtype):
+    """On the CPU: not even where it ends inside a tile, and whatever the image holds."""
+    for T in (10, 38, 70):
+        mask = row_mask(T, (4, 40))
+        q, k, v = make((1, 2, mask.seq_len, 24), dtype)
+        clean = cpu_attention(q, k, v, mask, return_lse=True)
+        k[:, :, T:] = v[:, :, T:] = torch.nan
+        dirty = cpu_attention(q, k, v, mask, return_lse=True)
+        assert all(torch.equal(a[:, :, :T], b[:, :, :T]) for a, b in zip(clean, dirty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_however_a_head_is_cut(make, threads, dtype):
+    for mask in (row_mask(150, (4, 40)), column_mask(70, (9, 35)), conv_mask(130, (12, 20), 7)):
+        q, k, v = make((1, 1, mask.seq_len, 24), dtype)
+        threads(1)
+        whole = cpu_attention(q, k, v, mask, return_lse=True)
+        for count in (2, 3, 5):
+            threads(count)
+            again = cpu_attention(q, k, v, mask, return_lse=True)
+            assert all(torch.equal(a, b) for a, b in zip(whole, again)), count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_that_overflow_downwards_give_nan(make, dtype):
+    """Like dense attention: a query whose visible keys all score -inf has no softmax."""
+    q, k, v = make((1, 1, ROW.seq_len, 16), dtype)
+    q[:, :, 3], k[:] = 1e30, -1e30
+    out, lse = cpu_attention(q.abs(), k, v, ROW, return_lse=True)
+    assert out[:, :, 3].isnan().all() and lse[:, :, 3].isnan().all()
+    assert cpu_attention(q, k, v, ROW, text_lengths=torch.tensor([0]))[:, :, 3].eq(0).all()
+
+
+def test_products_of_torch_are_right_after_ours(make, threads):
+    """Both configure the matrix unit where there is one, on every thread."""
+    mask = row_mask(70, (4, 40))
+    qkv = make((2, 4, mask.seq_len, 64), torch.bfloat16)
+    a, b = make((256, 256), torch.bfloat16, count=2)
+    for count in (1, 2):
+        threads(count)
+        product, out = a @ b, cpu_attention(*qkv, mask)
+        for _ in range(3):
+            assert torch.equal(a @ b, product)
+            assert torch.equal(cpu_attention(*qkv, mask), out)
 
 
 # -- instruction sets ------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ namespace dalle_fast {
 
 constexpr int kBlock = 8;   // queries that one tile holds
 constexpr int kPanel = 16;  // keys that one tile holds
+// For a matrix unit, which wants more at once:
+constexpr int kUnitBlocks = 4;   // blocks of queries in a unit
+constexpr int kGroupPanels = 2;  // panels of keys in a group
 
 enum class DType : int32_t { float32, float16, bfloat16 };
 
@@ -20,8 +23,17 @@ struct Visit {
     int32_t first, count, bits;
 };
 
+// A group of panels that a unit of blocks visits. `bits` is -1 where every pair attends, else an index into
+// AttentionLayout::group_bits.
+struct GroupVisit {
+    int32_t group, bits;
+};
+
+// bit k of [x][half][r]: row r of the unit's blocks 2 x and 2 x + 1 attends to key k of that panel of the group
+typedef uint16_t GroupBits[kUnitBlocks / 2][kGroupPanels][2 * kBlock];
+
 // Which tiles of 8 queries x 16 keys a mask touches, for one prefix of the sequence. Text and image begin blocks and
-// panels of their own; a slot without a token holds -1. Borrowed pointers: see AttentionLayoutStorage.
+// panels, units and groups of their own; a slot without a token holds -1. Borrowed pointers: see AttentionLayoutStorage.
 struct AttentionLayout {
     int32_t seq_len, num_text_blocks, num_blocks, num_text_panels, num_panels;
     int32_t image_window;         // the most image panels from the first to the last that a block visits, at least 1
@@ -33,6 +45,12 @@ struct AttentionLayout {
     const int32_t* panel_visits;  // (num_panels + 1) where a panel's visits begin
     const Visit* blocks_of_panel;
     const uint16_t (*bits)[kBlock];  // bit k of bits[x][r]: row r attends to key k
+    int32_t num_text_groups, num_groups, num_units;
+    int32_t group_window;        // as image_window, of groups that a unit visits
+    const int32_t* unit_block;   // (num_units + 1) where a unit's blocks begin
+    const int32_t* unit_visits;  // (num_units + 1) where a unit's visits begin
+    const GroupVisit* groups_of_unit;
+    const GroupBits* group_bits;
 };
 
 // A (B, H, S, D) or (B, H, S) tensor: strides count elements.

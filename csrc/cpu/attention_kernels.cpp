@@ -4,6 +4,9 @@
 // vector load and 8 broadcast multiply-adds per element of the head. Softmax is exact and in two passes: all scores of
 // 8 queries stay in cache, so no running rescale is needed. D head size, Dp = D rounded up to whole panels of 16.
 #include "attention.h"
+#include "attention_tiles.h"
+#include "attention_units.h"
+#include "pairs.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -20,7 +23,6 @@ constexpr int PANELS = VW == 16 ? 2 : 1;     // panels whose scores of a block f
 constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
 constexpr int COLS = 2;                      // ... and its vectors
 constexpr int kBlocksPerSum = 8;             // blocks of queries whose shares of dK and dV are summed on their own
-constexpr float LN2 = 0.6931471805599453f;
 
 // -- products of small matrices -------------------------------------------------------------------------------------------
 
@@ -84,50 +86,6 @@ struct Accumulator {
             for (int c = 0; c < C; ++c) acc[r][c] += x[c] * weights[r * weight_stride];
     }
 };
-
-// The tiles of one block of queries, in the order of their keys, as the softmax needs them.
-struct ActiveTile {
-    int32_t panel;
-    int64_t slot;      // of the panel's packed keys
-    uint32_t columns;  // bit k: some row attends to key k
-    bool full;
-    uint16_t rows[kBlock];
-};
-
-// bits of keys of a text panel that text_length leaves visible
-DF_INLINE uint32_t visible_text(int64_t panel, int64_t text_length) {
-    const int64_t left = text_length - panel * kPanel;
-    return left >= kPanel ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-}
-
-// Turns one tile of a visit into its bits; false where no pair is left.
-DF_INLINE bool activate(const AttentionLayout& layout, int32_t panel, int32_t bits, int64_t text_length,
-                        ActiveTile* tile) {
-    const uint32_t visible = panel < layout.num_text_panels ? visible_text(panel, text_length) : 0xffff;
-    tile->panel = panel;
-    tile->full = bits < 0 && visible == 0xffff;
-    tile->columns = visible;
-    if (tile->full) return true;
-    uint32_t columns = 0;
-    for (int r = 0; r < kBlock; ++r) {
-        tile->rows[r] = uint16_t((bits < 0 ? 0xffff : layout.bits[bits][r]) & visible);
-        columns |= tile->rows[r];
-    }
-    tile->columns = columns;
-    return columns != 0;
-}
-
-// x where the row attends, `otherwise` where not
-DF_INLINE Vec select(uint32_t row_bits, int v, Vec x, Vec otherwise) {
-#if defined(__AVX512F__)
-    return (Vec)_mm512_mask_mov_ps((__m512)otherwise, __mmask16(row_bits), (__m512)x);
-#else
-    IntVec lane;
-    for (int l = 0; l < VW; ++l) lane[l] = 1 << l;
-    const IntVec set = (IntVec{} + int32_t(row_bits >> (v * VW))) & lane;
-    return set != 0 ? x : otherwise;
-#endif
-}
 
 // -- forward --------------------------------------------------------------------------------------------------------------
 
@@ -259,46 +217,26 @@ struct FloatEngine {
 struct BFloat16Engine {
     const AttentionArgs& a;
     int64_t Dp;
-    uint16_t* rows;
+    TokenRows<kPanel> panel_rows;
+    TokenRows<kBlock> query_rows;
     Word *keys, *values, *query;
 
-    BFloat16Engine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
-        rows = arena.take<uint16_t>(kPanel * (Dp + 32));
+    BFloat16Engine(const AttentionArgs& args, Arena& arena) : a(args), Dp(padded(args.D)), panel_rows(a.D, arena), query_rows(a.D, arena) {
         keys = arena.take<Word>(num_slots(a.layout) * kPanel * Dp / 2);
         values = arena.take<Word>(num_slots(a.layout) * kPanel * Dp / 2);
         query = arena.take<Word>(kBlock * Dp / 2);
     }
-    void load_row16(const Strided& x, const AttentionTask& t, int32_t token, uint16_t* out) {
-        int64_t d = 0;
-        if (token >= 0) {
-            const uint16_t* p = row_of<const uint16_t>(x, t.batch, t.head, token);
-            if (x.stride_d == 1) {
-                std::memcpy(out, p, a.D * 2);
-                d = a.D;
-            } else {
-                for (; d < a.D; ++d) out[d] = p[d * x.stride_d];
-            }
-        }
-        for (; d < Dp; ++d) out[d] = 0;
-    }
     void pack(const AttentionTask& t, int32_t panel) {
-        const int32_t* token = a.layout.key_token + panel * kPanel;
-        const int64_t slot = panel_slot(a.layout, panel), stride = Dp + 32;  // the transpose reads whole vectors
-        for (int k = 0; k < kPanel; ++k) load_row16(a.key, t, token[k], rows + k * stride);
-        transpose_panel(reinterpret_cast<const Word*>(rows), stride / 2, Dp / 2, keys + slot * kPanel * Dp / 2);
-        for (int k = 0; k < kPanel; ++k) load_row16(a.value, t, token[k], rows + k * stride);
-        for (int k = 0; k < kPanel; k += 2) {
-            Word* out = values + (slot * kPanel + k) / 2 * Dp;
-            for (int64_t d = 0; d < Dp; d += 16) {
-                const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + k * stride + d)));
-                const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (k + 1) * stride + d)));
-                _mm512_storeu_si512(out + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-            }
-        }
+        const int32_t* tokens = a.layout.key_token + panel * kPanel;
+        const int64_t begin = panel_slot(a.layout, panel) * kPanel * Dp / 2;
+        panel_rows.find(a.key, t, tokens, kPanel, a.layout.seq_len);
+        pair_elements(panel_rows, Dp, keys + begin);
+        panel_rows.find(a.value, t, tokens, kPanel, a.layout.seq_len);
+        pair_keys(panel_rows, Dp, values + begin, Dp, 16);
     }
     void load_queries(const AttentionTask& t, const int32_t* tokens) {
-        for (int r = 0; r < kBlock; ++r)
-            load_row16(a.query, t, tokens[r], reinterpret_cast<uint16_t*>(query) + r * Dp);
+        query_rows.find(a.query, t, tokens, kBlock, a.layout.seq_len);
+        query_rows.copy(Dp, reinterpret_cast<uint16_t*>(query));
     }
     void scores(const ActiveTile* tiles, int32_t count, float* out) {
         for (int32_t x = 0; x < count; ++x) tile_scores(keys + tiles[x].slot * kPanel * Dp / 2, out + int64_t(x) * kBlock * kPanel);
@@ -696,16 +634,24 @@ size_t forward_scratch(const AttentionArgs& a) {
     switch (a.dtype) {
         case DType::float32: return forward_scratch_with<float, FloatEngine<float>>(a);
         case DType::float16: return forward_scratch_with<Half, FloatEngine<Half>>(a);
-        default: return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
+        default: break;
     }
+#if defined(DF_AMX)
+    if (has_matrix_unit()) return unit_scratch(a);
+#endif
+    return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
 }
 
 void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
     switch (a.dtype) {
         case DType::float32: return forward_with<float, FloatEngine<float>>(a, t, scratch);
         case DType::float16: return forward_with<Half, FloatEngine<Half>>(a, t, scratch);
-        default: return forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
+        default: break;
     }
+#if defined(DF_AMX)
+    if (has_matrix_unit()) return forward_with_units(a, t, scratch);
+#endif
+    forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
 }
 
 size_t backward_scratch(const AttentionArgs& a) {

@@ -1,6 +1,7 @@
 #include "attention_layout.h"
 
 #include <algorithm>
+#include <map>
 
 namespace dalle_fast {
 namespace {
@@ -123,6 +124,40 @@ AttentionLayoutStorage::AttentionLayoutStorage(const Mask& m, int32_t seq_len) :
         blocks_of_panel_.insert(blocks_of_panel_.end(), visits.begin(), visits.end());
     }
     panel_visits_.push_back(int32_t(blocks_of_panel_.size()));
+    join_units();
+}
+
+// The blocks' visits, unit by unit and group by group.
+void AttentionLayoutStorage::join_units() {
+    const int32_t num_blocks = int32_t(block_visits_.size()) - 1;
+    const int32_t num_text_groups = ceil_div(num_text_panels_, kGroupPanels);
+    for (int32_t block = 0; block < num_blocks;) {
+        const int32_t end = std::min(block + kUnitBlocks, block < num_text_blocks_ ? num_text_blocks_ : num_blocks);
+        unit_block_.push_back(block);
+        unit_visits_.push_back(int32_t(groups_of_unit_.size()));
+        std::map<int32_t, Bits> groups;  // a map value begins with zeros
+        for (int32_t row_block = 0; block < end; ++block, ++row_block)
+            for (int32_t x = block_visits_[block]; x < block_visits_[block + 1]; ++x) {
+                const Visit& visit = panels_of_block_[x];
+                for (int32_t panel = visit.first; panel < visit.first + visit.count; ++panel) {
+                    const bool text = panel < num_text_panels_;
+                    const int32_t of_section = text ? panel : panel - num_text_panels_;
+                    Bits& bits = groups[of_section / kGroupPanels + (text ? 0 : num_text_groups)];
+                    uint16_t* rows = bits.rows[row_block / 2][of_section % kGroupPanels] + row_block % 2 * kBlock;
+                    for (int r = 0; r < kBlock; ++r) rows[r] = visit.bits < 0 ? 0xffff : bits_[visit.bits][r];
+                }
+            }
+        for (const auto& [group, bits] : groups) {
+            const uint16_t* rows = &bits.rows[0][0][0];
+            const uint16_t* end_of_rows = rows + sizeof(GroupBits) / sizeof(*rows);
+            const bool full = std::all_of(rows, end_of_rows, [](uint16_t x) { return x == 0xffff; });
+            if (!full) group_bits_.push_back(bits);
+            groups_of_unit_.push_back({group, full ? -1 : int32_t(group_bits_.size()) - 1});
+            if (group >= num_text_groups) group_window_ = std::max(group_window_, groups.rbegin()->first - group + 1);
+        }
+    }
+    unit_block_.push_back(num_blocks);
+    unit_visits_.push_back(int32_t(groups_of_unit_.size()));
 }
 
 AttentionLayout AttentionLayoutStorage::view() const {
@@ -142,12 +177,22 @@ AttentionLayout AttentionLayoutStorage::view() const {
     layout.blocks_of_panel = blocks_of_panel_.data();
     static_assert(sizeof(bits_[0]) == sizeof(uint16_t[kBlock]), "an array is its elements");
     layout.bits = reinterpret_cast<const uint16_t(*)[kBlock]>(bits_.data());
+    layout.num_text_groups = ceil_div(num_text_panels_, kGroupPanels);
+    layout.num_groups = layout.num_text_groups + ceil_div(layout.num_panels - num_text_panels_, kGroupPanels);
+    layout.num_units = int32_t(unit_block_.size()) - 1;
+    layout.group_window = group_window_;
+    layout.unit_block = unit_block_.data();
+    layout.unit_visits = unit_visits_.data();
+    layout.groups_of_unit = groups_of_unit_.data();
+    layout.group_bits = reinterpret_cast<const GroupBits*>(group_bits_.data());
     return layout;
 }
 
 int64_t AttentionLayoutStorage::num_bytes() const {
-    return int64_t(query_token_.size() + key_token_.size() + block_visits_.size() + panel_visits_.size()) * 4 +
+    return int64_t(query_token_.size() + key_token_.size() + block_visits_.size() + panel_visits_.size() +
+                   unit_block_.size() + unit_visits_.size()) * 4 +
            int64_t(panels_of_block_.size() + blocks_of_panel_.size()) * int64_t(sizeof(Visit)) +
+           int64_t(groups_of_unit_.size() * sizeof(GroupVisit) + group_bits_.size() * sizeof(GroupBits)) +
            int64_t(bits_.size() * sizeof(bits_[0]));
 }
 

@@ -9,16 +9,9 @@
 
 #include <algorithm>
 
+#include "matrix_unit.h"
 #include "simd.h"
 #include "transpose.h"
-
-// Intel's matrix unit, in functions of their own, as few CPUs have it. Where bfloat16 has a fast dot product there is none.
-#if defined(__AVX512F__) && !defined(__AVX512BF16__) && defined(__linux__) && __GNUC__ >= 11
-#define DF_AMX __attribute__((noinline, target("amx-tile,amx-bf16")))
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
@@ -172,31 +165,9 @@ struct PairDot {
 #endif
 
 #if defined(DF_AMX)
-// Its registers have 16 rows of 16 words. One of b is 16 words of a panel as pack_pairs makes it, one of a the same words
-// of 16 lanes, a lane in a row. A tile of the result takes four of them.
-constexpr int kUnit = 16, kUnitRows = 2 * kUnit;
-
-bool has_matrix_unit() {
-    static const bool has = [] {
-        unsigned a, b, c, d;
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-        constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of Linux, for this process
-        return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-    }();
-    return has;
-}
-
-DF_AMX void begin_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {kUnit, kUnit, kUnit, kUnit, kUnit, kUnit, kUnit, kUnit};
-    } config;
-    __asm__ volatile("" : : "r"(&config) : "memory");  // written before it is loaded
-    _tile_loadconfig(&config);
-}
-
-DF_AMX void end_tiles() { _tile_release(); }
+// A register of b is 16 words of a panel as pack_pairs makes it, one of a the same words of 16 lanes, a lane in a row. A
+// tile of the result takes four of them.
+constexpr int kUnitRows = 2 * kUnit;
 
 // -> (kUnitRows, whole units of words)
 DF_NOINLINE void pack_rows(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {

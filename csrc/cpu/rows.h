@@ -13,6 +13,7 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
+constexpr float LN2 = 0.6931471805599453f;
 
 DF_INLINE float minus_infinity() { return -__builtin_inff(); }
 

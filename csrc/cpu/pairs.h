@@ -1,0 +1,89 @@
+// Rows of 16-bit elements in pairs, as products that take two neighbours of a sum at once want them: neighbouring head
+// elements for scores, neighbouring keys for outputs.
+//
+// Everything has internal linkage: each instruction set must keep its own copy. D head size, Dp = D rounded up to a
+// multiple of 16 at least.
+#pragma once
+
+#include "rows.h"
+
+#if defined(__AVX512BW__)
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+namespace {
+
+typedef int16_t Shorts __attribute__((vector_size(64)));
+
+DF_INLINE __mmask32 first_shorts(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
+
+// A token's elements d to d + 31, with zeros behind the last one.
+DF_INLINE Shorts load_shorts(const uint16_t* p, int64_t d, int64_t D) {
+    return (Shorts)_mm512_maskz_loadu_epi16(first_shorts(D - d), p + d);
+}
+
+// Some tokens' rows of a tensor: where they lie, or copied if their elements do not lie side by side.
+template <int N>
+struct TokenRows {
+    int64_t D;
+    uint16_t *zeros, *copies;
+    const uint16_t* row[N];
+
+    TokenRows(int64_t head_size, Arena& arena) : D(head_size) {
+        zeros = arena.take<uint16_t>(D);
+        copies = arena.take<uint16_t>(N * D);
+    }
+    // Of those below `count` and `end`; what else there is, and slots without a token, are zeros.
+    void find(const Strided& x, const AttentionTask& t, const int32_t* tokens, int count, int64_t end) {
+        for (int64_t d = 0; d < D; ++d) zeros[d] = 0;
+        for (int r = 0; r < N; ++r) {
+            row[r] = zeros;
+            if (r >= count || tokens[r] < 0 || tokens[r] >= end) continue;
+            row[r] = row_of<const uint16_t>(x, t.batch, t.head, tokens[r]);
+            if (x.stride_d == 1) continue;
+            uint16_t* copy = copies + r * D;
+            for (int64_t d = 0; d < D; ++d) copy[d] = row[r][d * x.stride_d];
+            row[r] = copy;
+        }
+    }
+    // -> (N, Dp)
+    void copy(int64_t Dp, uint16_t* out) const {
+        for (int r = 0; r < N; ++r)
+            for (int64_t d = 0; d < Dp; d += 32)
+                _mm512_mask_storeu_epi16(out + r * Dp + d, first_shorts(Dp - d), (__m512i)load_shorts(row[r], d, D));
+    }
+};
+
+// A panel's keys -> (Dp / 2, 16) pairs of elements
+DF_INLINE void pair_elements(const TokenRows<kPanel>& rows, int64_t Dp, Word* out) {
+    for (int64_t d = 0; d < Dp; d += 32) {
+        Words x[16];
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; ++k) x[k] = (Words)load_shorts(rows.row[k], d, rows.D);
+        transpose(x);
+        const int64_t left = (Dp - d) / 2 < 16 ? (Dp - d) / 2 : 16;
+        for (int64_t w = 0; w < left; ++w) *reinterpret_cast<UnalignedWords*>(out + (d / 2 + w) * 16) = x[w];
+    }
+}
+
+// A panel's values -> pairs of keys for each element. 16 elements lie side by side, other strides are the caller's.
+DF_INLINE void pair_keys(const TokenRows<kPanel>& rows, int64_t Dp, Word* out, int64_t pair_stride,
+                         int64_t part_stride) {
+    Shorts lower, upper;
+    for (int x = 0; x < 32; ++x) {
+        lower[x] = int16_t(x / 2 + x % 2 * 32);
+        upper[x] = int16_t(lower[x] + 16);
+    }
+    for (int k = 0; k < kPanel; k += 2)
+        for (int64_t d = 0; d < Dp; d += 32) {
+            const Shorts even = load_shorts(rows.row[k], d, rows.D), odd = load_shorts(rows.row[k + 1], d, rows.D);
+            Word* p = out + k / 2 * pair_stride + d / 16 * part_stride;
+            *reinterpret_cast<UnalignedWords*>(p) = (Words)__builtin_shuffle(even, odd, lower);
+            if (d + 16 < Dp)
+                *reinterpret_cast<UnalignedWords*>(p + part_stride) = (Words)__builtin_shuffle(even, odd, upper);
+        }
+}
+
+}  // namespace
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast
+#endif
