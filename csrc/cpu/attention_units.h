@@ -2,8 +2,8 @@
 //
 // A unit is 32 queries, two registers' rows, and a group is 32 keys: two panels, and the depth of a product of
 // probabilities and values. So every register that is loaded is used twice. A unit goes through its groups by chunks
-// whose scores, keys and values stay in the first-level cache; what earlier chunks have added up is rescaled where a later
-// one has a larger score. All of it is in float32, but the products' factors.
+// whose scores stay near; what earlier chunks have added up is rescaled where a later one has a larger score. All of it is
+// in float32, but the products' factors.
 //
 // Products and exponentials take turns chunk by chunk: interleaved more finely, both are slower (measured on Sapphire
 // Rapids).
@@ -24,7 +24,8 @@ namespace {
 constexpr int kDepth = 2 * kUnit;      // elements of a sum that one product takes
 constexpr int kTile = kUnit * kUnit;   // words of a register
 constexpr int kUnitQueries = kUnitBlocks * kBlock, kGroupKeys = kGroupPanels * kPanel;
-constexpr int kGroupsAtOnce = 12;       // a chunk
+constexpr int kGroupsAtOnce = 12;      // a chunk
+constexpr int kGroupsAwake = 4;        // whose exponentials take less time than the unit needs to fall asleep
 static_assert(kUnitQueries == 2 * kUnit && kPanel == kUnit && kGroupKeys == kDepth && VW == kUnit, "of whole registers");
 
 // Groups of the text stay packed, those of the image share a ring as long as a unit looks back.
@@ -372,7 +373,10 @@ struct UnitForward {
             float factors[kUnitQueries];
             for (int which = 0; which < 2; ++which) {
                 softmax[which].add_chunk(groups + x, some, which, scale, scores + which * 2 * kTile, factors + which * kUnit,
-                                         [&](int32_t y) { prefetch_share(unit, which, x + y, count); });
+                                         [&](int32_t y) {
+                                             prefetch_share(unit, which, x + y, count);
+                                             if (y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
+                                         });
                 keep_awake();
             }
             for (int r = 0; x > 0 && r < kUnitQueries; ++r)
