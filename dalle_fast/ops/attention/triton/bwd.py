@@ -6,8 +6,8 @@ With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(O * dO) - dlse
 dS = P * (dP - delta), dQ = scale * dS K, dK = scale * dS^T Q, dV = P^T dO. The first kernel leaves delta to the second.
 
 P is computed again from lse, one float32 per row. The rounding of lse, up to eps / 2 * abs(lse), and the error of the
-GPU's logarithm, are a relative error of a whole row of P: 1e-6 at the paper's sizes. Of 16-bit tensors nothing of it
-remains. In float32 (EXACT) the first kernel adds up the rows of P, whose exact sums are 1, and both divide by the sums.
+GPU's logarithm, are a relative error of a whole row of P: 1e-6 at the paper's sizes, which 16-bit tensors do not show.
+In float32 (EXACT) the first kernel adds up the rows of P, whose exact sums are 1, and both divide by these sums.
 `gradient_terms` in tests/test_triton_interpreter.py derives the whole bound.
 """
 
