@@ -8,7 +8,7 @@
 # side. What compiles or checks comes first, all at once, and fills the compilers' caches; then each benchmark has the GPU
 # to itself. A step that fails or takes too long does not stop the others; the last lines say how each ended, and the exit
 # status is the number of those that failed or were not run. SECONDS_ALLOWED and STEPS (a regular expression of names)
-# shorten it.
+# shorten it. In this form it has not run on a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=$(realpath -m "${1:-benchmarks/results/gpu}")
