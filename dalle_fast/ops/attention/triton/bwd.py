@@ -24,6 +24,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     load_tile,
     query_tile,
     store_tile,
+    text_allows,
     text_keys,
     text_queries,
     tile_counts,
@@ -136,8 +137,7 @@ def _attention_grad_query_kernel(
             k_valid = k_pos < text_len
             k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
             v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
-            # The rule between text keys and any query, and k_valid.
-            seen = k_pos[None, :] <= tl.minimum(q_pos, text_len - 1)[:, None]
+            seen = text_allows(q_pos, k_pos, text_len)
             acc, row_sum = _grad_query_step(
                 acc, row_sum, q, k, v, grad_out, lse2, delta, seen, scale_log2, True, EXACT, PRECISION
             )

@@ -16,6 +16,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     load_tile,
     query_tile,
     store_tile,
+    text_allows,
     text_keys,
     tile_start,
     visible_text,
@@ -100,8 +101,7 @@ def _attention_fwd_kernel(
             k_valid = k_pos < text_len
             k = load_tile(k_base, k_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
             v = load_tile(v_base, v_strides, k_pos, k_valid, True, HEAD_DIM, BLOCK_D, WIDE)
-            # The rule between text keys and any query, and k_valid.
-            seen = k_pos[None, :] <= tl.minimum(q_pos, text_len - 1)[:, None]
+            seen = text_allows(q_pos, k_pos, text_len)
             acc, row_max, row_sum = _online_softmax(acc, row_max, row_sum, q, k, v, seen, scale_log2, True, PRECISION)
 
     _, rows, length = image_count(seq_len, MASK)

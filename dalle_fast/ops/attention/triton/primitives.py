@@ -33,6 +33,7 @@ __all__ = [
     "load_tile",
     "query_tile",
     "store_tile",
+    "text_allows",
     "text_keys",
     "text_queries",
     "tile_counts",
@@ -130,6 +131,12 @@ def image_allows(q, k, MASK: tl.constexpr):
     else:  # conv_corner, whose steps are never negative
         seen = _in_steps(dr, MASK.K - 1, MASK.DILATION) & _in_steps(dc, MASK.K - 1, MASK.DILATION)
     return seen
+
+
+@triton.jit
+def text_allows(q, k, text_len):
+    """The rule between any queries and text keys, of which those from text_len on are seen by none: (len(q), len(k))."""
+    return k[None, :] <= tl.minimum(q, text_len - 1)[:, None]
 
 
 @triton.jit
