@@ -70,10 +70,11 @@ def test_a_row_does_not_depend_on_the_others():
         torch.set_num_threads(threads)
 
 
-def test_errors_are_those_of_float32_sums():
+def test_errors_are_those_of_float32_sums(make):
     """At most twice torch's error in the same dtype, plus the result's rounding."""
     for dtype in DTYPES:
-        x, weight, bias = torch.randn(8, 2048).to(dtype), torch.randn(96, 2048).to(dtype), torch.randn(96).to(dtype)
+        (x,), (weight,) = make((8, 2048), dtype, count=1), make((96, 2048), dtype, seed=1, count=1)
+        (bias,) = make((96,), dtype, seed=2, count=1)
         exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         ours, theirs = (
             (F.linear(x, weight, bias, impl=impl).double() - exact).abs().max() for impl in ("cpu", "reference")
