@@ -493,11 +493,17 @@ def test_same_bits_every_time_and_with_any_number_of_threads(serve, threads, dty
         sampled = serve.codebook_sample(*tensors[:3], seed=SEED)
         return [*out, loss, sampled, serve.gumbel_softmax(tensors[1], 0.5, seed=SEED)]
 
-    first = everything()
-    assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+    def assert_same_bits(first, again, message=""):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), message
+
+    first, product = everything(), tensors[0] @ tensors[1].T
+    assert_same_bits(first, everything())
     for count in (1, 2, 3) if serve.impl == "cpu" else ():
         threads(count)
-        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True)), count
+        if torch.equal(product, tensors[0] @ tensors[1].T):
+            assert_same_bits(first, everything(), count)
+        else:  # MKL on AVX2 splits sums by threads, and logits are torch's products: then only to rounding
+            torch.testing.assert_close(first, everything(), msg=count)
 
 
 def test_arguments_are_not_written(serve):
