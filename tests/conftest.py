@@ -99,6 +99,26 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def assert_same_bits_with_any_threads(threads):
+    """assert_same_bits_with_any_threads(everything, product): the tensors of everything(), on 1, 2 and 3 threads.
+
+    product() is torch's matrix product that they are made of. Where its own sums depend on the number of threads, as
+    MKL's do on AVX2, the tensors are the same to rounding.
+    """
+
+    def check(everything, product):
+        first, product_before = everything(), product()
+        for count in (1, 2, 3):
+            threads(count)
+            if torch.equal(product_before, product()):
+                assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True)), f"{count} threads"
+            else:
+                torch.testing.assert_close(everything(), first, msg=lambda text: f"{count} threads: {text}")
+
+    return check
+
+
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
 def run_with_instruction_set(request):
     """run(*files, select=keyword): these test files, in a process that uses an instruction set other than this one's."""
