@@ -83,6 +83,23 @@ def test_product_of_every_size_and_dtype(sizes):
         assert torch.equal(total, exact + 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float32_operand_counts_to_16_bits(dtype):
+    """Whatever it is multiplied with: AMX takes it as two bfloat16 numbers. So does a sum whose terms cancel."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 700, generator=generator), torch.randn(50, 700, generator=generator).to(dtype)
+    b[0] = 1  # sums of a, which nearly cancel
+    a[0, 0] -= a[0].sum()
+    exact, terms = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+    for out, of in ((cpu.product(a, b), exact), (cpu.product(b, a), exact.T)):
+        error = (out.double() - of).abs()
+        assert (error <= (2**-16 + 32 * torch.finfo(torch.float32).eps) * (terms if of is exact else terms.T)).all()
+
+    largest = torch.tensor([[torch.finfo(torch.bfloat16).max], [-torch.inf], [torch.inf], [torch.nan]])
+    out, one = cpu.product(largest, torch.ones(1, 1, dtype=dtype)), largest.clone()
+    torch.testing.assert_close(out, one, rtol=2**-16, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_product_of_every_stride(how):
     for dtype, (M, J, I) in itertools.product(DTYPES, ((20, 37, 67), (33, 50, 16))):

@@ -33,20 +33,40 @@ static_assert(kColumnsAtOnce % TILE_COLUMNS == 0, "b's panels fill whole tiles")
 constexpr int64_t multiple(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // -- packing ------------------------------------------------------------------------------------------------------------
-// A word of a panel is a float. Or, for the dot product of bfloat16, two neighbours in the depth.
+// A word of a panel is a float. Or, for the dot product of bfloat16, two neighbours in the depth. Or, where only one of
+// the operands is bfloat16, a float of the other as two that it is the sum of, to a relative 2^-16, and in the bfloat16
+// one every element twice.
 
 DF_INLINE void store_words(Word* p, const Words& x) { *reinterpret_cast<UnalignedWords*>(p) = x; }
 
-template <class T>
-DF_INLINE void load_floats(const T* p, Words* words) {
+struct Whole {
+    static DF_INLINE_MEMBER Vec word(Vec x) { return x; }
+};
+#if defined(DF_AMX)
+struct Halves {
+    static DF_INLINE_MEMBER Vec word(Vec x) {
+        // Cut off, not rounded, so that the upper half stays finite; infinity has no lower one, which would be NaN.
+        const WordVec bits = (WordVec)x, upper = bits & 0xffff0000u;
+        const WordVec lower = (WordVec)(x - (Vec)upper) + 0x8000u;
+        const IntVec finite = (bits & 0x7f800000u) != 0x7f800000u;
+        return (Vec)(upper >> 16 | (lower & 0xffff0000u & (WordVec)finite));
+    }
+};
+struct Twice {
+    static DF_INLINE_MEMBER Vec word(Vec x) { return (Vec)((WordVec)x >> 16 | ((WordVec)x & 0xffff0000u)); }
+};
+#endif
+
+template <class Make, class T>
+DF_INLINE void load_words(const T* p, Words* words) {
     Vec x[NV];
-    for (int v = 0; v < NV; ++v) x[v] = load_as_float(p + v * VW);
+    for (int v = 0; v < NV; ++v) x[v] = Make::word(load_as_float(p + v * VW));
     std::memcpy(words, x, sizeof(*words));
 }
 
 // A panel's words from depth d on -> (depth, 16); lanes that the operand does not have are 0.
-template <class T>
-DF_NOINLINE void pack_floats(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+template <class Make, class T>
+DF_NOINLINE void pack_words(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const T* p = static_cast<const T*>(x.data) + lane * x.stride_lane + d * x.stride_depth;
     const int64_t lanes = std::min<int64_t>(kPanel, x.lanes - lane);
     int64_t i = 0;
@@ -54,7 +74,7 @@ DF_NOINLINE void pack_floats(const Operand& x, int64_t lane, int64_t d, int64_t 
         for (; i + 16 <= depth; i += 16) {
             Words rows[16];
 #pragma GCC unroll 16
-            for (int l = 0; l < 16; ++l) load_floats(p + (l < lanes ? l : 0) * x.stride_lane + i, &rows[l]);
+            for (int l = 0; l < 16; ++l) load_words<Make>(p + (l < lanes ? l : 0) * x.stride_lane + i, &rows[l]);
             transpose(rows);
 #pragma GCC unroll 16
             for (int l = 0; l < 16; ++l) store_words(out + (i + l) * kPanel, rows[l]);
@@ -62,7 +82,7 @@ DF_NOINLINE void pack_floats(const Operand& x, int64_t lane, int64_t d, int64_t 
     } else if (x.stride_lane == 1 && lanes == kPanel) {
         Words words;
         for (; i < depth; ++i) {
-            load_floats(p + i * x.stride_depth, &words);
+            load_words<Make>(p + i * x.stride_depth, &words);
             store_words(out + i * kPanel, words);
         }
     }
@@ -70,7 +90,7 @@ DF_NOINLINE void pack_floats(const Operand& x, int64_t lane, int64_t d, int64_t 
         T some[kPanel] = {};
         for (int64_t l = 0; l < lanes; ++l) some[l] = p[l * x.stride_lane + i * x.stride_depth];
         Words words;
-        load_floats(some, &words);
+        load_words<Make>(some, &words);
         store_words(out + i * kPanel, words);
     }
 }
@@ -79,9 +99,9 @@ typedef void (*Pack)(const Operand&, int64_t lane, int64_t d, int64_t depth, Wor
 
 Pack pack_as_floats(CodebookDType dtype) {
     switch (dtype) {
-        case CodebookDType::float16: return pack_floats<Half>;
-        case CodebookDType::bfloat16: return pack_floats<BFloat16>;
-        default: return pack_floats<float>;
+        case CodebookDType::float16: return pack_words<Whole, Half>;
+        case CodebookDType::bfloat16: return pack_words<Whole, BFloat16>;
+        default: return pack_words<Whole, float>;
     }
 }
 
@@ -133,7 +153,7 @@ struct Format {
 };
 
 #if defined(__AVX512BF16__) || defined(DF_AMX)
-// As pack_floats; the elements of a lane lie side by side. Behind an odd depth there is a 0.
+// As pack_words; the elements of a lane lie side by side. Behind an odd depth there is a 0.
 DF_NOINLINE void pack_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const uint16_t* p = static_cast<const uint16_t*>(x.data) + lane * x.stride_lane + d;
     const int64_t lanes = std::min<int64_t>(kPanel, x.lanes - lane);
@@ -165,22 +185,54 @@ struct PairDot {
 #endif
 
 #if defined(DF_AMX)
-// A register of b is 16 words of a panel as pack_pairs makes it, one of a the same words of 16 lanes, a lane in a row. A
-// tile of the result takes four of them.
+// A register of b is 16 words of a panel, one of a the same words of 16 lanes, a lane in a row. A tile of the result takes
+// four of them.
 constexpr int kUnitRows = 2 * kUnit;
 
-// -> (kUnitRows, whole units of words)
+// -> (units of words, kUnitRows, 16), behind the depth 0
 DF_NOINLINE void pack_rows(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const uint16_t* p = static_cast<const uint16_t*>(x.data) + lane * x.stride_lane + d;
     const int64_t lanes = std::min<int64_t>(kUnitRows, x.lanes - lane), words = multiple((depth + 1) / 2, kUnit);
-    std::memset(out, 0, size_t(kUnitRows * words) * sizeof(Word));
-    for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * words, p + l * x.stride_lane, size_t(depth) * 2);
+    if (lanes < kUnitRows || words * 2 > depth) std::memset(out, 0, size_t(kUnitRows * words) * sizeof(Word));
+    int64_t i = 0;
+    for (; i + 2 * kUnit <= depth; i += 2 * kUnit, out += kUnitRows * kUnit)
+        for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * kUnit, p + l * x.stride_lane + i, 4 * kUnit);
+    for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * kUnit, p + l * x.stride_lane + i, size_t(depth - i) * 2);
+}
+
+// The same of words of another kind.
+template <class Make, class T>
+DF_NOINLINE void pack_word_rows(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    for (int64_t i = 0; i < depth; i += kUnit, out += kUnitRows * kUnit)
+        for (int64_t l = 0; l < kUnitRows; l += kUnit) {
+            Words rows[kUnit] = {};
+            if (x.stride_depth == 1 && i + kUnit <= depth && lane + l + kUnit <= x.lanes) {
+                const T* p = static_cast<const T*>(x.data) + (lane + l) * x.stride_lane + d + i;
+#pragma GCC unroll 16
+                for (int r = 0; r < kUnit; ++r) load_words<Make>(p + r * x.stride_lane, &rows[r]);
+            } else {
+                pack_words<Make, T>(x, lane + l, d + i, std::min<int64_t>(kUnit, depth - i),
+                                    reinterpret_cast<Word*>(rows));
+                transpose(rows);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < kUnit; ++r) store_words(out + (l + r) * kUnit, rows[r]);
+        }
+}
+
+DF_INLINE void clear_behind(int64_t words, Word* panel) {
+    std::memset(panel + words * kPanel, 0, size_t((multiple(words, kUnit) - words) * kPanel) * sizeof(Word));
+}
+
+template <class Make, class T>
+DF_NOINLINE void pack_whole_words(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
+    pack_words<Make, T>(x, lane, d, depth, out);
+    clear_behind(depth, out);
 }
 
 DF_NOINLINE void pack_whole_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     pack_pairs(x, lane, d, depth, out);
-    const int64_t words = (depth + 1) / 2;
-    std::memset(out + words * kPanel, 0, size_t((multiple(words, kUnit) - words) * kPanel) * sizeof(Word));
+    clear_behind((depth + 1) / 2, out);
 }
 
 // Registers 0 to 3: sums, 4 and 5: of a, 6 and 7: of b.
@@ -200,8 +252,8 @@ DF_AMX void unit_product(const Word* a, const Word* b, int64_t words, float* out
         _tile_zero(3);
     }
     for (int64_t w = 0; w < words; w += kUnit) {
-        _tile_loadd(4, a + w, words * 4);
-        _tile_loadd(5, a + kUnit * words + w, words * 4);
+        _tile_loadd(4, a + w * kUnitRows, kUnit * 4);
+        _tile_loadd(5, a + w * kUnitRows + kUnit * kUnit, kUnit * 4);
         _tile_loadd(6, b + w * kPanel, kPanel * 4);
         _tile_loadd(7, b + (words + w) * kPanel, kPanel * 4);
         _tile_dpbf16ps(0, 4, 6);
@@ -216,14 +268,29 @@ DF_AMX void unit_product(const Word* a, const Word* b, int64_t words, float* out
 }
 #endif
 
+#if defined(DF_AMX)
+// Of anything but two float32 operands, if there is a unit and no float16.
+Format unit_format(const Operand& a, const Operand& b, bool pairs) {
+    Pack pack_a = pack_rows, pack_b = pack_whole_pairs;
+    if (!pairs) {
+        const bool float_a = a.dtype == CodebookDType::float32;
+        pack_a = float_a ? pack_word_rows<Halves, float> : pack_word_rows<Twice, BFloat16>;
+        pack_b = b.dtype == CodebookDType::float32 ? pack_whole_words<Halves, float>
+                 : float_a                         ? pack_whole_words<Twice, BFloat16>
+                                                   : pack_whole_words<Halves, BFloat16>;
+    }
+    return {pairs ? 2 : 1, kUnit, kUnitRows, kUnitRows, pack_a, pack_b, unit_product, begin_tiles, end_tiles};
+}
+#endif
+
 Format format_of(const Operand& a, const Operand& b) {
-    const bool pairs =
-        a.dtype == CodebookDType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1;
+    const bool some = a.dtype == CodebookDType::bfloat16 || b.dtype == CodebookDType::bfloat16;
+    const bool pairs = some && a.dtype == b.dtype && a.stride_depth == 1 && b.stride_depth == 1;
 #if defined(__AVX512BF16__)
     if (pairs) return {2, 1, PANEL_ROWS, TILE_ROWS, pack_pairs, pack_pairs, tile_product<PairDot>, nullptr, nullptr};
 #elif defined(DF_AMX)
-    if (pairs && has_matrix_unit())
-        return {2, kUnit, kUnitRows, kUnitRows, pack_rows, pack_whole_pairs, unit_product, begin_tiles, end_tiles};
+    const bool other = a.dtype == CodebookDType::float16 || b.dtype == CodebookDType::float16;
+    if (some && !other && has_matrix_unit()) return unit_format(a, b, pairs);
 #endif
     (void)pairs;
     return {1, 1, PANEL_ROWS, TILE_ROWS, pack_as_floats(a.dtype), pack_as_floats(b.dtype), tile_product<FloatDot>, nullptr,

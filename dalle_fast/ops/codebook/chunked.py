@@ -112,8 +112,9 @@ class Chunked:
         The memory is a `_Matrix` (R, K), and with small_parts one of (R / small_parts, K) too. It is free once this
         returns: sums of gradients, which are given their dtype then, take as much.
         """
-        N, K = hidden.shape[0], weight.shape[0]
-        step = min(N, self.rows.chunk_rows(K, hidden.dtype, gradients=gradients, matrices=2 if small_parts else 1))
+        (N, I), K = hidden.shape, weight.shape[0]
+        matrices = 2 if small_parts else 1
+        step = min(N, self.rows.chunk_rows(K, I, hidden.dtype, gradients=gradients, matrices=matrices))
         small_rows = -(-step // small_parts) if small_parts else 0
         floats = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
         logits = _Matrix(self.rows, floats[:step], hidden.dtype)

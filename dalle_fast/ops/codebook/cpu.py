@@ -13,7 +13,7 @@ from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
-SUM_BYTES = 1 << 20  # of a part of a 16-bit sum as float32
+SUM_BYTES = 2 << 20  # of a part of a 16-bit sum as float32
 
 
 def why_not(tensors) -> list[str]:
@@ -36,19 +36,21 @@ def why_not(tensors) -> list[str]:
 
 # Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
 # every chunk; more gains nothing (forward + backward at N = 1,024, K = 8,192, Din = 512: 6 MiB 142 ms, 12 MiB 125, 24
-# MiB 125). 16-bit tensors get half: beside them there are float32 sums of their gradients.
+# MiB 125). Beside it lie rows of hidden's gradient and, of 16-bit tensors, all of weight's lower bits: then a wide
+# hidden leaves half, as 40 MB are promised.
 CHUNK_BYTES = 12 << 20
+WIDE = 1024
 MIN_ROWS = 16
 # The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
 SMALL_PARTS = 4
 
 
-def chunk_rows(num_codes, dtype, *, gradients, matrices):
+def chunk_rows(num_codes, hidden_size, dtype, *, gradients, matrices):
     """R for K codes: at least MIN_ROWS and a multiple of it.
 
     The same for a forward and a backward pass, as the vendor rounds the product of other R otherwise.
     """
-    size = CHUNK_BYTES // (1 if dtype == torch.float32 else 2)
+    size = CHUNK_BYTES // (2 if dtype != torch.float32 and hidden_size > WIDE else 1)
     return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
 
 
@@ -85,8 +87,8 @@ def _keep(name, size):
 # On an AMD EPYC of Zen 5, 384 x 512 x 8,192 in float32 with two cores: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
 # their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. AMD's CPUs with AVX-512 have avx512_bf16.
 # On an Intel Xeon with AMX, which avx512 means, one core: ours 23.0 ms, torch's 21.5, and a forward and backward pass at
-# Din = 2,048 took 1.64 s with ours and 1.43 with torch's; but codebook_argmax 296 ms, with torch's 349. In bfloat16 ours
-# uses AMX (4 ms) and needs no float32 copies.
+# Din = 2,048 took 1.64 s with ours and 1.43 with torch's; but codebook_argmax 296 ms, with torch's 349. In bfloat16, and of
+# a bfloat16 and a float32 matrix, ours uses AMX (4 ms) and needs no float32 copies.
 PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "both", "avx512_bf16": "ours"}
 
 

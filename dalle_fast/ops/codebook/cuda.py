@@ -58,7 +58,7 @@ MIN_ROWS = 16
 SMALL_PARTS = 1  # what is memory for one more operation is worth more as rows of a chunk
 
 
-def chunk_rows(num_codes, dtype, *, gradients, matrices):
+def chunk_rows(num_codes, hidden_size, dtype, *, gradients, matrices):
     """R for K codes and so many matrices: at least MIN_ROWS and a multiple of it."""
     size = (BACKWARD_BYTES if gradients else FORWARD_BYTES) // matrices
     return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
