@@ -40,7 +40,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
 # What a matrix product on tensor cores looks like in machine code. The instructions of sm_90 and sm_100 take 64 rows,
-# and tiles of float32 have 32: these use sm_80's.
+# and tiles of float32 have 32 or 16: these use sm_80's.
 TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC[A-Z]*MMA\b|\bHMMA\b", "tf32": r"\bHMMA\b"}
 MASKS = {
     "row": row_mask(256, 32),

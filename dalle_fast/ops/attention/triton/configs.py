@@ -76,11 +76,18 @@ class MaskNumbers(NamedTuple):
 # 128. `image` is the largest that is tried: see `tiles_for`.
 # Before compute capability 9, products of 64 rows keep only 4 warps busy, and their operands live in registers: the
 # steps are shorter there. float32 products run on the ordinary cores and need short steps everywhere.
+# At head sizes over 64, dQ in float32, which holds two tiles of its own, has 16 queries where the other kernels have
+# 32. Compiled for head size 128 by Triton 3.6 and 3.8, 32 queries spilled 240 to 344 bytes at 240 registers on every
+# architecture (row, conv), and 128 to 160 with 16 warps of 128 registers. Compiled by 3.6 for sm_80, 32 queries spilled
+# 200 at 255 registers, 16 with 4 warps 240 at 255 registers, and 16 with steps of 32 text keys 256 at 240. These tiles
+# take 180 to 194 and spill none. TF32 has the same entry and did not need it: with 32 queries 165 registers at most.
+# Before compute capability 9 the forward kernel in 16 bits spilled 8 bytes at 240 registers (axial, text_lengths,
+# Triton 3.6). At 255 it spills none, and a multiprocessor still holds two programs of four warps. No GPU timed either.
 _FLOAT32 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 4, 1))
-_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1),) * 3
+_WIDE_FLOAT32 = (Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1))
 TILES = {
     (8, 2, False): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 4, 1)),
-    (8, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
+    (8, 2, True): (Tiles(64, 32, 32, 4, 2, 255), Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 8, 1)),
     (9, 2, False): (Tiles(64, 32, 32, 4, 3, 128), Tiles(64, 32, 32, 4, 3, 128), Tiles(64, 16, 16, 4, 3, 168)),
     (9, 2, True): (Tiles(64, 32, 32, 4, 2), Tiles(64, 32, 32, 4, 2), Tiles(64, 16, 16, 8, 2)),
     (10, 2, False): (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 32, 32, 4, 1)),
