@@ -22,6 +22,9 @@ SAMPLES = tl.constexpr(16)
 TEXT_PART = 128  # text keys of one program
 STEP_BYTES = 8192  # of text keys, and of values, that it takes at once
 IMAGE_ELEMENTS = 4096  # the same of image keys, which are float32 there
+# In float32, per thread at most. Left to itself ptxas aims at 96 and spilled 16 bytes on sm_90 (Triton 3.6, head size 64,
+# column and axial masks); limited to 128 or 168 it spilled more often; this way it takes up to 206 and spills none.
+FLOAT32_REGISTERS = 240
 
 
 @triton.jit
@@ -283,6 +286,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             launch.input_precision(query.dtype),
             num_warps=4,
             num_stages=2,
+            maxnreg=FLOAT32_REGISTERS if query.dtype == torch.float32 else None,
             enable_fp_fusion=True,
         )
         _attention_decode_merge_kernel[(B * H,)](
