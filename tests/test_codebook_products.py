@@ -108,9 +108,10 @@ def test_product_of_every_stride(how):
             assert torch.equal(cpu.product(one, other), one.float() @ other.float().T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_broken_stays_in_its_row_and_column(dtype):
-    a, b = integers((31, 20), dtype, 0), integers((45, 20), dtype, 1)
+@pytest.mark.parametrize("of_a", DTYPES, ids=str)
+@pytest.mark.parametrize("of_b", DTYPES, ids=str)
+def test_what_is_broken_stays_in_its_row_and_column(of_a, of_b):
+    a, b = integers((31, 20), of_a, 0), integers((45, 20), of_b, 1)
     a[3, 7], b[40, 19] = torch.nan, torch.inf
     out = cpu.product(a, b)
     assert out[3].isnan().all() and not out[:, 40].isfinite().any()
@@ -119,11 +120,12 @@ def test_what_is_broken_stays_in_its_row_and_column(dtype):
     assert torch.equal(out[fine], (a.float() @ b.float().T)[fine])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_element_depends_on_its_two_lanes_alone(threads, dtype):
+@pytest.mark.parametrize("of_a", DTYPES, ids=str)
+@pytest.mark.parametrize("of_b", DTYPES, ids=str)
+def test_an_element_depends_on_its_two_lanes_alone(threads, of_a, of_b):
     """Not on the number of threads, and not on what else is multiplied."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, 700, generator=generator).to(dtype) for size in (333, 290))
+    a, b = (torch.randn(size, 700, generator=generator).to(dtype) for size, dtype in ((333, of_a), (290, of_b)))
     whole = cpu.product(a, b)
     for count in (1, 2, 3, 7):
         threads(count)

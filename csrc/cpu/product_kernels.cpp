@@ -266,9 +266,7 @@ DF_AMX void unit_product(const Word* a, const Word* b, int64_t words, float* out
     _tile_stored(2, below, stride * 4);
     _tile_stored(3, below + kPanel, stride * 4);
 }
-#endif
 
-#if defined(DF_AMX)
 // Of anything but two float32 operands, if there is a unit and no float16.
 Format unit_format(const Operand& a, const Operand& b, bool pairs) {
     Pack pack_a = pack_rows, pack_b = pack_whole_pairs;
@@ -284,13 +282,13 @@ Format unit_format(const Operand& a, const Operand& b, bool pairs) {
 #endif
 
 Format format_of(const Operand& a, const Operand& b) {
-    const bool some = a.dtype == CodebookDType::bfloat16 || b.dtype == CodebookDType::bfloat16;
-    const bool pairs = some && a.dtype == b.dtype && a.stride_depth == 1 && b.stride_depth == 1;
+    const auto is_any = [&](CodebookDType dtype) { return a.dtype == dtype || b.dtype == dtype; };
+    const bool pairs = is_any(CodebookDType::bfloat16) && a.dtype == b.dtype && a.stride_depth == 1 && b.stride_depth == 1;
 #if defined(__AVX512BF16__)
     if (pairs) return {2, 1, PANEL_ROWS, TILE_ROWS, pack_pairs, pack_pairs, tile_product<PairDot>, nullptr, nullptr};
 #elif defined(DF_AMX)
-    const bool other = a.dtype == CodebookDType::float16 || b.dtype == CodebookDType::float16;
-    if (some && !other && has_matrix_unit()) return unit_format(a, b, pairs);
+    if (is_any(CodebookDType::bfloat16) && !is_any(CodebookDType::float16) && has_matrix_unit())
+        return unit_format(a, b, pairs);
 #endif
     (void)pairs;
     return {1, 1, PANEL_ROWS, TILE_ROWS, pack_as_floats(a.dtype), pack_as_floats(b.dtype), tile_product<FloatDot>, nullptr,

@@ -39,7 +39,7 @@ def why_not(tensors) -> list[str]:
 # MiB 125). Beside it lie rows of hidden's gradient and, of 16-bit tensors, all of weight's lower bits: then a wide
 # hidden leaves half, as 40 MB are promised.
 CHUNK_BYTES = 12 << 20
-WIDE = 1024
+WIDE = 1024  # hidden is, beyond
 MIN_ROWS = 16
 # The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
 SMALL_PARTS = 4
