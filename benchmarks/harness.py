@@ -177,6 +177,9 @@ def cpu_extra_bytes(call) -> int:
     return max(0, peak - before - _bytes_of(outputs))
 
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
 def _give_back_what_is_kept() -> None:
     """Else a call would reuse what the process has freed but still holds, or what MKL keeps from product to product.
 
@@ -185,7 +188,11 @@ def _give_back_what_is_kept() -> None:
     with contextlib.suppress(AttributeError, OSError):  # a torch without MKL
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        # Large blocks are mappings of their own, gone as soon as freed. glibc otherwise moves its limit up with what is
+        # freed, and holes in its heap, which differ from run to run, count as needed.
+        libc.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def _proc_status(key: str) -> int:
