@@ -119,7 +119,7 @@ def assert_same_bits_with_any_threads(threads):
     return check
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def run_with_instruction_set(request):
     """run(*files, select=keyword): these test files, in a process that uses an instruction set other than this one's."""
     isa, native = request.param, _extension.native()

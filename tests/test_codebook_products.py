@@ -83,9 +83,27 @@ def test_product_of_every_size_and_dtype(sizes):
         assert torch.equal(total, exact + 1)
 
 
+@pytest.mark.parametrize(
+    "how", [how for how in HOW if how not in ("expanded rows", "expanded columns", "zero strides")]
+)
+@pytest.mark.parametrize("sizes", [(33, 65, 34), (40, 50, 513), (20, 70, 1100)], ids=str)
+def test_products_are_as_exact_as_torchs(sizes, how):
+    """Also where AMX takes them as sums of products of bfloat16: none is missing, nor in a wrong place."""
+    M, J, I = sizes
+    generator = torch.Generator().manual_seed(0)
+    for of_a, of_b in itertools.product(DTYPES, DTYPES):
+        shapes = ((M, of_a), (J, of_b))
+        a, b = (strided(torch.randn(size, I, generator=generator).to(dtype), how) for size, dtype in shapes)
+        exact = a.double() @ b.double().T
+        errors = [(out.double() - exact).square().mean().sqrt() for out in (cpu.product(a, b), a.float() @ b.float().T)]
+        # Beside bfloat16 a float32 counts to 16 bits, as AMX takes it: at worst 2^-17 of it is lost, of each term.
+        less = 2**-17 * I**0.5 if {of_a, of_b} == {torch.float32, torch.bfloat16} else 0
+        assert errors[0] <= 1.5 * errors[1] + less, (of_a, of_b, errors)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_float32_operand_counts_to_16_bits(dtype):
-    """Whatever it is multiplied with: AMX takes it as two bfloat16 numbers. So does a sum whose terms cancel."""
+    """Whatever it is multiplied with. So does a sum whose terms cancel."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(40, 700, generator=generator), torch.randn(50, 700, generator=generator).to(dtype)
     b[0] = 1  # sums of a, which nearly cancel
@@ -95,9 +113,18 @@ def test_a_float32_operand_counts_to_16_bits(dtype):
         error = (out.double() - of).abs()
         assert (error <= (2**-16 + 32 * torch.finfo(torch.float32).eps) * (terms if of is exact else terms.T)).all()
 
-    largest = torch.tensor([[torch.finfo(torch.bfloat16).max], [-torch.inf], [torch.inf], [torch.nan]])
-    out, one = cpu.product(largest, torch.ones(1, 1, dtype=dtype)), largest.clone()
-    torch.testing.assert_close(out, one, rtol=2**-16, atol=0, equal_nan=True)
+
+@pytest.mark.parametrize("of_b", DTYPES, ids=str)
+@pytest.mark.parametrize("of_a", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_extreme_numbers(of_a, of_b):
+    """The largest and the smallest stay what they are. Of infinity AMX may make NaN, never a number."""
+    largest, smallest = torch.finfo(of_a).max, torch.finfo(of_a).smallest_normal
+    extreme = torch.tensor([largest, -largest, largest / 2, smallest, -smallest, 0, torch.inf, -torch.inf, torch.nan])
+    a, one = torch.zeros(9, 40), torch.zeros(1, 40)
+    a[:, 33], one[:, 33] = extreme, 1
+    for out in (cpu.product(a.to(of_a), one.to(of_b)), cpu.product(one.to(of_b), a.to(of_a)).T):
+        torch.testing.assert_close(out[:6, 0], extreme[:6], rtol=2**-16 if of_a != of_b else 1e-6, atol=0)
+        assert not out[6:].isfinite().any()
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -88,6 +88,7 @@ namespace portable { extern const AttentionKernels attention_kernels; }
 namespace avx2 { extern const AttentionKernels attention_kernels; }
 namespace avx512 { extern const AttentionKernels attention_kernels; }
 namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }
+namespace avx512_amx { extern const AttentionKernels attention_kernels; }
 
 // Runs over heads and, where there are fewer heads than threads, over parts of them. Results do not depend on `threads`.
 void attention_forward(const AttentionKernels&, const AttentionArgs&, int threads);

@@ -636,10 +636,11 @@ size_t forward_scratch(const AttentionArgs& a) {
         case DType::float16: return forward_scratch_with<Half, FloatEngine<Half>>(a);
         default: break;
     }
-#if defined(DF_AMX)
-    if (has_matrix_unit()) return unit_scratch(a);
-#endif
+#if defined(__AMX_BF16__)
+    return unit_scratch(a);
+#else
     return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
+#endif
 }
 
 void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
@@ -648,10 +649,11 @@ void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
         case DType::float16: return forward_with<Half, FloatEngine<Half>>(a, t, scratch);
         default: break;
     }
-#if defined(DF_AMX)
-    if (has_matrix_unit()) return forward_with_units(a, t, scratch);
-#endif
+#if defined(__AMX_BF16__)
+    forward_with_units(a, t, scratch);
+#else
     forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
+#endif
 }
 
 size_t backward_scratch(const AttentionArgs& a) {

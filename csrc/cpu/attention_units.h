@@ -16,7 +16,7 @@
 #include "matrix_unit.h"
 #include "pairs.h"
 
-#if defined(DF_AMX)
+#if defined(__AMX_BF16__)
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 namespace {
@@ -73,11 +73,11 @@ struct Sum {
 
 // The unit falls asleep after half a microsecond without a product, and takes a quarter of one to wake up (measured on
 // Sapphire Rapids). This product's result is not used.
-DF_AMX void keep_awake() { _tile_dpbf16ps(0, 4, 6); }
+DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 4, 6); }
 
 // out (group, 2, half, 16, 16) = query (32, Dp) @ keys of the groups. Registers are stored when the next group needs
 // them: so the products do not wait.
-DF_AMX void chunk_scores(const uint16_t* query, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out) {
+DF_NOINLINE void chunk_scores(const uint16_t* query, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out) {
     if (count == 0) return;
     float* previous = nullptr;
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
@@ -120,7 +120,7 @@ DF_AMX void chunk_scores(const uint16_t* query, int64_t Dp, const ActiveGroup* g
 
 // out (32, Dp) = or += probabilities @ values of the groups. The probabilities, bfloat16 (16, 32), stand where the scores
 // of the first panel stood.
-DF_AMX void chunk_outputs(const float* probabilities, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out,
+DF_NOINLINE void chunk_outputs(const float* probabilities, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out,
                           bool add) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     for (int64_t d = 0; d < Dp; d += kDepth) {

@@ -41,6 +41,7 @@ namespace portable { extern const CodebookKernels codebook_kernels; }
 namespace avx2 { extern const CodebookKernels codebook_kernels; }
 namespace avx512 { extern const CodebookKernels codebook_kernels; }
 namespace avx512_bf16 { extern const CodebookKernels codebook_kernels; }
+namespace avx512_amx { extern const CodebookKernels codebook_kernels; }
 
 // Work is shared between threads; results do not depend on how many there are.
 void gumbel_forward(const CodebookKernels&, const GumbelForward&, int threads);

@@ -37,6 +37,7 @@ namespace portable { extern const DecodeKernels decode_kernels; }
 namespace avx2 { extern const DecodeKernels decode_kernels; }
 namespace avx512 { extern const DecodeKernels decode_kernels; }
 namespace avx512_bf16 { extern const DecodeKernels decode_kernels; }
+namespace avx512_amx { extern const DecodeKernels decode_kernels; }
 
 // Runs over heads, and over groups of samples where there are few heads. A sample's result depends on nothing else, the
 // other samples and `threads` included.

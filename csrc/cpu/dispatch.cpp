@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace dalle_fast {
@@ -21,6 +25,17 @@ bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_sup
 bool cpu_has_avx512() {
     return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool cpu_has_amx() {  // and the system lets this process use its registers
+    unsigned a, b, c, d;
+    if (!cpu_has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+#if defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -57,6 +72,11 @@ const std::vector<InstructionSet>& compiled() {
         {"avx512_bf16", cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0,
          avx512_bf16::attention_kernels, avx512_bf16::decode_kernels, avx512_bf16::codebook_kernels,
          avx512_bf16::linear_kernels, avx512_bf16::product_kernels},
+#endif
+#if defined(DALLE_FAST_WITH_avx512_amx)
+        {"avx512_amx", cpu_has_amx(), true,
+         avx512_amx::attention_kernels, avx512_amx::decode_kernels, avx512_amx::codebook_kernels,
+         avx512_amx::linear_kernels, avx512_amx::product_kernels},
 #endif
     };
     return sets;

@@ -29,6 +29,7 @@ namespace portable { extern const LinearKernels linear_kernels; }
 namespace avx2 { extern const LinearKernels linear_kernels; }
 namespace avx512 { extern const LinearKernels linear_kernels; }
 namespace avx512_bf16 { extern const LinearKernels linear_kernels; }
+namespace avx512_amx { extern const LinearKernels linear_kernels; }
 
 // An element of the result depends on its row of x alone, not on the other rows or on `threads`.
 void linear(const LinearKernels&, const LinearArgs&, int threads);

@@ -46,6 +46,7 @@ namespace portable { extern const ProductKernels product_kernels; }
 namespace avx2 { extern const ProductKernels product_kernels; }
 namespace avx512 { extern const ProductKernels product_kernels; }
 namespace avx512_bf16 { extern const ProductKernels product_kernels; }
+namespace avx512_amx { extern const ProductKernels product_kernels; }
 
 // A piece of a result: rows and columns.
 struct Piece {

@@ -27,6 +27,7 @@ ROWS = {
     "avx2": (range(4, 17), range(0)),
     "avx512": (range(3, 17), range(1, 5)),
     "avx512_bf16": (range(3, 17), range(1, 5)),
+    "avx512_amx": (range(3, 17), range(1, 5)),
 }
 
 

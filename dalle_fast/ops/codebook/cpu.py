@@ -86,10 +86,10 @@ def _keep(name, size):
 # go tile by tile and have no logits in memory.
 # On an AMD EPYC of Zen 5, 384 x 512 x 8,192 in float32 with two cores: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
 # their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. AMD's CPUs with AVX-512 have avx512_bf16.
-# On an Intel Xeon with AMX, which avx512 means, one core: ours 23.0 ms, torch's 21.5, and a forward and backward pass at
-# Din = 2,048 took 1.64 s with ours and 1.43 with torch's; but codebook_argmax 296 ms, with torch's 349. In bfloat16, and of
-# a bfloat16 and a float32 matrix, ours uses AMX (4 ms) and needs no float32 copies.
-PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "both", "avx512_bf16": "ours"}
+# On an Intel Xeon with AMX, one core, the same product: with AVX-512 ours 23.0 ms, torch's 21.5; with AMX 11.8, torch's 19.2,
+# at an error (csrc/cpu/product_units.h) of 0.7 of torch's. In bfloat16, and of a bfloat16 and a float32 matrix, it takes 4 and
+# 7 ms and needs no float32 copies.
+PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "both", "avx512_bf16": "ours", "avx512_amx": "ours"}
 
 
 def _who():
