@@ -624,6 +624,23 @@ size_t backward_scratch_of(const AttentionArgs& a) {
     return arena.used;
 }
 
+#if defined(__AMX_BF16__)
+size_t forward_scratch(const AttentionArgs& a) {
+    switch (a.dtype) {
+        case DType::float32: return unit_scratch<float>(a);
+        case DType::float16: return unit_scratch<Half>(a);
+        default: return unit_scratch<BFloat16>(a);
+    }
+}
+
+void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    switch (a.dtype) {
+        case DType::float32: return forward_with_units<float>(a, t, scratch);
+        case DType::float16: return forward_with_units<Half>(a, t, scratch);
+        default: return forward_with_units<BFloat16>(a, t, scratch);
+    }
+}
+#else
 #if defined(DF_BF16_DOT)
 typedef BFloat16Engine EngineOfBFloat16;
 #else
@@ -634,27 +651,18 @@ size_t forward_scratch(const AttentionArgs& a) {
     switch (a.dtype) {
         case DType::float32: return forward_scratch_with<float, FloatEngine<float>>(a);
         case DType::float16: return forward_scratch_with<Half, FloatEngine<Half>>(a);
-        default: break;
+        default: return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
     }
-#if defined(__AMX_BF16__)
-    return unit_scratch(a);
-#else
-    return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
-#endif
 }
 
 void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
     switch (a.dtype) {
         case DType::float32: return forward_with<float, FloatEngine<float>>(a, t, scratch);
         case DType::float16: return forward_with<Half, FloatEngine<Half>>(a, t, scratch);
-        default: break;
+        default: return forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
     }
-#if defined(__AMX_BF16__)
-    forward_with_units(a, t, scratch);
-#else
-    forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
-#endif
 }
+#endif
 
 size_t backward_scratch(const AttentionArgs& a) {
     switch (a.dtype) {

@@ -1,9 +1,12 @@
-// Forward attention of bfloat16 tensors with Intel's matrix unit: see matrix_unit.h.
+// Forward attention with Intel's matrix unit: see matrix_unit.h, and parts.h for what is not bfloat16.
 //
 // A unit is 32 queries, two registers' rows, and a group is 32 keys: two panels, and the depth of a product of
 // probabilities and values. So every register that is loaded is used twice. A unit goes through its groups by chunks
 // whose scores stay near; what earlier chunks have added up is rescaled where a later one has a larger score. All of it is
 // in float32, but the products' factors.
+//
+// A word of these is a pair: of keys x and x + 16 of a group's, and of elements x and x + 16 of 32 of a head, or, as they lie
+// in memory, 2 x and 2 x + 1 where they are bfloat16.
 //
 // Products and exponentials take turns chunk by chunk: interleaved more finely, both are slower (measured on Sapphire
 // Rapids).
@@ -11,10 +14,13 @@
 // D head size, Dp = D rounded up to whole depths of 32.
 #pragma once
 
+#include <type_traits>
+
 #include "../gumbel.h"
 #include "attention_tiles.h"
 #include "matrix_unit.h"
 #include "pairs.h"
+#include "parts.h"
 
 #if defined(__AMX_BF16__)
 namespace dalle_fast {
@@ -22,7 +28,6 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr int kDepth = 2 * kUnit;      // elements of a sum that one product takes
-constexpr int kTile = kUnit * kUnit;   // words of a register
 constexpr int kUnitQueries = kUnitBlocks * kBlock, kGroupKeys = kGroupPanels * kPanel;
 constexpr int kGroupsAtOnce = 12;      // a chunk
 constexpr int kGroupsAwake = 4;        // whose exponentials take less time than the unit needs to fall asleep
@@ -38,11 +43,27 @@ DF_INLINE int64_t group_slot(const AttentionLayout& layout, int32_t group) {
     return image < 0 ? group : layout.num_text_groups + image % layout.group_window;
 }
 
+// Registers in which 16 queries have a group's scores, and then the parts of its probabilities.
+constexpr int tiles_of_scores(int parts) { return parts > kGroupPanels ? parts : kGroupPanels; }
+
 // A group that a unit attends to.
 struct ActiveGroup {
     const Word *keys, *values;  // packed
     const GroupBits* bits;      // null where every pair attends
 };
+
+// A token's elements d to d + 15, with zeros behind the last one.
+DF_INLINE __mmask16 first_lanes(int64_t count) { return count >= VW ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+DF_INLINE Vec load_some(const float* p, int64_t d, int64_t D) {
+    return (Vec)_mm512_maskz_loadu_ps(first_lanes(D - d), p + d);
+}
+DF_INLINE Vec load_some(const Half* p, int64_t d, int64_t D) {
+    return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(D - d), p + d));
+}
+DF_INLINE Vec load_some(const BFloat16* p, int64_t d, int64_t D) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(D - d), p + d));
+    return (Vec)_mm512_slli_epi32(wide, 16);
+}
 
 // Lane r of the result is v[r]'s lanes put together.
 template <int w, class Join>
@@ -75,53 +96,62 @@ struct Sum {
 // Sapphire Rapids). This product's result is not used.
 DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 4, 6); }
 
-// out (group, 2, half, 16, 16) = query (32, Dp) @ keys of the groups. Registers are stored when the next group needs
-// them: so the products do not wait.
-DF_NOINLINE void chunk_scores(const uint16_t* query, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out) {
+// out (group, 2, tiles_of_scores, 16, 16) = query (Dp / 32, part, 2, 16, 16) @ keys of the groups. Registers are stored when
+// the next group needs them: so the products do not wait.
+template <int parts>
+DF_NOINLINE void chunk_scores(const Word* query, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out) {
     if (count == 0) return;
+    constexpr int kQueries = tiles_of_scores(parts) * kTile;  // words from 16 queries' scores to the others'
     float* previous = nullptr;
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     for (int32_t x = 0; x < count; ++x) {
+        const Word* q = query;
         const Word* first = groups[x].keys;
-        const Word* second = first + kPanel * Dp / 2;
-        _tile_loadd(4, query, Dp * 2);
-        _tile_loadd(6, first, kUnit * 4);
-        if (previous) _tile_stored(0, previous, kUnit * 4);
-        _tile_zero(0);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, second, kUnit * 4);
-        if (previous) _tile_stored(1, previous + kTile, kUnit * 4);
-        _tile_zero(1);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, query + kUnit * Dp, Dp * 2);
-        if (previous) _tile_stored(2, previous + 2 * kTile, kUnit * 4);
-        _tile_zero(2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (previous) _tile_stored(3, previous + 3 * kTile, kUnit * 4);
-        _tile_zero(3);
-        _tile_dpbf16ps(3, 5, 7);
-        for (int64_t d = kDepth; d < Dp; d += kDepth) {
-            _tile_loadd(4, query + d, Dp * 2);
-            _tile_loadd(6, first + d / kDepth * kTile, kUnit * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, second + d / kDepth * kTile, kUnit * 4);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, query + kUnit * Dp + d, Dp * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+        const Word* second = first + parts * kPanel * Dp / 2;
+        bool begins = true;
+        for (int64_t d = 0; d < Dp; d += kDepth) {
+            int loaded_q = -1, loaded_k = -1;
+#pragma GCC unroll 8
+            for (const auto& product : kProductsOfParts) {
+                if (product[0] >= parts || product[1] >= parts) continue;
+                const bool load_q = product[0] != loaded_q, load_k = product[1] != loaded_k;
+                loaded_q = product[0];
+                loaded_k = product[1];
+                if (load_q) _tile_loadd(4, q + 2 * loaded_q * kTile, kUnit * 4);
+                if (load_k) _tile_loadd(6, first + loaded_k * kTile, kUnit * 4);
+                if (begins && previous) _tile_stored(0, previous, kUnit * 4);
+                if (begins) _tile_zero(0);
+                _tile_dpbf16ps(0, 4, 6);
+                if (load_k) _tile_loadd(7, second + loaded_k * kTile, kUnit * 4);
+                if (begins && previous) _tile_stored(1, previous + kTile, kUnit * 4);
+                if (begins) _tile_zero(1);
+                _tile_dpbf16ps(1, 4, 7);
+                if (load_q) _tile_loadd(5, q + (2 * loaded_q + 1) * kTile, kUnit * 4);
+                if (begins && previous) _tile_stored(2, previous + kQueries, kUnit * 4);
+                if (begins) _tile_zero(2);
+                _tile_dpbf16ps(2, 5, 6);
+                if (begins && previous) _tile_stored(3, previous + kQueries + kTile, kUnit * 4);
+                if (begins) _tile_zero(3);
+                _tile_dpbf16ps(3, 5, 7);
+                begins = false;
+            }
+            q += 2 * parts * kTile;
+            first += parts * kTile;
+            second += parts * kTile;
         }
-        previous = out + int64_t(x) * 4 * kTile;
+        previous = out + int64_t(x) * 2 * kQueries;
     }
     _tile_stored(0, previous, kUnit * 4);
     _tile_stored(1, previous + kTile, kUnit * 4);
-    _tile_stored(2, previous + 2 * kTile, kUnit * 4);
-    _tile_stored(3, previous + 3 * kTile, kUnit * 4);
+    _tile_stored(2, previous + kQueries, kUnit * 4);
+    _tile_stored(3, previous + kQueries + kTile, kUnit * 4);
 }
 
-// out (32, Dp) = or += probabilities @ values of the groups. The probabilities, bfloat16 (16, 32), stand where the scores
-// of the first panel stood.
-DF_NOINLINE void chunk_outputs(const float* probabilities, int64_t Dp, const ActiveGroup* groups, int32_t count, float* out,
-                          bool add) {
+// out (32, Dp) = or += probabilities @ values of the groups. The probabilities' parts (16, 32) stand where the scores stood.
+template <int parts>
+DF_NOINLINE void chunk_outputs(const float* probabilities, int64_t Dp, const ActiveGroup* groups, int32_t count,
+                               float* out, bool add) {
+    constexpr int kQueries = tiles_of_scores(parts) * kTile;
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     for (int64_t d = 0; d < Dp; d += kDepth) {
         float* above = out + d;
@@ -138,16 +168,24 @@ DF_NOINLINE void chunk_outputs(const float* probabilities, int64_t Dp, const Act
             _tile_zero(3);
         }
         for (int32_t x = 0; x < count; ++x) {
-            const float* p = probabilities + int64_t(x) * 4 * kTile;
-            const Word* values = groups[x].values + d / kUnit * kTile;
-            _tile_loadd(4, p, kUnit * 4);
-            _tile_loadd(6, values, kUnit * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, values + kTile, kUnit * 4);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, p + 2 * kTile, kUnit * 4);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            const float* p = probabilities + int64_t(x) * 2 * kQueries;
+            const Word* values = groups[x].values + d / kUnit * parts * kTile;
+            int loaded_p = -1, loaded_v = -1;
+#pragma GCC unroll 8
+            for (const auto& product : kProductsOfParts) {
+                if (product[0] >= parts || product[1] >= parts) continue;
+                const bool load_p = product[0] != loaded_p, load_v = product[1] != loaded_v;
+                loaded_p = product[0];
+                loaded_v = product[1];
+                if (load_p) _tile_loadd(4, p + loaded_p * kTile, kUnit * 4);
+                if (load_v) _tile_loadd(6, values + loaded_v * kTile, kUnit * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                if (load_v) _tile_loadd(7, values + (parts + loaded_v) * kTile, kUnit * 4);
+                _tile_dpbf16ps(1, 4, 7);
+                if (load_p) _tile_loadd(5, p + kQueries + loaded_p * kTile, kUnit * 4);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         }
         _tile_stored(0, above, Dp * 4);
         _tile_stored(1, above + kUnit, Dp * 4);
@@ -157,12 +195,13 @@ DF_NOINLINE void chunk_outputs(const float* probabilities, int64_t Dp, const Act
 }
 
 // The largest scores of 16 queries, the unit's first or second ones. Those of pairs that do not attend become -inf.
+template <int parts>
 DF_INLINE Vec chunk_maxima(const ActiveGroup* groups, int32_t count, int which, float* scores) {
     Vec highest[kUnit];
 #pragma GCC unroll 16
     for (int r = 0; r < kUnit; ++r) highest[r] = splat(minus_infinity());
     for (int32_t x = 0; x < count; ++x) {
-        float* s = scores + int64_t(x) * 4 * kTile;
+        float* s = scores + int64_t(x) * 2 * tiles_of_scores(parts) * kTile;
         if (!groups[x].bits) {
 #pragma GCC unroll 16
             for (int r = 0; r < kUnit; ++r)
@@ -183,30 +222,23 @@ DF_INLINE Vec chunk_maxima(const ActiveGroup* groups, int32_t count, int which, 
     return join_lanes<Maximum>(highest);
 }
 
-// Two vectors as bfloat16, halves rounded away from 0. NaN stays NaN: bfloat16 ones and those that arithmetic makes have
-// no lower bits that could overflow.
-DF_INLINE void store_as_bfloat16(uint16_t* p, Vec a, Vec b) {
-    Shorts upper;
-    for (int x = 0; x < 32; ++x) upper[x] = int16_t(2 * x + 1);
-    const WordVec half = WordVec{} + 0x8000u;
-    const Shorts halves = __builtin_shuffle((Shorts)((WordVec)a + half), (Shorts)((WordVec)b + half), upper);
-    std::memcpy(p, &halves, sizeof(halves));
-}
-
-// scores of 16 queries -> exp2(scores * scale - shift) in bfloat16, where their first panels' scores were; their sums.
-// `ahead` is called for each group.
-template <class Ahead>
+// scores of 16 queries -> parts of exp2(scores * scale - shift), where the scores were; their sums. `ahead` is called for
+// each group.
+template <int parts, class Ahead>
 DF_INLINE Vec chunk_probabilities(int32_t count, float scale, const float* shift, float* scores, const Ahead& ahead) {
     Vec total[kUnit] = {};
     for (int32_t x = 0; x < count; ++x) {
-        float* s = scores + int64_t(x) * 4 * kTile;
+        float* s = scores + int64_t(x) * 2 * tiles_of_scores(parts) * kTile;
         ahead(x);
 #pragma GCC unroll 16
         for (int r = 0; r < kUnit; ++r) {
             const Vec first = exp2(load(s + r * kUnit) * scale - shift[r]);
             const Vec second = exp2(load(s + kTile + r * kUnit) * scale - shift[r]);
             total[r] += first + second;
-            store_as_bfloat16(reinterpret_cast<uint16_t*>(s + r * kUnit), first, second);
+            Parts<parts> of_first, of_second;
+            split_parts(first, of_first);
+            split_parts(second, of_second);
+            store_pairs(of_first, of_second, kTile, reinterpret_cast<Word*>(s) + r * kUnit);
         }
     }
     return join_lanes<Sum>(total);
@@ -227,6 +259,7 @@ struct VecLanes {
 };
 
 // The softmax of 16 queries, chunk by chunk.
+template <int parts>
 struct RunningSoftmax {
     Vec highest = splat(minus_infinity()), shift = {}, total = {};
     __mmask16 seeing = 0;  // which queries attend to any key
@@ -236,12 +269,12 @@ struct RunningSoftmax {
     __attribute__((noinline)) void add_chunk(const ActiveGroup* groups, int32_t count, int which, float scale,
                                              float* scores, float* factors, const Ahead& ahead) {
         const Vec before = highest * scale;
-        highest = max(chunk_maxima(groups, count, which, scores), highest);
+        highest = max(chunk_maxima<parts>(groups, count, which, scores), highest);
         shift = highest == minus_infinity() ? Vec{} : highest * scale;  // no key so far: keeps infinity from infinity
         const Vec factor = exp2(before - shift);
         float each[kUnit];
         store(each, shift);
-        total = total * factor + chunk_probabilities(count, scale, each, scores, ahead);
+        total = total * factor + chunk_probabilities<parts>(count, scale, each, scores, ahead);
         store(factors, factor);
         for (int32_t x = 0; x < count; ++x) seeing |= groups[x].bits ? rows_with_bits((*groups[x].bits)[which]) : 0xffff;
     }
@@ -259,6 +292,16 @@ private:
     }
 };
 
+// Two vectors as bfloat16, halves rounded away from 0. NaN stays NaN: bfloat16 ones and those that arithmetic makes have
+// no lower bits that could overflow.
+DF_INLINE void store_as_bfloat16(uint16_t* p, Vec a, Vec b) {
+    Shorts upper;
+    for (int x = 0; x < 32; ++x) upper[x] = int16_t(2 * x + 1);
+    const WordVec half = WordVec{} + 0x8000u;
+    const Shorts halves = __builtin_shuffle((Shorts)((WordVec)a + half), (Shorts)((WordVec)b + half), upper);
+    std::memcpy(p, &halves, sizeof(halves));
+}
+
 // As store_row, 32 elements at once.
 DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int64_t stride, int64_t D) {
     int64_t d = 0;
@@ -268,33 +311,100 @@ DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int6
     store_row(x + d, scale, p + d * stride, stride, D - d);
 }
 
+template <class T>
 struct UnitForward {
+    static constexpr int kParts = sizeof(T) == 4 ? 3 : std::is_same<T, Half>::value ? 2 : 1;
+
     const AttentionArgs& a;
     const AttentionTask& t;
     const AttentionLayout& layout;
     const int64_t Dp, num_slots, text_length;
-    TokenRows<kPanel> panel_rows;
-    TokenRows<kUnitQueries> query_rows;
-    Word *keys, *values;  // (slot, half, Dp / 2, 16) pairs of elements, (slot, Dp / 16, 16, 16) pairs of keys
+    TokenRows<kGroupKeys, T> key_rows;
+    TokenRows<kUnitQueries, T> query_rows;
+    Word *keys, *values;  // (slot, half, Dp / 32, part, 16, 16), (slot, Dp / 16, part, 16, 16)
     int32_t* packed;      // (slot) which group is packed there, or -1
     ActiveGroup* groups;
     GroupBits* visible;   // of the group where a text ends
-    float *scores, *out;  // (group of a chunk, 2, half, 16, 16); (32, Dp)
-    uint16_t* query;      // (32, Dp)
+    float *scores, *out;  // (group of a chunk, 2, tiles_of_scores, 16, 16); (32, Dp)
+    Word* query;          // (Dp / 32, part, 2, 16, 16)
 
     UnitForward(const AttentionArgs& args, const AttentionTask& task, Arena& arena)
         : a(args), t(task), layout(args.layout), Dp((args.D + kDepth - 1) / kDepth * kDepth),
           num_slots(num_group_slots(layout)),
           text_length(a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel),
-          panel_rows(a.D, arena), query_rows(a.D, arena) {
-        keys = arena.take<Word>(num_slots * kUnit * Dp);
-        values = arena.take<Word>(num_slots * kUnit * Dp);
+          key_rows(a.D, arena), query_rows(a.D, arena) {
+        keys = arena.take<Word>(num_slots * slot_words());
+        values = arena.take<Word>(num_slots * slot_words());
         packed = arena.take<int32_t>(num_slots);
         groups = arena.take<ActiveGroup>(layout.num_groups);
         visible = arena.take<GroupBits>(1);
-        scores = arena.take<float>(kGroupsAtOnce * 4 * kTile);
+        scores = arena.take<float>(kGroupsAtOnce * 2 * tiles_of_scores(kParts) * kTile);
         out = arena.take<float>(kUnitQueries * Dp);
-        query = arena.take<uint16_t>(kUnitQueries * Dp);
+        query = arena.take<Word>(kUnit * Dp * kParts);
+    }
+    int64_t slot_words() const { return kUnit * Dp * kParts; }
+
+    void load_queries(const int32_t* tokens, int count) {
+        query_rows.find(a.query, t, tokens, count, layout.seq_len);
+        for (int64_t d = 0; d < Dp; d += kDepth)
+            for (int which = 0; which < 2; ++which) {
+                Word* to = query + (d / kDepth * kParts * 2 + which) * kTile;
+                store_elements<false>(query_rows.row + which * kUnit, d, 2 * kTile, to);
+            }
+    }
+
+    // The register of 32 elements of 16 rows, for each part: a row in a row of it or, transposed, in a column.
+    template <bool transposed>
+    void store_elements(const T* const* rows, int64_t d, int64_t distance, Word* to) {
+        Words low[16], high[16];
+        if constexpr (kParts == 1) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kUnit; ++r)
+                low[r] = (Words)load_shorts(reinterpret_cast<const uint16_t*>(rows[r]), d, a.D);
+            if (transposed) transpose(low);
+#pragma GCC unroll 16
+            for (int r = 0; r < kUnit; ++r) store_words(to + r * kUnit, low[r]);
+        } else {
+            load_elements(rows, d, low);
+            load_elements(rows, d + kUnit, high);
+            if (transposed) {
+                transpose(low);
+                transpose(high);
+            }
+            store_register<kParts>(low, high, distance, to);
+        }
+    }
+    void load_elements(const T* const* rows, int64_t d, Words (&out)[16]) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kUnit; ++r) out[r] = (Words)load_some(rows[r], d, a.D);
+    }
+
+    // The registers of 32 rows, for each part: 16 elements in one.
+    void store_keys(const T* const* rows, Word* to) {
+        if constexpr (kParts == 1) {
+            Shorts lower, upper;
+            for (int x = 0; x < 32; ++x) {
+                lower[x] = int16_t(x / 2 + x % 2 * 32);
+                upper[x] = int16_t(lower[x] + 16);
+            }
+            for (int r = 0; r < kUnit; ++r)
+                for (int64_t d = 0; d < Dp; d += kDepth) {
+                    const auto elements = [&](int row) DF_INLINE_LAMBDA {
+                        return load_shorts(reinterpret_cast<const uint16_t*>(rows[row]), d, a.D);
+                    };
+                    const Shorts first = elements(r), second = elements(r + kUnit);
+                    Word* pairs = to + d / kUnit * kTile + r * kUnit;
+                    store_words(pairs, (Words)__builtin_shuffle(first, second, lower));
+                    store_words(pairs + kTile, (Words)__builtin_shuffle(first, second, upper));
+                }
+        } else {
+            for (int64_t d = 0; d < Dp; d += kUnit) {
+                Words low[16], high[16];
+                load_elements(rows, d, low);
+                load_elements(rows + kUnit, d, high);
+                store_register<kParts>(low, high, kTile, to + d / kUnit * kParts * kTile);
+            }
+        }
     }
 
     void pack(int32_t group, int64_t slot) {
@@ -304,17 +414,17 @@ struct UnitForward {
         const int32_t end = text ? layout.num_text_panels : layout.num_panels;
         // Weights of hidden keys are 0, which only a number keeps at 0.
         const int64_t end_of_tokens = text ? text_length : layout.seq_len;
-        for (int half = 0; half < 2; ++half) {
-            keep_awake();
-            const int32_t* tokens = layout.key_token + int64_t(panel + half) * kPanel;
-            const int keys_here = panel + half < end ? kPanel : 0;
-            Word* out = keys + (slot * 2 + half) * kPanel * Dp / 2;
-            panel_rows.find(a.key, t, tokens, keys_here, end_of_tokens);
-            pair_elements(panel_rows, Dp, out);
-            out = values + slot * kUnit * Dp + half * kTile / 2;
-            panel_rows.find(a.value, t, tokens, keys_here, end_of_tokens);
-            pair_keys(panel_rows, Dp, out, kUnit, kTile);
-        }
+        const int32_t* tokens = layout.key_token + int64_t(panel) * kPanel;
+        const int count = (panel + 1 < end ? kGroupPanels : 1) * kPanel;
+        keep_awake();
+        key_rows.find(a.key, t, tokens, count, end_of_tokens);
+        for (int half = 0; half < 2; ++half)
+            for (int64_t d = 0; d < Dp; d += kDepth)
+                store_elements<true>(key_rows.row + half * kUnit, d, kTile,
+                                     keys + slot * slot_words() + (half * Dp / kDepth + d / kDepth) * kParts * kTile);
+        keep_awake();
+        key_rows.find(a.value, t, tokens, count, end_of_tokens);
+        store_keys(key_rows.row, values + slot * slot_words());
         packed[slot] = group;
     }
 
@@ -328,7 +438,7 @@ struct UnitForward {
             const int64_t left = text ? text_length - visit.group * kGroupKeys : kGroupKeys;  // visible ones
             if (left <= 0) continue;
             ActiveGroup& group = groups[count++];
-            group = {keys + slot * kUnit * Dp, values + slot * kUnit * Dp,
+            group = {keys + slot * slot_words(), values + slot * slot_words(),
                      visit.bits < 0 ? nullptr : layout.group_bits + visit.bits};
             if (left < kGroupKeys) {
                 for (int x = 0; x < 2; ++x)
@@ -349,10 +459,10 @@ struct UnitForward {
         const int32_t end = layout.num_blocks * kBlock;
         for (int32_t r = begin + group * kUnit / count; r < begin + (group + 1) * kUnit / count && r < end; ++r)
             if (const int32_t token = layout.query_token[r]; token >= 0) {
-                prefetch_row_for_write(row_of<BFloat16>(a.out, t.batch, t.head, token), a.out.stride_d, a.D);
+                prefetch_row_for_write(row_of<T>(a.out, t.batch, t.head, token), a.out.stride_d, a.D);
                 const Strided* const inputs[] = {&a.query, &a.key, &a.value};
                 for (const Strided* x : inputs)
-                    prefetch_row(row_of<const BFloat16>(*x, t.batch, t.head, token), x->stride_d, a.D);
+                    prefetch_row(row_of<const T>(*x, t.batch, t.head, token), x->stride_d, a.D);
             }
     }
 
@@ -360,19 +470,19 @@ struct UnitForward {
         const int32_t block = layout.unit_block[unit], num_queries = (layout.unit_block[unit + 1] - block) * kBlock;
         const int32_t* tokens = layout.query_token + int64_t(block) * kBlock;
         const float scale = a.scale > 0 ? a.scale * LOG2E : 1;
-        query_rows.find(a.query, t, tokens, num_queries, layout.seq_len);
-        query_rows.copy(Dp, query);
+        load_queries(tokens, num_queries);
         keep_awake();
         const int32_t count = activate_groups(unit);
-        RunningSoftmax softmax[2];
+        constexpr int kQueryScores = tiles_of_scores(kParts) * kTile;
+        RunningSoftmax<kParts> softmax[2];
         for (int32_t x = 0; x == 0 || x < count; x += kGroupsAtOnce) {
             const int32_t some = count - x < kGroupsAtOnce ? count - x : kGroupsAtOnce;
-            chunk_scores(query, Dp, groups + x, some, scores);
-            for (int64_t i = 0; !(a.scale > 0) && i < int64_t(some) * 4 * kTile; i += VW)  // rare, as in the other kernels
+            chunk_scores<kParts>(query, Dp, groups + x, some, scores);
+            for (int64_t i = 0; !(a.scale > 0) && i < int64_t(some) * 2 * kQueryScores; i += VW)  // rare, as in the other kernels
                 store(scores + i, load(scores + i) * (a.scale * LOG2E));
             float factors[kUnitQueries];
             for (int which = 0; which < 2; ++which) {
-                softmax[which].add_chunk(groups + x, some, which, scale, scores + which * 2 * kTile, factors + which * kUnit,
+                softmax[which].add_chunk(groups + x, some, which, scale, scores + which * kQueryScores, factors + which * kUnit,
                                          [&](int32_t y) {
                                              prefetch_share(unit, which, x + y, count);
                                              if (y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
@@ -381,7 +491,7 @@ struct UnitForward {
             }
             for (int r = 0; x > 0 && r < kUnitQueries; ++r)
                 for (int64_t d = 0; d < Dp; d += VW) store(out + r * Dp + d, load(out + r * Dp + d) * factors[r]);
-            chunk_outputs(scores, Dp, groups + x, some, out, x > 0);
+            chunk_outputs<kParts>(scores, Dp, groups + x, some, out, x > 0);
         }
         float inverse[kUnitQueries], lse[kUnitQueries];
         for (int which = 0; which < 2; ++which) {
@@ -390,8 +500,9 @@ struct UnitForward {
         }
         for (int r = 0; r < num_queries; ++r) {
             if (tokens[r] < 0) continue;
-            BFloat16* row = row_of<BFloat16>(a.out, t.batch, t.head, tokens[r]);
-            store_row_of_pairs(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
+            T* row = row_of<T>(a.out, t.batch, t.head, tokens[r]);
+            if constexpr (kParts == 1) store_row_of_pairs(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
+            else store_row(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
             *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
         }
     }
@@ -404,19 +515,21 @@ struct UnitForward {
     }
 };
 
+template <class T>
 void forward_with_units(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
     Arena arena{scratch, 0};
-    UnitForward forward(a, t, arena);
+    UnitForward<T> forward(a, t, arena);
     begin_tiles();
     forward.run();
     end_tiles();
 }
 
+template <class T>
 size_t unit_scratch(const AttentionArgs& args) {
     AttentionArgs a = args;
     a.text_lengths = nullptr;
     Arena arena{nullptr, 0};
-    UnitForward forward(a, AttentionTask{}, arena);
+    UnitForward<T> forward(a, AttentionTask{}, arena);
     return arena.used;
 }
 

@@ -22,25 +22,25 @@ DF_INLINE Shorts load_shorts(const uint16_t* p, int64_t d, int64_t D) {
 }
 
 // Some tokens' rows of a tensor: where they lie, or copied if their elements do not lie side by side.
-template <int N>
+template <int N, class T = uint16_t>
 struct TokenRows {
     int64_t D;
-    uint16_t *zeros, *copies;
-    const uint16_t* row[N];
+    T *zeros, *copies;
+    const T* row[N];
 
     TokenRows(int64_t head_size, Arena& arena) : D(head_size) {
-        zeros = arena.take<uint16_t>(D);
-        copies = arena.take<uint16_t>(N * D);
+        zeros = arena.take<T>(D);
+        copies = arena.take<T>(N * D);
     }
     // Of those below `count` and `end`; what else there is, and slots without a token, are zeros.
     void find(const Strided& x, const AttentionTask& t, const int32_t* tokens, int count, int64_t end) {
-        for (int64_t d = 0; d < D; ++d) zeros[d] = 0;
+        for (int64_t d = 0; d < D; ++d) zeros[d] = T{};
         for (int r = 0; r < N; ++r) {
             row[r] = zeros;
             if (r >= count || tokens[r] < 0 || tokens[r] >= end) continue;
-            row[r] = row_of<const uint16_t>(x, t.batch, t.head, tokens[r]);
+            row[r] = row_of<const T>(x, t.batch, t.head, tokens[r]);
             if (x.stride_d == 1) continue;
-            uint16_t* copy = copies + r * D;
+            T* copy = copies + r * D;
             for (int64_t d = 0; d < D; ++d) copy[d] = row[r][d * x.stride_d];
             row[r] = copy;
         }

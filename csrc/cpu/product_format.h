@@ -31,8 +31,6 @@ static_assert(kColumnsAtOnce % TILE_COLUMNS == 0, "b's panels fill whole tiles")
 // The smallest multiple of `unit` that is not below x.
 constexpr int64_t multiple(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-DF_INLINE void store_words(Word* p, const Words& x) { *reinterpret_cast<UnalignedWords*>(p) = x; }
-
 typedef void (*Pack)(const Operand&, int64_t lane, int64_t d, int64_t depth, Word* out);
 typedef void (*TileProduct)(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add);
 

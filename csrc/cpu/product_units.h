@@ -1,18 +1,11 @@
-// Products of tiles with Intel's matrix unit: see matrix_unit.h.
-//
-// The unit multiplies bfloat16 numbers and adds up in float32. What is not bfloat16 goes through it as a sum of several of
-// them, its parts, of which each is at most 2^-8 of the one before. A float16 is one of two and a float32 one of three,
-// exactly; beside bfloat16, a float32 counts to 16 bits, two parts. Of the products of parts those that are above 2^-24 of
-// the whole are taken. So even a product of float32 matrices, which takes six, is faster than with float32's own
-// instructions, and not less exact: in the unit it is rounded as often, and the parts' products are exact.
-//
-// Numbers below 2^-126, parts among them, are 0 in the unit, and an infinite one times a part of 0 is NaN.
+// Products of tiles with Intel's matrix unit: see matrix_unit.h and parts.h.
 //
 // A register of b is 16 words of a panel, one of a the same words of 16 lanes, a lane in a row. A tile of the result takes
 // four of them. A word is a pair: elements of the depth, x and x + 16 of 32.
 #pragma once
 
 #include "matrix_unit.h"
+#include "parts.h"
 #include "product_format.h"
 
 #if defined(__AMX_BF16__)
@@ -21,70 +14,8 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr int kUnitRows = 2 * kUnit;   // of a tile
-constexpr int kTile = kUnit * kUnit;   // words of a register
 constexpr int kUnitDepth = 2 * kUnit;  // that a register spans
 static_assert(PANELS == 2 && kPanel == kUnit, "as many panels as registers of b");
-
-// -- parts --------------------------------------------------------------------------------------------------------------
-
-// Parts of a number, each in the upper half of a word.
-template <int count>
-struct Parts { WordVec of[count]; };
-
-// Returns what is left of x after all parts but the last. It is not finite where x is not, or is rounded up to infinity.
-template <int count>
-DF_INLINE Vec split(Vec x, Parts<count>& parts) {
-    for (int part = 0; part < count - 1; ++part) {
-        parts.of[part] = ((WordVec)x + 0x8000u) & 0xffff0000u;
-        x -= (Vec)parts.of[part];
-    }
-    parts.of[count - 1] = (WordVec)x + (count > 1 ? 0x8000u : 0u);
-    return x;
-}
-
-// The same for any x: what would be rounded up to infinity is cut off, and infinity and NaN have no other parts.
-template <int count>
-DF_INLINE void split_any(Vec x, Parts<count>& parts) {
-    const WordVec bits = (WordVec)x, magnitude = bits & 0x7fffffffu;
-    const WordVec cut = magnitude > 0x7f800000u ? WordVec{} + 0x7fc00000u : bits & 0xffff0000u;
-    const WordVec first = magnitude >= 0x7f7f8000u ? cut : (bits + 0x8000u) & 0xffff0000u;
-    Parts<count - 1> others;
-    split(magnitude >= 0x7f800000u ? Vec{} : x - (Vec)first, others);
-    parts.of[0] = first;
-    for (int part = 1; part < count; ++part) parts.of[part] = others.of[part - 1];
-}
-
-template <int count>
-DF_INLINE void store_pairs(const Parts<count>& low, const Parts<count>& high, int64_t distance, Word* out) {
-    for (int part = 0; part < count; ++part)
-        store_words(out + part * distance, (Words)(low.of[part] >> 16 | (high.of[part] & 0xffff0000u)));
-}
-
-template <int count>
-DF_NOINLINE void store_register_of_any(const Words (&low)[16], const Words (&high)[16], int64_t distance, Word* out) {
-    for (int r = 0; r < kUnit; ++r) {
-        Parts<count> of_low, of_high;
-        split_any((Vec)low[r], of_low);
-        split_any((Vec)high[r], of_high);
-        store_pairs(of_low, of_high, distance, out + r * kUnit);
-    }
-}
-
-// The registers of parts of floats (row, 16), paired, `distance` words from one another.
-template <int count>
-DF_INLINE void store_register(const Words (&low)[16], const Words (&high)[16], int64_t distance, Word* out) {
-    Vec left{};
-#pragma GCC unroll 2
-    for (int r = 0; r < kUnit; ++r) {
-        Parts<count> of_low, of_high;
-        left += split((Vec)low[r], of_low);
-        left += split((Vec)high[r], of_high);
-        store_pairs(of_low, of_high, distance, out + r * kUnit);
-    }
-    if constexpr (count > 1)
-        if (_mm512_cmp_ps_mask((__m512)(left - left), (__m512)left, _CMP_UNORD_Q))
-            store_register_of_any<count>(low, high, distance, out);
-}
 
 // -- packing ------------------------------------------------------------------------------------------------------------
 
@@ -152,9 +83,6 @@ DF_NOINLINE void pack_b_pairs(const Operand& x, int64_t lane, int64_t d, int64_t
 
 // -- products -----------------------------------------------------------------------------------------------------------
 
-// Of a's and b's parts: the small ones first, and so that most registers are used twice.
-constexpr int kOrder[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
-
 // Registers 0 to 3: sums, 4 and 5: of a, 6 and 7: of b.
 template <int parts_a, int parts_b>
 DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
@@ -167,7 +95,7 @@ DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float
     for (int64_t w = 0; w < words; w += parts_b * kUnit) {
         int loaded_a = -1, loaded_b = -1;
 #pragma GCC unroll 8
-        for (const auto& parts : kOrder) {
+        for (const auto& parts : kProductsOfParts) {
             if (parts[0] >= parts_a || parts[1] >= parts_b) continue;
             if (parts[0] != loaded_a) {
                 loaded_a = parts[0];

@@ -14,6 +14,8 @@ typedef int32_t Word __attribute__((may_alias));
 typedef int32_t Words __attribute__((vector_size(64)));
 typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_alias));
 
+DF_INLINE void store_words(Word* p, const Words& x) { *reinterpret_cast<UnalignedWords*>(p) = x; }
+
 // One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
 template <int w>
 DF_INLINE void transpose_step(Words* rows) {
