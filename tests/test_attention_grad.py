@@ -66,6 +66,12 @@ def test_long_text_and_wide_grids(server, make, dtype):
         check(server, make((1, 1, mask.seq_len, 64), dtype, server.device), mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", [row_mask(20, (20, 16)), conv_mask(40, (24, 12), 3)], ids=repr)
+def test_more_keys_than_are_kept_at_a_time(server, make, mask, dtype):
+    check(server, make((1, torch.get_num_threads(), mask.seq_len, 32), dtype, server.device), mask)  # a head a thread
+
+
 def test_every_stride(server, make):
     """Packed and odd strides of inputs, and of the gradient that comes in."""
     B, H, S, D = 2, 3, ROW.seq_len, 16

@@ -46,7 +46,8 @@ struct AttentionLayout {
     const Visit* blocks_of_panel;
     const uint16_t (*bits)[kBlock];  // bit k of bits[x][r]: row r attends to key k
     int32_t num_text_groups, num_groups, num_units;
-    int32_t group_window;        // as image_window, of groups that a unit visits
+    int32_t group_window;        // as many neighbouring image groups have all that a unit or a later one still visits, up to
+                                 // the unit's last
     const int32_t* unit_block;   // (num_units + 1) where a unit's blocks begin
     const int32_t* unit_visits;  // (num_units + 1) where a unit's visits begin
     const GroupVisit* groups_of_unit;

@@ -5,7 +5,8 @@
 // 8 queries stay in cache, so no running rescale is needed. D head size, Dp = D rounded up to whole panels of 16.
 #include "attention.h"
 #include "attention_tiles.h"
-#include "attention_units.h"
+#include "attention_units_backward.h"
+#include "attention_units_forward.h"
 #include "pairs.h"
 #include "rows.h"
 #include "simd.h"
@@ -468,22 +469,6 @@ DF_INLINE void block_rows(const Strided& x, const AttentionTask& t, const int32_
 }
 
 template <class T>
-void compute_delta(const AttentionArgs& a, const AttentionTask& t, BackwardScratch<T>& s) {
-    const int64_t Dp = padded(a.D);
-    for (int32_t slot = t.block_begin * kBlock; slot < t.block_end * kBlock; ++slot) {
-        const int32_t token = a.layout.query_token[slot];
-        s.delta[slot] = 0;
-        if (token < 0) continue;
-        load_row(row_of<const T>(a.grad_out, t.batch, t.head, token), a.grad_out.stride_d, a.D, Dp, s.grad_out);
-        load_row(row_of<const T>(a.out, t.batch, t.head, token), a.out.stride_d, a.D, Dp, s.query);
-        Vec total = Vec{};
-        for (int64_t d = 0; d < Dp; d += VW) total += load(s.grad_out + d) * load(s.query + d);
-        s.delta[slot] = horizontal_sum(total);
-        if (a.grad_lse.data) s.delta[slot] -= *row_of<const float>(a.grad_lse, t.batch, t.head, token);
-    }
-}
-
-template <class T>
 void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
     const AttentionLayout& layout = a.layout;
     const int64_t D = a.D, Dp = padded(D);
@@ -497,7 +482,7 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
         if (!in_place) return s.grad_query + (int64_t(block) * kBlock + r) * Dp;
         return reinterpret_cast<float*>(row_of<T>(a.grad_query, t.batch, t.head, tokens[r] < 0 ? tokens[0] : tokens[r]));
     };
-    compute_delta(a, t, s);
+    compute_delta<T>(a, t, s.delta, s.grad_out, s.query);
     if (t.for_query)
         for (int32_t block = t.block_begin; block < t.block_end; ++block)
             for (int r = 0; r < kBlock; ++r) {
@@ -627,9 +612,9 @@ size_t backward_scratch_of(const AttentionArgs& a) {
 #if defined(__AMX_BF16__)
 size_t forward_scratch(const AttentionArgs& a) {
     switch (a.dtype) {
-        case DType::float32: return unit_scratch<float>(a);
-        case DType::float16: return unit_scratch<Half>(a);
-        default: return unit_scratch<BFloat16>(a);
+        case DType::float32: return unit_scratch<UnitForward<float>>(a);
+        case DType::float16: return unit_scratch<UnitForward<Half>>(a);
+        default: return unit_scratch<UnitForward<BFloat16>>(a);
     }
 }
 
@@ -638,6 +623,22 @@ void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
         case DType::float32: return forward_with_units<float>(a, t, scratch);
         case DType::float16: return forward_with_units<Half>(a, t, scratch);
         default: return forward_with_units<BFloat16>(a, t, scratch);
+    }
+}
+
+size_t backward_scratch(const AttentionArgs& a) {
+    switch (a.dtype) {
+        case DType::float32: return unit_scratch<UnitBackward<float>>(a);
+        case DType::float16: return unit_scratch<UnitBackward<Half>>(a);
+        default: return unit_scratch<UnitBackward<BFloat16>>(a);
+    }
+}
+
+void backward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+    switch (a.dtype) {
+        case DType::float32: return backward_with_units<float>(a, t, scratch);
+        case DType::float16: return backward_with_units<Half>(a, t, scratch);
+        default: return backward_with_units<BFloat16>(a, t, scratch);
     }
 }
 #else
@@ -662,7 +663,6 @@ void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
         default: return forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
     }
 }
-#endif
 
 size_t backward_scratch(const AttentionArgs& a) {
     switch (a.dtype) {
@@ -679,6 +679,7 @@ void backward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
         default: return backward_of<BFloat16>(a, t, scratch);
     }
 }
+#endif
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 #include "attention_layout.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 
 namespace dalle_fast {
@@ -153,11 +154,19 @@ void AttentionLayoutStorage::join_units() {
             const bool full = std::all_of(rows, end_of_rows, [](uint16_t x) { return x == 0xffff; });
             if (!full) group_bits_.push_back(bits);
             groups_of_unit_.push_back({group, full ? -1 : int32_t(group_bits_.size()) - 1});
-            if (group >= num_text_groups) group_window_ = std::max(group_window_, groups.rbegin()->first - group + 1);
         }
     }
     unit_block_.push_back(num_blocks);
     unit_visits_.push_back(int32_t(groups_of_unit_.size()));
+
+    int32_t first_still_needed = std::numeric_limits<int32_t>::max();
+    for (size_t unit = unit_block_.size() - 1; unit-- > 0;)
+        for (int32_t last = unit_visits_[unit + 1] - 1, x = last; x >= unit_visits_[unit]; --x) {
+            const int32_t group = groups_of_unit_[x].group;
+            if (group < num_text_groups) break;
+            first_still_needed = std::min(first_still_needed, group);
+            group_window_ = std::max(group_window_, groups_of_unit_[last].group - first_still_needed + 1);
+        }
 }
 
 AttentionLayout AttentionLayoutStorage::view() const {

@@ -55,6 +55,23 @@ DF_INLINE Vec select(uint32_t row_bits, int v, Vec x, Vec otherwise) {
 #endif
 }
 
+// delta (num_blocks * 8) of the task's queries: rowsum(dO * O) - dL. `x` and `y` are memory for a row each.
+template <class T>
+void compute_delta(const AttentionArgs& a, const AttentionTask& t, float* delta, float* x, float* y) {
+    const int64_t Dp = padded(a.D);
+    for (int32_t slot = t.block_begin * kBlock; slot < t.block_end * kBlock; ++slot) {
+        const int32_t token = a.layout.query_token[slot];
+        delta[slot] = 0;
+        if (token < 0) continue;
+        load_row(row_of<const T>(a.grad_out, t.batch, t.head, token), a.grad_out.stride_d, a.D, Dp, x);
+        load_row(row_of<const T>(a.out, t.batch, t.head, token), a.out.stride_d, a.D, Dp, y);
+        Vec total = Vec{};
+        for (int64_t d = 0; d < Dp; d += VW) total += load(x + d) * load(y + d);
+        delta[slot] = horizontal_sum(total);
+        if (a.grad_lse.data) delta[slot] -= *row_of<const float>(a.grad_lse, t.batch, t.head, token);
+    }
+}
+
 }  // namespace
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

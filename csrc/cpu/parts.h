@@ -39,16 +39,17 @@ DF_INLINE Vec split_parts(Vec x, Parts<count>& parts) {
     return x;
 }
 
-// The same for any x: what would be rounded up to infinity is cut off, and infinity and NaN have no other parts.
+// The same for any x. Infinity and NaN have no other parts, and nothing is rounded up to infinity.
 template <int count>
 DF_INLINE void split_any(Vec x, Parts<count>& parts) {
     const WordVec bits = (WordVec)x, magnitude = bits & 0x7fffffffu;
     const WordVec cut = magnitude > 0x7f800000u ? WordVec{} + 0x7fc00000u : bits & 0xffff0000u;
-    const WordVec first = magnitude >= 0x7f7f8000u ? cut : (bits + 0x8000u) & 0xffff0000u;
-    Parts<count - 1> others;
-    split_parts(magnitude >= 0x7f800000u ? Vec{} : x - (Vec)first, others);
-    parts.of[0] = first;
-    for (int part = 1; part < count; ++part) parts.of[part] = others.of[part - 1];
+    parts.of[0] = magnitude >= 0x7f7f8000u ? cut : (bits + 0x8000u) & 0xffff0000u;
+    Vec rest = magnitude >= 0x7f800000u ? Vec{} : x - (Vec)parts.of[0];
+    for (int part = 1; part < count; ++part) {
+        parts.of[part] = (WordVec)rest & 0xffff0000u;
+        rest -= (Vec)parts.of[part];
+    }
 }
 
 template <int count>
