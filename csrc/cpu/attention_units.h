@@ -65,33 +65,9 @@ DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t D
         const Word* a = factors[x].a;
         const Word* first = factors[x].b;
         const Word* second = first + parts * kUnit * Dp / 2;
-        bool begins = true;
         for (int64_t d = 0; d < Dp; d += kDepth) {
-            int loaded_a = -1, loaded_b = -1;
-#pragma GCC unroll 8
-            for (const auto& product : kProductsOfParts) {
-                if (product[0] >= parts || product[1] >= parts) continue;
-                const bool load_a = product[0] != loaded_a, load_b = product[1] != loaded_b;
-                loaded_a = product[0];
-                loaded_b = product[1];
-                if (load_a) _tile_loadd(4, a + loaded_a * kTile, kUnit * 4);
-                if (load_b) _tile_loadd(6, first + loaded_b * kTile, kUnit * 4);
-                if (begins && previous) _tile_stored(0, previous, kUnit * 4);
-                if (begins) _tile_zero(0);
-                _tile_dpbf16ps(0, 4, 6);
-                if (load_b) _tile_loadd(7, second + loaded_b * kTile, kUnit * 4);
-                if (begins && previous) _tile_stored(1, previous + kTile, kUnit * 4);
-                if (begins) _tile_zero(1);
-                _tile_dpbf16ps(1, 4, 7);
-                if (load_a) _tile_loadd(5, a + (parts + loaded_a) * kTile, kUnit * 4);
-                if (begins && previous) _tile_stored(2, previous + distance, kUnit * 4);
-                if (begins) _tile_zero(2);
-                _tile_dpbf16ps(2, 5, 6);
-                if (begins && previous) _tile_stored(3, previous + distance + kTile, kUnit * 4);
-                if (begins) _tile_zero(3);
-                _tile_dpbf16ps(3, 5, 7);
-                begins = false;
-            }
+            add_products<parts, parts>(a, a + parts * kTile, first, second, d == 0, previous,
+                                       previous ? previous + distance : nullptr);
             a += 2 * parts * kTile;
             first += parts * kTile;
             second += parts * kTile;
@@ -127,22 +103,7 @@ DF_NOINLINE void sum_products(const Factors* factors, int32_t count, int64_t col
         for (int32_t x = 0; x < count; ++x) {
             const Word* a = factors[x].a;
             const Word* b = factors[x].b + c / kUnit * parts * kTile;
-            int loaded_a = -1, loaded_b = -1;
-#pragma GCC unroll 8
-            for (const auto& product : kProductsOfParts) {
-                if (product[0] >= parts || product[1] >= parts) continue;
-                const bool load_a = product[0] != loaded_a, load_b = product[1] != loaded_b;
-                loaded_a = product[0];
-                loaded_b = product[1];
-                if (load_a) _tile_loadd(4, a + loaded_a * kTile, kUnit * 4);
-                if (load_b) _tile_loadd(6, b + loaded_b * kTile, kUnit * 4);
-                _tile_dpbf16ps(0, 4, 6);
-                if (load_b) _tile_loadd(7, b + (parts + loaded_b) * kTile, kUnit * 4);
-                _tile_dpbf16ps(1, 4, 7);
-                if (load_a) _tile_loadd(5, a + distance + loaded_a * kTile, kUnit * 4);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            add_products<parts, parts>(a, a + distance, b, b + parts * kTile);
         }
         _tile_stored(0, above, columns * 4);
         _tile_stored(1, above + kUnit, columns * 4);
@@ -259,7 +220,7 @@ struct UnitHead {
                 Words low[16], high[16];
                 load_elements(0, d, low);
                 load_elements(kUnit, d, high);
-                store_register<kParts>(low, high, kTile, to + d / kUnit * kParts * kTile);
+                store_register<kParts>(low, high, to + d / kUnit * kParts * kTile);
             }
         }
     }
@@ -271,7 +232,7 @@ struct UnitHead {
             load_elements(kUnit, d, high);
             transpose(low);
             transpose(high);
-            store_register<kParts>(low, high, kTile, to + d / kUnit * kParts * kTile);
+            store_register<kParts>(low, high, to + d / kUnit * kParts * kTile);
         }
     }
 
@@ -300,7 +261,7 @@ private:
                 transpose(low);
                 transpose(high);
             }
-            store_register<kParts>(low, high, kTile, to);
+            store_register<kParts>(low, high, to);
         }
     }
 };

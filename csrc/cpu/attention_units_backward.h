@@ -73,9 +73,9 @@ DF_NOINLINE void chunk_gradients(const GroupBits* bits, float scale, const OfQue
 #pragma GCC unroll 2
         for (int x = 0; x < 2; ++x) {
             const int64_t at = x * parts * kTile + k * kUnit;
-            store_pairs(p[x][0], p[x][1], kTile, probabilities + at);
-            store_pairs(g[x][0], g[x][1], kTile, gradients + at);
-            store_pairs(g[0][x], g[1][x], kTile, gradients_of_pairs + at);
+            store_pairs(p[x][0], p[x][1], probabilities + at);
+            store_pairs(g[x][0], g[x][1], gradients + at);
+            store_pairs(g[0][x], g[1][x], gradients_of_pairs + at);
         }
     }
 }

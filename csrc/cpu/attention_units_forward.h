@@ -95,7 +95,7 @@ DF_INLINE Vec chunk_probabilities(int32_t count, float scale, const float* shift
             Parts<parts> of_first, of_second;
             split_parts(first, of_first);
             split_parts(second, of_second);
-            store_pairs(of_first, of_second, kTile, reinterpret_cast<Word*>(s) + r * kUnit);
+            store_pairs(of_first, of_second, reinterpret_cast<Word*>(s) + r * kUnit);
         }
     }
     return join_lanes<Sum>(total);

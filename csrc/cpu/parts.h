@@ -24,6 +24,40 @@ constexpr int kTile = kUnit * kUnit;  // words of a register
 // Which parts of two numbers are multiplied: the small ones first, and so that most registers are used twice.
 constexpr int kProductsOfParts[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
 
+// Adds the product of a (32, 32) and b (32, 32) to the registers 0 to 3: its upper left, upper right, lower left and lower
+// right quarter. Each part of a half of a, 16 rows, and of b, 16 columns, is a register's words, and the next part's are
+// behind them. With `begins` the registers begin at 0, and what they had is stored at `upper` and `lower`, two registers each,
+// if these are not null: between the products, which then do not wait.
+template <int parts_a, int parts_b>
+DF_INLINE void add_products(const Word* upper_a, const Word* lower_a, const Word* left_b, const Word* right_b,
+                            bool begins = false, float* upper = nullptr, float* lower = nullptr) {
+    int loaded_a = -1, loaded_b = -1;
+#pragma GCC unroll 8
+    for (const auto& product : kProductsOfParts) {
+        if (product[0] >= parts_a || product[1] >= parts_b) continue;
+        const bool load_a = product[0] != loaded_a, load_b = product[1] != loaded_b;
+        loaded_a = product[0];
+        loaded_b = product[1];
+        if (load_a) _tile_loadd(4, upper_a + loaded_a * kTile, kUnit * 4);
+        if (load_b) _tile_loadd(6, left_b + loaded_b * kTile, kUnit * 4);
+        if (begins && upper) _tile_stored(0, upper, kUnit * 4);
+        if (begins) _tile_zero(0);
+        _tile_dpbf16ps(0, 4, 6);
+        if (load_b) _tile_loadd(7, right_b + loaded_b * kTile, kUnit * 4);
+        if (begins && upper) _tile_stored(1, upper + kTile, kUnit * 4);
+        if (begins) _tile_zero(1);
+        _tile_dpbf16ps(1, 4, 7);
+        if (load_a) _tile_loadd(5, lower_a + loaded_a * kTile, kUnit * 4);
+        if (begins && upper) _tile_stored(2, lower, kUnit * 4);
+        if (begins) _tile_zero(2);
+        _tile_dpbf16ps(2, 5, 6);
+        if (begins && upper) _tile_stored(3, lower + kTile, kUnit * 4);
+        if (begins) _tile_zero(3);
+        _tile_dpbf16ps(3, 5, 7);
+        begins = false;
+    }
+}
+
 // Parts of a number, each in the upper half of a word.
 template <int count>
 struct Parts { WordVec of[count]; };
@@ -53,35 +87,35 @@ DF_INLINE void split_any(Vec x, Parts<count>& parts) {
 }
 
 template <int count>
-DF_INLINE void store_pairs(const Parts<count>& low, const Parts<count>& high, int64_t distance, Word* out) {
+DF_INLINE void store_pairs(const Parts<count>& low, const Parts<count>& high, Word* out) {
     for (int part = 0; part < count; ++part)
-        store_words(out + part * distance, (Words)(low.of[part] >> 16 | (high.of[part] & 0xffff0000u)));
+        store_words(out + part * kTile, (Words)(low.of[part] >> 16 | (high.of[part] & 0xffff0000u)));
 }
 
 template <int count>
-DF_NOINLINE void store_register_of_any(const Words (&low)[16], const Words (&high)[16], int64_t distance, Word* out) {
+DF_NOINLINE void store_register_of_any(const Words (&low)[16], const Words (&high)[16], Word* out) {
     for (int r = 0; r < kUnit; ++r) {
         Parts<count> of_low, of_high;
         split_any((Vec)low[r], of_low);
         split_any((Vec)high[r], of_high);
-        store_pairs(of_low, of_high, distance, out + r * kUnit);
+        store_pairs(of_low, of_high, out + r * kUnit);
     }
 }
 
-// The registers of parts of floats (row, 16), paired, `distance` words from one another.
+// The registers of parts of floats (row, 16), paired, one behind the other.
 template <int count>
-DF_INLINE void store_register(const Words (&low)[16], const Words (&high)[16], int64_t distance, Word* out) {
+DF_INLINE void store_register(const Words (&low)[16], const Words (&high)[16], Word* out) {
     Vec left{};
 #pragma GCC unroll 2
     for (int r = 0; r < kUnit; ++r) {
         Parts<count> of_low, of_high;
         left += split_parts((Vec)low[r], of_low);
         left += split_parts((Vec)high[r], of_high);
-        store_pairs(of_low, of_high, distance, out + r * kUnit);
+        store_pairs(of_low, of_high, out + r * kUnit);
     }
     if constexpr (count > 1)
         if (_mm512_cmp_ps_mask((__m512)(left - left), (__m512)left, _CMP_UNORD_Q))
-            store_register_of_any<count>(low, high, distance, out);
+            store_register_of_any<count>(low, high, out);
 }
 
 }  // namespace

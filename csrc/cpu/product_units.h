@@ -29,7 +29,7 @@ DF_INLINE void load_block(const T* p, int64_t stride, bool transposed, Words (&r
 // The registers of 16 lanes from `lane` on times kUnitDepth from d on. A row is a lane, or else depths of all lanes. What
 // the operand does not have is 0.
 template <bool rows_are_lanes, int count, class T>
-DF_INLINE void pack_register(const Operand& x, int64_t lane, int64_t d, int64_t depth, int64_t distance, Word* out) {
+DF_INLINE void pack_register(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const T* p = static_cast<const T*>(x.data) + lane * x.stride_lane + d * x.stride_depth;
     int64_t stride_lane = x.stride_lane, stride_depth = x.stride_depth;
     T copy[kPanel][kUnitDepth];
@@ -47,22 +47,22 @@ DF_INLINE void pack_register(const Operand& x, int64_t lane, int64_t d, int64_t 
     Words low[16], high[16];
     load_block(p, stride, by_lane != rows_are_lanes, low);
     load_block(p + kUnit * stride_depth, stride, by_lane != rows_are_lanes, high);
-    store_register<count>(low, high, distance, out);
+    store_register<count>(low, high, out);
 }
 
-// -> (units of depth, part, kUnitRows, 16)
+// -> (units of depth, 2, part, 16, 16)
 template <int count, class T>
 DF_NOINLINE void pack_a(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
-    for (int64_t i = 0; i < depth; i += kUnitDepth, out += count * kUnitRows * kUnit)
-        for (int64_t l = 0; l < kUnitRows; l += kUnit)
-            pack_register<true, count, T>(x, lane + l, d + i, depth - i, kUnitRows * kUnit, out + l * kUnit);
+    for (int64_t i = 0; i < depth; i += kUnitDepth)
+        for (int64_t l = 0; l < kUnitRows; l += kUnit, out += count * kTile)
+            pack_register<true, count, T>(x, lane + l, d + i, depth - i, out);
 }
 
 // -> (units of depth, part, 16, 16)
 template <int count, class T>
 DF_NOINLINE void pack_b(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     for (int64_t i = 0; i < depth; i += kUnitDepth, out += count * kTile)
-        pack_register<false, count, T>(x, lane, d + i, depth - i, kTile, out);
+        pack_register<false, count, T>(x, lane, d + i, depth - i, out);
 }
 
 // Of bfloat16 whose pairs lie side by side, both operands': a pair is the elements 2 x and 2 x + 1 then.
@@ -73,7 +73,8 @@ DF_NOINLINE void pack_a_pairs(const Operand& x, int64_t lane, int64_t d, int64_t
     int64_t i = 0;
     for (; i + kUnitDepth <= depth; i += kUnitDepth, out += kUnitRows * kUnit)
         for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * kUnit, p + l * x.stride_lane + i, 4 * kUnit);
-    for (int64_t l = 0; l < lanes; ++l) std::memcpy(out + l * kUnit, p + l * x.stride_lane + i, size_t(depth - i) * 2);
+    for (int64_t l = 0; i < depth && l < lanes; ++l)
+        std::memcpy(out + l * kUnit, p + l * x.stride_lane + i, size_t(depth - i) * 2);
 }
 DF_NOINLINE void pack_b_pairs(const Operand& x, int64_t lane, int64_t d, int64_t depth, Word* out) {
     const int64_t words = (depth + 1) / 2;
@@ -83,7 +84,6 @@ DF_NOINLINE void pack_b_pairs(const Operand& x, int64_t lane, int64_t d, int64_t
 
 // -- products -----------------------------------------------------------------------------------------------------------
 
-// Registers 0 to 3: sums, 4 and 5: of a, 6 and 7: of b.
 template <int parts_a, int parts_b>
 DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
     const Word* second_b = b + words * kPanel;
@@ -93,25 +93,7 @@ DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t w = 0; w < words; w += parts_b * kUnit) {
-        int loaded_a = -1, loaded_b = -1;
-#pragma GCC unroll 8
-        for (const auto& parts : kProductsOfParts) {
-            if (parts[0] >= parts_a || parts[1] >= parts_b) continue;
-            if (parts[0] != loaded_a) {
-                loaded_a = parts[0];
-                _tile_loadd(4, a + 2 * loaded_a * kTile, kUnit * 4);
-                _tile_loadd(5, a + (2 * loaded_a + 1) * kTile, kUnit * 4);
-            }
-            if (parts[1] != loaded_b) {
-                loaded_b = parts[1];
-                _tile_loadd(6, b + loaded_b * kTile, kUnit * 4);
-                _tile_loadd(7, second_b + loaded_b * kTile, kUnit * 4);
-            }
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        add_products<parts_a, parts_b>(a, a + parts_a * kTile, b, second_b);
         a += parts_a * 2 * kTile;
         b += parts_b * kTile;
         second_b += parts_b * kTile;
