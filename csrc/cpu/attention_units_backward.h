@@ -7,8 +7,8 @@
 //
 // Units are the outer loop, so what belongs to a query is packed once. dK and dV of a group grow in memory, in the order of
 // the units, as long as units see it: a text's group sees all of them, and sums of sums keep the rounding of such long sums
-// small. A task may make only dQ of some units or only dK, dV of some groups: the same sums in
-// the same order, so splitting a head between threads does not change a bit.
+// small. A task may make only dQ of some units or only dK, dV of some groups: the same sums in the same order, so splitting
+// a head between threads does not change a bit.
 #pragma once
 
 #include <initializer_list>
@@ -23,7 +23,7 @@ namespace {
 constexpr int kGroupsOfBackward = 3;  // a chunk
 constexpr int kUnitsPerSum = 8;       // whose shares of dK and dV are summed on their own
 
-// Of every group and query, transposed: which of 16 queries attend to a key.
+// bit r of [x][half][k]: query r of the unit's blocks 2 x and 2 x + 1 attends to key k of that panel of the group
 struct KeyBits { uint16_t of[2][kGroupPanels][kUnit]; };
 
 DF_INLINE KeyBits transposed(const GroupBits& bits) {

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kUnitRows = 2 * kUnit;   // of a tile
 constexpr int kUnitDepth = 2 * kUnit;  // that a register spans
+constexpr int64_t kDepthOfBFloat16 = 1024, kDepthOfParts = 512;  // at once
+static_assert(kDepthOfBFloat16 / 2 <= kMaxWords && 3 * kDepthOfParts / 2 <= kMaxWords, "there is memory for them");
 static_assert(PANELS == 2 && kPanel == kUnit, "as many panels as registers of b");
 
 // -- packing ------------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ int parts_of(CodebookDType dtype, CodebookDType other) {
 Format unit_format(const Operand& a, const Operand& b) {
     const bool pairs = are_pairs(a, b);
     const int of_a = parts_of(a.dtype, b.dtype), of_b = parts_of(b.dtype, a.dtype);
-    return {of_a == 1 && of_b == 1 ? 1024 : 512, 2, kUnit, of_b, kUnitRows, kUnitRows,
+    return {of_a == 1 && of_b == 1 ? kDepthOfBFloat16 : kDepthOfParts, 2, kUnit, of_b, kUnitRows, kUnitRows,
             pairs ? pack_a_pairs : pack_parts(a.dtype, of_a, false),
             pairs ? pack_b_pairs : pack_parts(b.dtype, of_b, true),
             kUnitProducts[of_a - 1][of_b - 1], begin_tiles, end_tiles};
