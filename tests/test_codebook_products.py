@@ -146,6 +146,12 @@ def test_what_is_broken_stays_in_its_row_and_column(of_a, of_b):
     fine[3], fine[:, 40] = False, False
     assert torch.equal(out[fine], (a.float() @ b.float().T)[fine])
 
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, 20, generator=generator).to(dtype) for size, dtype in ((31, of_a), (45, of_b)))
+    clean = cpu.product(a, b)
+    a[3, 7], b[40, 19] = torch.finfo(of_a).max, torch.inf
+    assert torch.equal(cpu.product(a, b)[fine], clean[fine])
+
 
 @pytest.mark.parametrize("of_a", DTYPES, ids=str)
 @pytest.mark.parametrize("of_b", DTYPES, ids=str)

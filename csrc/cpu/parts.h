@@ -73,15 +73,17 @@ DF_INLINE Vec split_parts(Vec x, Parts<count>& parts) {
     return x;
 }
 
-// The same for any x. Infinity and NaN have no other parts, and nothing is rounded up to infinity.
+// The same for any x: of what would be rounded up to infinity the parts are cut off, and infinity and NaN have no other
+// parts. All other numbers' are the same: a lane's parts must not depend on its neighbours.
 template <int count>
 DF_INLINE void split_any(Vec x, Parts<count>& parts) {
     const WordVec bits = (WordVec)x, magnitude = bits & 0x7fffffffu;
+    const auto large = magnitude >= 0x7f7f8000u;
     const WordVec cut = magnitude > 0x7f800000u ? WordVec{} + 0x7fc00000u : bits & 0xffff0000u;
-    parts.of[0] = magnitude >= 0x7f7f8000u ? cut : (bits + 0x8000u) & 0xffff0000u;
+    parts.of[0] = large ? cut : (bits + 0x8000u) & 0xffff0000u;
     Vec rest = magnitude >= 0x7f800000u ? Vec{} : x - (Vec)parts.of[0];
     for (int part = 1; part < count; ++part) {
-        parts.of[part] = (WordVec)rest & 0xffff0000u;
+        parts.of[part] = ((WordVec)rest + (large ? WordVec{} : WordVec{} + 0x8000u)) & 0xffff0000u;
         rest -= (Vec)parts.of[part];
     }
 }
