@@ -1,7 +1,8 @@
 """The C++ kernels under the address, undefined-behaviour and thread sanitizers, the host-compiled CUDA under the first two.
 
-Of the C++ kernels the portable instruction set, whose code is the others' but for what `simd.h` spells out: with
-sanitizers a compiler takes many minutes for AVX-512. Those are what `guard` holds to their tensors.
+Of the C++ kernels the portable instruction set, whose code is the others' but for what `simd.h` spells out and for AMX's
+own files (csrc/cpu/*units*.h, parts.h): with sanitizers a compiler takes many minutes for AVX-512. Those are what `guard`
+holds to their tensors.
 """
 
 from __future__ import annotations
