@@ -255,6 +255,65 @@ def test_keys_that_score_higher_and_higher(server, make):
     check(server, q, k.to(torch.bfloat16), v, mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("jump", [3, 25, 50, 2000])
+def test_a_score_far_above_those_of_the_first_keys(server, make, dtype, jump):
+    """For some queries: the others keep their bits, and so does what has to do with the sum of it all, lse or not."""
+    mask = row_mask(110, (4, 40))
+    q, k, v = make((1, 2, mask.seq_len, 64), dtype, server.device)
+    q[..., 0] = k[..., 0] = 0
+    k[:, :, 105, 0] = 1
+    kind = torch.arange(mask.seq_len, device=server.device) % 7
+    loud = kind == 3
+    q[:, :, kind == 5, 0] = 10 * 8
+    quiet = server(q, k, v, mask, return_lse=True)
+    q[:, :, loud, 0] = jump * 8
+    out, lse = check(server, q, k, v, mask)
+    assert torch.equal(out[:, :, ~loud], quiet[0][:, :, ~loud]) and torch.equal(lse[:, :, ~loud], quiet[1][:, :, ~loud])
+    assert torch.equal(out, server(q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_reaches_all_who_see_it(server, make, dtype):
+    mask = row_mask(110, (4, 40))
+    q, k, v = make((1, 2, mask.seq_len, 64), dtype, server.device)
+    clean = server(q, k, v, mask, return_lse=True)
+    k[:, :, 105, 7] = torch.nan
+    for x, before in zip(server(q, k, v, mask, return_lse=True), clean, strict=True):
+        assert torch.equal(x[:, :, :105], before[:, :, :105]) and x[:, :, 105:].isnan().all()
+
+
+def test_probabilities_whose_sum_overflows(server, make):
+    """Where it is taken before the largest score is known, and the values are nothing that would tell."""
+    mask = row_mask(110, (4, 40))
+    q, k, v = make((1, 1, mask.seq_len, 64), torch.bfloat16, server.device)
+    k[..., 0] = 0
+    k[:, :, 105:109, 0] = 1
+    for jump in range(80, 98, 2):
+        q[..., 0] = jump * 8
+        check(server, q, k, v * 0, mask)
+
+
+def test_low_scores_of_those_who_do_not_see_the_first_keys(server, make):
+    """A column's last queries and the next column's first ones are computed together."""
+    mask = column_mask(0, (200, 3))
+    q, k, v = make((1, 1, mask.seq_len, 64), torch.bfloat16, server.device)
+    q[..., 0], k[..., 0] = 8 * 150, -1
+    check(server, q, k, v, mask)
+
+
+def test_values_of_any_size(server, make):
+    """Even where they are multiplied with a weight that is not yet divided by the sum of all."""
+    mask = row_mask(110, (4, 40))
+    q, k, v = make((1, 1, mask.seq_len, 64), torch.bfloat16, server.device)
+    q[..., 0], k[..., 0] = 8 * 20, 0
+    k[:, :, 105, 0] = 1
+    for size in (1e30, 1e-30):
+        out = server(q, k, v * size, mask)
+        check(server, q, k, v * size, mask)
+        assert out.isfinite().all() and (out[:, :, 105:].abs() > 0).any(-1).all()
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 def test_any_scale_in_bfloat16(server, make, scale):
     check(server, *make((1, 2, ROW.seq_len, 16), torch.bfloat16, server.device), ROW, scale=scale)

@@ -20,6 +20,11 @@ FORWARD = torch.ops.dalle_fast.sparse_attention.default
 BACKWARD = torch.ops.dalle_fast.sparse_attention_backward.default
 
 
+def with_lse(rest):
+    """The forward operation's last arguments, from those that it shares with the backward one."""
+    return *rest[:-1], True, rest[-1]
+
+
 def packed(make, dtype=torch.float32, device="cpu"):
     return make((B, S, 3, H, D), dtype, device, count=1)[0].permute(2, 0, 3, 1, 4).unbind()
 
@@ -32,9 +37,9 @@ def test_opcheck(server, make, dtype, requires_grad):
     rest = [list(MASK.encode()), 0.3, server.impl]
     for text_lengths in (None, lengths):
         qkv = [x.detach().requires_grad_(requires_grad) for x in packed(make, dtype, server.device)]
-        torch.library.opcheck(FORWARD, (*qkv, text_lengths, *rest))
+        torch.library.opcheck(FORWARD, (*qkv, text_lengths, *with_lse(rest)))
         with torch.no_grad():
-            out, lse = FORWARD(*qkv, text_lengths, *rest)
+            out, lse = FORWARD(*qkv, text_lengths, *with_lse(rest))
         grad_out = (
             make((S, B, D, H), dtype, server.device, count=1)[0].permute(1, 3, 0, 2).requires_grad_(requires_grad)
         )
@@ -47,11 +52,11 @@ def test_fakes_have_the_strides_of_the_real(server, make):
 
     qkv = packed(make, device=server.device)
     rest = (None, MASK.encode(), 0.3, server.impl)
-    real = FORWARD(*qkv, *rest)
+    real = FORWARD(*qkv, *with_lse(rest))
     real += BACKWARD(qkv[0], None, *qkv, *real, *rest)
     with FakeTensorMode() as mode:
         qkv = [mode.from_tensor(x) for x in qkv]
-        fake = FORWARD(*qkv, *rest)
+        fake = FORWARD(*qkv, *with_lse(rest))
         fake += BACKWARD(qkv[0], None, *qkv, *fake, *rest)
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

@@ -66,6 +66,7 @@ struct AttentionArgs {
     float scale;
     DType dtype;
     const int32_t* text_lengths;  // (B,) or null
+    bool exact_lse;               // or the logarithm of the sum that out was divided by, where this is sooner made
     Strided query, key, value, out, lse;
     // The rest is for the backward pass. grad_lse.data may be null.
     Strided grad_out, grad_lse, grad_query, grad_key, grad_value;

@@ -64,9 +64,10 @@ void bind_attention(py::module_& m) {
     // tensors: query, key, value, out, lse and for the backward grad_out, grad_lse, grad_query, grad_key, grad_value
     m.def("attention_forward",
           [](const AttentionLayoutStorage& layout, const std::array<int64_t, 3>& sizes, int dtype, float scale,
-             int64_t text_lengths, const std::array<TensorNumbers, 5>& tensors, int threads) {
-              attention_forward(attention_kernels(), make_args(layout, sizes, dtype, scale, text_lengths,
-                                                               {tensors.begin(), tensors.end()}), threads);
+             int64_t text_lengths, bool exact_lse, const std::array<TensorNumbers, 5>& tensors, int threads) {
+              AttentionArgs a = make_args(layout, sizes, dtype, scale, text_lengths, {tensors.begin(), tensors.end()});
+              a.exact_lse = exact_lse;
+              attention_forward(attention_kernels(), a, threads);
           },
           py::call_guard<py::gil_scoped_release>());
     m.def("attention_backward",

@@ -5,6 +5,8 @@
 // multiple of 16 at least.
 #pragma once
 
+#include <algorithm>
+
 #include "rows.h"
 
 #if defined(__AVX512BW__)
@@ -18,6 +20,7 @@ DF_INLINE __mmask32 first_shorts(int64_t count) { return count >= 32 ? ~0u : cou
 
 // A token's elements d to d + 31, with zeros behind the last one.
 DF_INLINE Shorts load_shorts(const uint16_t* p, int64_t d, int64_t D) {
+    if (D - d >= 32) return (Shorts)_mm512_loadu_si512(p + d);  // the mask takes longer
     return (Shorts)_mm512_maskz_loadu_epi16(first_shorts(D - d), p + d);
 }
 
@@ -26,6 +29,7 @@ template <int N, class T = uint16_t>
 struct TokenRows {
     int64_t D;
     T *zeros, *copies;
+    bool cleared = false;  // zeros are: not before there is memory
     const T* row[N];
 
     TokenRows(int64_t head_size, Arena& arena) : D(head_size) {
@@ -34,12 +38,16 @@ struct TokenRows {
     }
     // Of those below `count` and `end`; what else there is, and slots without a token, are zeros.
     void find(const Strided& x, const AttentionTask& t, const int32_t* tokens, int count, int64_t end) {
-        for (int64_t d = 0; d < D; ++d) zeros[d] = T{};
+        const T* const first = row_of<const T>(x, t.batch, t.head, 0);
+        const int64_t stride = x.stride_s;
+        if (!cleared) std::fill_n(zeros, D, T{});
+        cleared = true;
         for (int r = 0; r < N; ++r) {
-            row[r] = zeros;
-            if (r >= count || tokens[r] < 0 || tokens[r] >= end) continue;
-            row[r] = row_of<const T>(x, t.batch, t.head, tokens[r]);
-            if (x.stride_d == 1) continue;
+            const int64_t token = r < count ? tokens[r] : -1;
+            row[r] = token < 0 || token >= end ? zeros : first + token * stride;
+        }
+        for (int r = 0; x.stride_d != 1 && r < N; ++r) {
+            if (row[r] == zeros) continue;
             T* copy = copies + r * D;
             for (int64_t d = 0; d < D; ++d) copy[d] = row[r][d * x.stride_d];
             row[r] = copy;

@@ -4,6 +4,9 @@
 Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
 compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
 
+The forward pass makes lse in any case, as the backward pass takes it; `exact_lse` is for callers who see it. Without, it may
+be the logarithm of the sum that out was divided by: of probabilities as they were rounded.
+
 B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 """
 
@@ -40,7 +43,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
     if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
         out, lse = reference.forward(query, key, value, canonical_lengths(text_lengths, mask.text_len), mask, scale)
     else:
-        out, lse = _forward(query, key, value, text_lengths, mask.encode(), scale, impl)
+        out, lse = _forward(query, key, value, text_lengths, mask.encode(), scale, bool(return_lse), impl)
     return (out, lse) if return_lse else out
 
 
@@ -149,7 +152,7 @@ library = torch.library.Library("dalle_fast", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(
     "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
-    "str impl) -> (Tensor, Tensor)",
+    "bool exact_lse, str impl) -> (Tensor, Tensor)",
     tags=TAGS,
 )
 library.define(
@@ -161,11 +164,11 @@ _forward_op = torch.ops.dalle_fast.sparse_attention.default
 _backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
 
 
-def _forward_kernel(query, key, value, text_lengths, mask, scale, impl):
+def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    return serving.forward(query, key, value, text_lengths, mask, scale)
+    return serving.forward(query, key, value, text_lengths, mask, scale, exact_lse)
 
 
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
@@ -180,7 +183,7 @@ def current_device(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _forward_fake(query, key, value, text_lengths, mask, scale, impl):
+def _forward_fake(query, key, value, text_lengths, mask, scale, exact_lse, impl):
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
@@ -208,8 +211,8 @@ def _below_autograd(op, *args):
 
 class _Attention(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, query, key, value, text_lengths, mask, scale, impl):
-        out, lse = _below_autograd(_forward_op, query, key, value, text_lengths, mask, scale, impl)
+    def forward(ctx, query, key, value, text_lengths, mask, scale, exact_lse, impl):
+        out, lse = _below_autograd(_forward_op, query, key, value, text_lengths, mask, scale, exact_lse, impl)
         ctx.save_for_backward(query, key, value, out, lse, text_lengths)
         ctx.set_materialize_grads(False)
         ctx.rest = mask, scale, impl
@@ -218,12 +221,12 @@ class _Attention(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return (None,) * 7
+            return (None,) * 8
         query, key, value, out, lse, text_lengths = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 class _AttentionBackward(_SingleLevelFunction):

@@ -24,8 +24,8 @@ def why_not(query, key, value, mask) -> list[str]:
     return []
 
 
-def forward(query, key, value, text_lengths, mask, scale):
-    """Returns (out, lse): out (B, H, S, D) in query's dtype; lse (B, H, S) float32, float64 for float64 inputs."""
+def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
+    """Returns (out, lse): out (B, H, S, D) in query's dtype; lse (B, H, S) float32, float64 for float64 inputs, and exact."""
     with torch.autocast(query.device.type, enabled=False):
         scores, lse = _scores(_wide(query), _wide(key), text_lengths, mask, scale)
         out = _probabilities(scores, lse) @ _wide(value)

@@ -52,7 +52,7 @@ def why_not(query, key, value, mask) -> list[str]:
     return reasons
 
 
-def forward(query, key, value, text_lengths, mask, scale):
+def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
     """Attention and its log-sum-exp.
 
     Args:
@@ -60,6 +60,7 @@ def forward(query, key, value, text_lengths, mask, scale):
         text_lengths: None or int32 (B,) in [0, T]: text keys at or past it are hidden from every query.
         mask: AttentionMask.
         scale: float, multiplies the scores.
+        exact_lse: lse always is exact here.
 
     Returns:
         out: (B, H, S, D), contiguous, query's dtype; zeros where a query sees no key.
