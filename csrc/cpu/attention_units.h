@@ -112,7 +112,8 @@ DF_NOINLINE void sum_products(const Factors* factors, int32_t count, int64_t col
     }
 }
 
-// totals (32, 16) = or += the sums of the rows of bfloat16 factors a times `ones`, a register of such numbers: each in all columns.
+// totals (32, 16) = or += the sums of the rows of bfloat16 factors a, each in all columns: times `ones`, a register of ones or
+// minus ones.
 DF_NOINLINE void sum_rows(const Factors* factors, int32_t count, int64_t distance, const Word* ones, float* totals, bool add) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     if (add) {

@@ -122,7 +122,7 @@ DF_INLINE Vec chunk_probabilities(const Chunk& chunk, float scale, Vec shift, co
 // The bits of 2^y in bfloat16, sign, exponent and mantissa, are those of (y + 127) * 128, but that the mantissa of 2^f is up
 // to 11 units less than f. So steps = (y + 127) * 256 is rounded to a whole number, a table for its fraction's upper 6 bits
 // is subtracted, and half of the rest taken. That is off by 0.19% in the mean (rounding alone by 0.17%) and by 0.61% at most
-// (0.39%), on average by nothing, and takes a third of the instructions. No steps at all are a probability of 0; NaN's are NaN.
+// (0.39%), on average by nothing, and takes a third of the instructions. No steps are a probability of 0, those of NaN NaN.
 //
 // One instruction does the last two steps, and sets the sign: these are probabilities times -1.
 constexpr float kStepsPerPower = 256, kStepsOfOne = 127 * kStepsPerPower;
@@ -215,7 +215,7 @@ struct RunningSoftmax {
     Vec total = {}, exact = {};  // of probabilities as they are multiplied with values, and in bfloat16 as they were before
     __mmask16 seeing = 0;  // which queries attend to any key
 
-    // The shift, to a chunk's largest scores if they are above it. Returns what is to be multiplied with what has been added up.
+    // The shift, to a chunk's largest scores if they are above it. Returns the factor of what has been added up before.
     template <int parts>
     Vec raise(const Chunk& chunk, float scale) {
         const Vec highest = chunk_maxima<parts>(chunk) * scale, before = raised;
