@@ -38,10 +38,7 @@ struct Chunk {
 template <int w, class Join>
 DF_INLINE void join_step(Vec* v) {
     Words first, second;
-    for (int x = 0; x < 16; ++x) {
-        first[x] = x & w ? 16 + x - w : x;
-        second[x] = x & w ? 16 + x : x + w;
-    }
+    find_halves<w>(first, second);
 #pragma GCC unroll 8
     for (int x = 0; x < w; ++x)
         v[x] = Join::join(__builtin_shuffle(v[x], v[x + w], first), __builtin_shuffle(v[x], v[x + w], second));

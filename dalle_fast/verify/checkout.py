@@ -36,7 +36,7 @@ def copy_of_sources() -> tempfile.TemporaryDirectory:
 
 
 def rebuild(folder: Path, **environment: str) -> None:
-    """Build the native module of `folder` in place, for CPUs only and with the portable kernels alone.
+    """Build the native module of `folder` in place, for CPUs only; with the portable kernels alone, but for CMAKE_ARGS.
 
     Raises:
         RuntimeError: it does not build, with the end of what the compiler said.

@@ -1,7 +1,8 @@
 """The C++ kernels under the address, undefined-behaviour and thread sanitizers, the host-compiled CUDA under the first two.
 
 Of the C++ kernels the portable instruction set, and the one in use on this machine. The others are the same code but
-for what `simd.h` spells out, and `guard` holds them to their tensors. Loads and stores of AMX's registers no sanitizer sees.
+for what `simd.h` spells out, and `guard` holds them to their tensors. What AMX's registers load and store no sanitizer
+sees.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
 compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
 
-The forward pass makes lse in any case, as the backward pass takes it; `exact_lse` is for callers who see it. Without, it may
-be the logarithm of the sum that out was divided by: of probabilities as they were rounded.
+The forward pass makes lse in any case, as the backward pass takes it; `exact_lse` is for callers who see it. Without,
+it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded.
 
 B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 """

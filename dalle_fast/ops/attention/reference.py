@@ -25,7 +25,10 @@ def why_not(query, key, value, mask) -> list[str]:
 
 
 def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
-    """Returns (out, lse): out (B, H, S, D) in query's dtype; lse (B, H, S) float32, float64 for float64 inputs, and exact."""
+    """Returns (out, lse): out (B, H, S, D) in query's dtype; lse (B, H, S) float32, float64 for float64 inputs.
+
+    `exact_lse` changes nothing: lse always is exact here.
+    """
     with torch.autocast(query.device.type, enabled=False):
         scores, lse = _scores(_wide(query), _wide(key), text_lengths, mask, scale)
         out = _probabilities(scores, lse) @ _wide(value)

@@ -60,7 +60,7 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
         text_lengths: None or int32 (B,) in [0, T]: text keys at or past it are hidden from every query.
         mask: AttentionMask.
         scale: float, multiplies the scores.
-        exact_lse: lse always is exact here.
+        exact_lse: changes nothing; lse always is exact here.
 
     Returns:
         out: (B, H, S, D), contiguous, query's dtype; zeros where a query sees no key.
