@@ -39,6 +39,8 @@ SIZES = [
     (70, 96, 63),
     (43, 257, 2),
     (200, 300, 20),
+    (34, 1100, 3),
+    (33, 300, 700),
     (5, 40, 511),
     (5, 40, 513),
     (15, 20, 1023),
@@ -184,7 +186,7 @@ for at_end in (True, False):
         for x, y in itertools.product((guarded(a), guarded(a.T).T), (guarded(b), guarded(b.T).T)):
             assert (cpu.product(x, y, out=guarded(torch.empty(M, J))) == I).all()
         total = cpu.Sum(guarded(torch.empty(M, J, dtype=dtype)))
-        total.add(guarded(a.float().T), guarded(b.T))
+        total.add(guarded(a.float().T), guarded(b.T), last=True)
         assert (total.result() == I).all()
         guard._kept.clear()
 print("all")
@@ -205,45 +207,48 @@ def test_products_touch_nothing_but_their_operands():
 # -- sums over chunks -----------------------------------------------------------------------------------------------------
 
 
-def packed(floats):
-    """Through the 24 bits that a sum is kept in."""
-    floats, upper, lower = floats.clone(), torch.empty(len(floats), dtype=torch.int16), torch.empty(len(floats)).byte()
-    where = upper.data_ptr(), lower.data_ptr()
-    _extension.native().pack_sums(floats.data_ptr(), len(floats), *where, 2)
-    _extension.native().unpack_sums(*where, len(floats), floats.fill_(7).data_ptr(), 2)
-    return floats
+def kept(floats):
+    """The 24 bits in which a sum of these numbers is kept, as floats."""
+    total = cpu.Sum(torch.empty(len(floats), 1, dtype=torch.float16))
+    total.add(floats[None], torch.ones(1, 1, dtype=torch.float16), last=False)
+    upper, lower = total._result.view(torch.int16).int(), total._lower.int()
+    return (upper << 16 | lower << 8).view(torch.float32)[:, 0]
 
 
-def test_packed_sums_are_rounded_to_nearest():
+def test_kept_sums_are_rounded_to_nearest():
     bits = torch.randint(-(2**31), 2**31, (100_003,), generator=torch.Generator().manual_seed(0))
-    bits[:1024] = (bits[:1024] & ~0x1FF) + torch.arange(1024) % 512  # ties, to both sides
+    bits[:1024] = 0x3F800000 + (bits[:1024] & 0x7FFE00) + torch.arange(1024) % 512  # ties, to both sides
     floats = bits.int().view(torch.float32)
-    numbers = floats[floats.isfinite() & (floats.abs() < 3e38)]
-    out = packed(numbers)
-    assert (out.view(torch.int32) & 0xFF == 0).all()
-    spacing = 2.0 ** (numbers.frexp().exponent.clamp(min=-125) - 16).double()
+    numbers = floats[(floats.abs() > 1e-20) & (floats.abs() < 3e38)]  # what is much smaller is 0 to AMX
+    out = kept(numbers)
+    spacing = 2.0 ** (numbers.frexp().exponent - 16).double()
     off = (out.double() - numbers.double()).abs() / spacing
     assert (off <= 0.5).all()
     ties = off == 0.5
-    assert ties.sum() > 10 and (out[ties].view(torch.int32) >> 8 & 1 == 0).all()
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4028235e38])
-    assert torch.equal(packed(special).view(torch.int32)[:4], special.view(torch.int32)[:4])
-    assert packed(special)[4] == torch.inf
+    assert ties.sum() > 100 and (out[ties].view(torch.int32) >> 8 & 1 == 0).all()
+
+
+def test_kept_sums_that_are_no_numbers():
+    assert torch.equal(kept(torch.zeros(3)).view(torch.int32), torch.zeros(3, dtype=torch.int32))
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
-    assert packed(nans).isnan().all()
+    assert kept(nans).isnan().all()
+    infinite = kept(torch.tensor([torch.inf, -torch.inf]))
+    if _extension.native().instruction_set() == "avx512_amx":  # a part of it may be infinity times 0
+        assert not infinite.isfinite().any()
+    else:
+        assert infinite.tolist() == [torch.inf, -torch.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_sum_over_many_chunks_errs_by_its_last_rounding(monkeypatch, dtype):
+def test_a_sum_over_many_chunks_errs_by_its_last_rounding(dtype):
     """100 chunks: sums that were rounded to 16 bits after each would be off by several times as much."""
-    monkeypatch.setattr(cpu, "SUM_BYTES", 1000)  # several parts
     generator = torch.Generator().manual_seed(0)
     like = torch.empty(37, 50, dtype=dtype)
     a, b = torch.randn(100, 4, 37, generator=generator), torch.randn(100, 4, 50, generator=generator).to(dtype)
     with nan_poisoned():
         total = cpu.Sum(like)
-        for x, y in zip(a, b, strict=True):
-            total.add(x, y)
+        for n, (x, y) in enumerate(zip(a, b, strict=True), start=1):
+            total.add(x, y, last=n == len(a))
         out = total.result()
     assert out.dtype == dtype and out.shape == like.shape and out.is_contiguous()
     exact = torch.einsum("crj,cri->ji", a.double(), b.double())
@@ -253,17 +258,57 @@ def test_a_sum_over_many_chunks_errs_by_its_last_rounding(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("how", ["ours", "vendor"])
-@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (130, 33)], ids=str)
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (130, 33), (35, 1100)], ids=str)
 def test_sums_of_every_size(monkeypatch, how, sizes):
+    """Of no product, of one, and of several, the last of nothing or of more than one block of the depth."""
     monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, how))
-    monkeypatch.setattr(cpu, "SUM_BYTES", 3000)
-    for dtype in DTYPES:
-        total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype)), torch.zeros(sizes)
-        for seed, R in enumerate((3, 1, 0)):
-            a, b = integers((R, sizes[0]), torch.float32, seed), integers((R, sizes[1]), dtype, seed + 9)
-            total.add(a, b)
-            exact += a.T @ b.float()
+    for dtype, of_a, rows in itertools.product(
+        DTYPES, (torch.float32, torch.bfloat16), ((), (3,), (3, 1, 0), (2, 1100))
+    ):
+        with nan_poisoned():
+            total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype)), torch.zeros(sizes)
+        for seed, R in enumerate(rows):
+            a, b = integers((R, sizes[0]), of_a, seed), integers((R, sizes[1]), dtype, seed + 9)
+            with nan_poisoned():
+                total.add(a, b, last=seed + 1 == len(rows))
+            exact += a.float().T @ b.float()
         assert torch.equal(total.result(), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_columns(dtype):
+    for R, K in ((0, 3), (1, 1), (37, 70), (300, 530)):
+        x = cpu.results(torch.full((R, K), torch.nan), dtype).copy_(integers((R, K), dtype, 0))
+        total = torch.ones(K)
+        cpu.add_columns(total, x)
+        assert torch.equal(total, x.float().sum(0) + 1)
+
+
+# -- results of 16 bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [1, 63, 64, 200])
+def test_gradients_of_logits_are_rounded_once(K, dtype):
+    """Kernels that leave 16 bits in place of the logits: what they leave in float32, rounded."""
+    R, generator = 5, torch.Generator().manual_seed(0)
+    logits, grad_weights = torch.randn(2, R, K, generator=generator) * 3
+    bias, grad_kl, row_weight = torch.randn(K, generator=generator), torch.randn(R, generator=generator), torch.rand(R)
+    seed, tau = torch.tensor([7]), torch.tensor([0.7])
+    stats, kl, codes = torch.empty(R, 4), torch.empty(R), torch.empty(R, dtype=torch.int64)
+    noise = bias, seed, 3, tau
+    cpu.gumbel_forward(logits.clone(), *noise, torch.float32, False, stats, kl, codes, seed_per_row=False)
+    target = torch.arange(R) % K
+    target[1] = -100
+
+    def in_place(dtype):
+        x, y, z = logits.clone(), grad_weights.clone(), logits.clone()
+        cpu.gumbel_backward(x, *noise, stats, kl, grad_kl, y, dtype, True, seed_per_row=False)
+        cpu.cross_entropy(z, bias, target, -100, row_weight, dtype, torch.empty(R))
+        return [cpu.results(floats, dtype) for floats in (x, y, z)]
+
+    for rounded, exact in zip(in_place(dtype), in_place(torch.float32), strict=True):
+        assert rounded.dtype == dtype and torch.equal(rounded, exact.to(dtype))
 
 
 # -- tiles of logits -----------------------------------------------------------------------------------------------------

@@ -72,12 +72,12 @@ void bind_codebook(py::module_& m) {
     m.def("gumbel_backward",
           [](int64_t R, int64_t K, int64_t logits, int64_t bias, int64_t seed, bool seed_per_row, int64_t first_row,
              int64_t tau, int64_t stats, int64_t kl, int64_t grad_kl, int64_t grad_weights, int64_t weights,
-             int64_t grad_logits, int threads) {
+             int64_t grad_logits, int dtype, int threads) {
               gumbel_backward(codebook_kernels(),
                               {logit_rows(R, K, logits, bias), noise_rows(seed, seed_per_row, first_row),
                                at<const float>(tau), at<const GumbelStats>(stats), at<const float>(kl),
                                at<const float>(grad_kl), at<float>(grad_weights), at<void>(weights),
-                               at<void>(grad_logits), CodebookDType::float32},
+                               at<void>(grad_logits), static_cast<CodebookDType>(dtype)},
                               threads);
           }, released);
     m.def("sample",
@@ -90,24 +90,21 @@ void bind_codebook(py::module_& m) {
           }, released);
     m.def("cross_entropy",
           [](int64_t R, int64_t K, int64_t logits, int64_t bias, int64_t target, int64_t ignore_index, int64_t loss,
-             int64_t row_weight, bool weight_per_row, int64_t grad_logits, int threads) {
+             int64_t row_weight, bool weight_per_row, int64_t grad_logits, int dtype, int threads) {
               cross_entropy(codebook_kernels(),
                             {logit_rows(R, K, logits, bias), at<const int64_t>(target), ignore_index, at<float>(loss),
                              at<const float>(row_weight), weight_per_row, at<void>(grad_logits),
-                             CodebookDType::float32},
+                             static_cast<CodebookDType>(dtype)},
                             threads);
           }, released);
     m.def("product",
           [](const Matrix& a, const Matrix& b, int64_t out, int64_t stride_out, bool add, int threads) {
               multiply(product_kernels(), {operand(a), operand(b), a[3], at<float>(out), stride_out, add}, threads);
           }, released);
-    m.def("unpack_sums",
-          [](int64_t upper, int64_t lower, int64_t count, int64_t sums, int threads) {
-              unpack_sums(product_kernels(), {at<uint16_t>(upper), at<uint8_t>(lower)}, count, at<float>(sums), threads);
-          }, released);
-    m.def("pack_sums",
-          [](int64_t sums, int64_t count, int64_t upper, int64_t lower, int threads) {
-              pack_sums(product_kernels(), at<const float>(sums), count, {at<uint16_t>(upper), at<uint8_t>(lower)}, threads);
+    m.def("product_as_sums",  // (M, N), contiguous
+          [](const Matrix& a, const Matrix& b, int64_t upper, int64_t lower, int dtype, bool add, bool last, int threads) {
+              const PackedSums sums{at<uint16_t>(upper), at<uint8_t>(lower), static_cast<CodebookDType>(dtype)};
+              multiply(product_kernels(), {operand(a), operand(b), a[3], nullptr, b[2], add, sums, last}, threads);
           }, released);
     m.def("sample_streaming",
           [](const Matrix& hidden, const Matrix& weight, int64_t bias, int64_t seed, bool seed_per_row,

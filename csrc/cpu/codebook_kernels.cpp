@@ -262,9 +262,10 @@ DF_INLINE void add_noise(const RowNoise& noise, int64_t block, float scale, Vec 
     for (int v = 0; v < kVecs; ++v) z[v] += g[v] * scale;
 }
 
+// Of results: where a row of floats would be.
 template <class T>
 DF_INLINE T* row_of(void* rows, int64_t r, int64_t K) {
-    return rows ? static_cast<T*>(rows) + r * K : nullptr;
+    return rows ? reinterpret_cast<T*>(static_cast<float*>(rows) + r * K) : nullptr;
 }
 
 // -- kernels ----------------------------------------------------------------------------------------------------------
@@ -299,7 +300,8 @@ void gumbel_forward(const GumbelForward& a, int64_t begin, int64_t end, float* n
     }
 }
 
-void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float* weights) {
+template <class T>
+void gumbel_backward_rows(const GumbelBackward& a, int64_t begin, int64_t end, float* weights) {
     const int64_t K = a.x.K;
     const float inverse_tau = inverse(*a.tau);
     const float factor = std::fmin(inverse_tau * kLog2e, std::numeric_limits<float>::max());
@@ -329,17 +331,26 @@ void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float*
             store_block(z, valid, weights + block * kNoiseBlock);
             store_block(of_kl, valid, grad_logits + block * kNoiseBlock);
         });
+        // What is narrower than the floats in its place never reaches those that are still to be read.
         const float dot = sum_of(dots);
-        float* kept = row_of<float>(a.weights, r, K);
+        T *results = row_of<T>(a.grad_logits, r, K), *kept = row_of<T>(a.weights, r, K);
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec y[kVecs], grad[kVecs], of_kl[kVecs];
             load_block(weights + block * kNoiseBlock, valid, 0, y);
             load_block(grad_weights + block * kNoiseBlock, valid, 0, grad);
             load_block(grad_logits + block * kNoiseBlock, valid, 0, of_kl);
             for (int v = 0; v < kVecs; ++v) of_kl[v] += y[v] * (grad[v] - dot) * inverse_tau;
-            store_block(of_kl, valid, grad_logits + block * kNoiseBlock);
+            store_block(of_kl, valid, results + block * kNoiseBlock);
             if (kept) store_block(y, valid, kept + block * kNoiseBlock);
         });
+    }
+}
+
+void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float* scratch) {
+    switch (a.dtype) {
+        case CodebookDType::float32: return gumbel_backward_rows<float>(a, begin, end, scratch);
+        case CodebookDType::float16: return gumbel_backward_rows<Half>(a, begin, end, scratch);
+        case CodebookDType::bfloat16: return gumbel_backward_rows<BFloat16>(a, begin, end, scratch);
     }
 }
 
@@ -391,15 +402,16 @@ void exp_sums(const CrossEntropyRows& a, const LogitTile& tile, ExpSum* of_rows)
 }
 
 // With gradients, which replace the logits.
-void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* weights) {
+template <class T>
+void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end, float* weights) {
     const int64_t K = a.x.K;
     for (int64_t r = begin; r < end; ++r) {
         const float* logits = a.x.logits + r * K;
-        float* grad_logits = row_of<float>(a.grad_logits, r, K);
+        T* grad_logits = row_of<T>(a.grad_logits, r, K);
         const int64_t target = a.target[r];
         if (target == a.ignore_index) {
             a.loss[r] = 0;
-            std::memset(grad_logits, 0, size_t(K) * sizeof(float));
+            std::memset(grad_logits, 0, size_t(K) * sizeof(T));
             continue;
         }
         const float most = max_logit(a.x.bias, logits, K);
@@ -424,7 +436,15 @@ void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float*
             for (int v = 0; v < kVecs; ++v) e[v] *= factor;
             store_block(e, valid, grad_logits + block * kNoiseBlock);
         });
-        grad_logits[target] -= weight;
+        from_float(weights[target] * factor - weight, grad_logits + target);
+    }
+}
+
+void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* scratch) {
+    switch (a.dtype) {
+        case CodebookDType::float32: return cross_entropy_rows<float>(a, begin, end, scratch);
+        case CodebookDType::float16: return cross_entropy_rows<Half>(a, begin, end, scratch);
+        case CodebookDType::bfloat16: return cross_entropy_rows<BFloat16>(a, begin, end, scratch);
     }
 }
 

@@ -11,15 +11,6 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 18;  // multiply-adds: some 10 microseconds of one core
 constexpr int64_t kPackingCost = 12;      // of one element, in multiply-adds
 
-constexpr int64_t kSumsAtOnce = 1 << 15;  // that a thread packs or unpacks: some 10 microseconds
-
-template <class Task>
-void for_sums(int64_t count, int threads, Task&& task) {
-    for_each((count + kSumsAtOnce - 1) / kSumsAtOnce, threads, 0, [&](int64_t x, void*) {
-        task(x * kSumsAtOnce, std::min(count, (x + 1) * kSumsAtOnce));
-    });
-}
-
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace
@@ -61,17 +52,11 @@ void multiply(const ProductKernels& kernels, const Product& p, int threads) {
         Product of_piece = p;
         of_piece.a = part(p.a, piece.row, piece.end_row);
         of_piece.b = part(p.b, piece.column, piece.end_column);
-        of_piece.out += piece.row * p.stride_out + piece.column;
+        const int64_t first = piece.row * p.stride_out + piece.column;
+        if (p.out) of_piece.out += first;
+        else of_piece.sums = p.sums.from(first);
         kernels.multiply(of_piece, scratch);
     });
-}
-
-void unpack_sums(const ProductKernels& kernels, const PackedSums& packed, int64_t count, float* sums, int threads) {
-    for_sums(count, threads, [&](int64_t begin, int64_t end) { kernels.unpack_sums(packed, begin, end, sums); });
-}
-
-void pack_sums(const ProductKernels& kernels, const float* sums, int64_t count, const PackedSums& packed, int threads) {
-    for_sums(count, threads, [&](int64_t begin, int64_t end) { kernels.pack_sums(sums, begin, end, packed); });
 }
 
 }  // namespace dalle_fast

@@ -16,19 +16,24 @@ struct Operand {
     int64_t lanes, stride_lane, stride_depth;
 };
 
-struct Product {
-    Operand a, b;
-    int64_t depth;
-    float* out;  // (M, N); a row's elements lie side by side
-    int64_t stride_out;
-    bool add;  // to what is in `out`
-};
-
 // Sums in the 24 upper bits of a float: a float32 sum that is still added to, in 3 bytes. The upper 16 bits lie where the
-// result in 16 bits, whatever its type, is going to be.
+// result, in `dtype`, is going to be.
 struct PackedSums {
     uint16_t* upper;
     uint8_t* lower;
+    CodebookDType dtype;
+
+    PackedSums from(int64_t x) const { return {upper + x, lower + x, dtype}; }
+};
+
+struct Product {
+    Operand a, b;
+    int64_t depth;
+    float* out;  // (M, N); a row's elements lie side by side. Null: the result goes to `sums`, which lie alike
+    int64_t stride_out;
+    bool add;  // to what is there
+    PackedSums sums = {};
+    bool last = false;  // sums become their result
 };
 
 // Columns of the result for which a thread keeps b packed.
@@ -38,8 +43,6 @@ struct ProductKernels {
     size_t scratch_bytes;             // that a thread needs
     int64_t tile_rows, tile_columns;  // what is no multiple of them is computed with more
     void (*multiply)(const Product&, void* scratch);
-    void (*unpack_sums)(const PackedSums&, int64_t begin, int64_t end, float* sums);
-    void (*pack_sums)(const float* sums, int64_t begin, int64_t end, const PackedSums&);
 };
 
 namespace portable { extern const ProductKernels product_kernels; }
@@ -78,9 +81,5 @@ Operand part(const Operand&, int64_t lane, int64_t end_lane);
 
 // Elements of the result do not depend on how many threads there are.
 void multiply(const ProductKernels&, const Product&, int threads);
-
-// `count` sums as floats, and back, rounded to nearest, ties to even; NaN stays NaN.
-void unpack_sums(const ProductKernels&, const PackedSums&, int64_t count, float* sums, int threads);
-void pack_sums(const ProductKernels&, const float* sums, int64_t count, const PackedSums&, int threads);
 
 }  // namespace dalle_fast

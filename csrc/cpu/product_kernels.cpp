@@ -116,6 +116,69 @@ Format format_of(const Operand& a, const Operand& b) {
 }
 #endif
 
+constexpr int64_t kDepthOfPanels = 256;  // of all panels of b, packed at once
+constexpr int64_t kMaxColumns = 4 * kColumnsAtOnce;  // where few words leave room for more
+constexpr int64_t kSumsAtOnce = 64;                  // a cache line of their lower bits, two of the upper
+
+// -- packed sums --------------------------------------------------------------------------------------------------------
+// Plain loops: compilers make vectors of them.
+
+template <bool add>
+DF_INLINE float sum_of(uint16_t upper, uint8_t lower, float x) {
+    return add ? bits_to_float(uint32_t(upper) << 16 | uint32_t(lower) << 8) + x : x;
+}
+
+// Rounded to nearest, ties to even. A NaN's lower bits are dropped, lest it rounds up to 0.
+template <bool add>
+DF_INLINE void keep_sums(const float* __restrict x, int64_t count, uint16_t* __restrict upper, uint8_t* __restrict lower) {
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = float_to_bits(sum_of<add>(upper[i], lower[i], x[i]));
+        const uint32_t rounded = bits + 0x7f + (bits >> 8 & 1);
+        const uint32_t kept = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : rounded;
+        upper[i] = uint16_t(kept >> 16);
+        lower[i] = uint8_t(kept >> 8);
+    }
+}
+
+// The results, where the upper halves were.
+template <bool add, class T>
+DF_INLINE void finish_sums(const float* x, int64_t count, uint16_t* upper, const uint8_t* lower) {
+    float sums[kSumsAtOnce] = {};
+    T results[kSumsAtOnce];
+    for (int64_t i = 0; i < count; ++i) sums[i] = sum_of<add>(upper[i], lower[i], x[i]);
+    for (int64_t i = 0; i < kSumsAtOnce; i += VW) store_from_float(results + i, load(sums + i));
+    std::memcpy(upper, results, size_t(count) * sizeof(T));
+}
+
+template <bool add>
+DF_INLINE void put_sums(const float* x, int64_t count, const PackedSums& sums, bool last) {
+    if (!last) keep_sums<add>(x, count, sums.upper, sums.lower);
+    else if (sums.dtype == CodebookDType::bfloat16) finish_sums<add, BFloat16>(x, count, sums.upper, sums.lower);
+    else finish_sums<add, Half>(x, count, sums.upper, sums.lower);
+}
+
+// x (rows, columns) of kMaxColumns. The sums come from memory: they are asked for two rows ahead, as rows are too short for
+// caches to foresee them.
+DF_NOINLINE void put_rows(const float* x, int64_t rows, int64_t columns, const PackedSums& sums, int64_t stride, bool add,
+                          bool last) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; c += kSumsAtOnce) {
+            if (r + 2 < rows) {
+                const PackedSums ahead = sums.from((r + 2) * stride + c);
+                prefetch_for_write(ahead.upper);
+                prefetch_for_write(ahead.upper + kSumsAtOnce / 2);
+                prefetch_for_write(ahead.lower);
+            }
+            const float* from = x + r * kMaxColumns + c;
+            const PackedSums to = sums.from(r * stride + c);
+            const int64_t count = std::min(kSumsAtOnce, columns - c);
+            if (add) put_sums<true>(from, count, to, last);
+            else put_sums<false>(from, count, to, last);
+        }
+}
+
+// -- tiles --------------------------------------------------------------------------------------------------------------
+
 // A tile of which only some rows and columns are in the result.
 void part_of_tile(const Format& format, const Word* a, const Word* b, int64_t words, float* out, int64_t stride,
                   bool add, int64_t rows, int64_t columns) {
@@ -142,57 +205,55 @@ void panel_product(const Format& format, const Word* a, const Word* b, int64_t w
         }
 }
 
+// Words of a lane's part of the depth.
+int64_t words_of(const Format& format, int64_t depth) {
+    return format.parts * multiple(multiple(depth, format.elements) / format.elements, format.words_unit);
+}
+
+// Panels of b. A step of the depth at a time for all of them: if lanes lie side by side, two panels share cache lines.
+void pack_panels(const Format& format, const Operand& b, int64_t column, int64_t panels, int64_t d, int64_t depth, Word* out) {
+    const int64_t words = words_of(format, depth);
+    for (int64_t i = 0; i == 0 || i < depth; i += kDepthOfPanels)
+        for (int64_t x = 0; x < panels; ++x)
+            format.pack_b(b, column + x * kPanel, d + i, std::min(kDepthOfPanels, depth - i),
+                          out + (x * words + words_of(format, i)) * kPanel);
+}
+
 void multiply(const Product& p, void* scratch) {
     const Format format = format_of(p.a, p.b);
     Word* b_panels = static_cast<Word*>(scratch);
     Word* a_panel = b_panels + kColumnsAtOnce * kMaxWords;
+    float* panel = reinterpret_cast<float*>(a_panel + MAX_TILE_ROWS * kMaxWords);
+    const int64_t most_words = std::max<int64_t>(1, words_of(format, std::min(format.depth, p.depth)));
+    const int64_t columns_at_once = std::min(kColumnsAtOnce * (kMaxWords / most_words), kMaxColumns);
     if (format.begin) format.begin();
-    for (int64_t column = 0; column < p.b.lanes; column += kColumnsAtOnce) {
-        const int64_t columns = std::min(kColumnsAtOnce, p.b.lanes - column);
+    for (int64_t column = 0; column < p.b.lanes; column += columns_at_once) {
+        const int64_t columns = std::min(columns_at_once, p.b.lanes - column);
         for (int64_t d = 0; d == 0 || d < p.depth; d += format.depth) {
-            const int64_t depth = std::min(format.depth, p.depth - d);
-            const int64_t words =
-                format.parts * multiple(multiple(depth, format.elements) / format.elements, format.words_unit);
+            const int64_t depth = std::min(format.depth, p.depth - d), words = words_of(format, depth);
             const int64_t tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
-            for (int64_t x = 0; x < tiles * PANELS; ++x)
-                format.pack_b(p.b, column + x * kPanel, d, depth, b_panels + x * words * kPanel);
+            pack_panels(format, p.b, column, tiles * PANELS, d, depth, b_panels);
             for (int64_t row = 0; row < p.a.lanes; row += format.panel_rows) {
                 format.pack_a(p.a, row, d, depth, a_panel);
-                panel_product(format, a_panel, b_panels, words, p.out + row * p.stride_out + column, p.stride_out,
-                              p.add || d > 0, std::min(format.panel_rows, p.a.lanes - row), columns);
+                const int64_t rows = std::min(format.panel_rows, p.a.lanes - row), at = row * p.stride_out + column;
+                const bool add = p.add || d > 0;
+                if (p.out) {
+                    panel_product(format, a_panel, b_panels, words, p.out + at, p.stride_out, add, rows, columns);
+                } else {
+                    panel_product(format, a_panel, b_panels, words, panel, kMaxColumns, false, rows, columns);
+                    put_rows(panel, rows, columns, p.sums.from(at), p.stride_out, add, p.last && d + depth == p.depth);
+                }
             }
         }
     }
     if (format.end) format.end();
 }
 
-// -- packed sums --------------------------------------------------------------------------------------------------------
-// Plain loops: compilers make vectors of them.
-
-void unpack_sums(const PackedSums& packed, int64_t begin, int64_t end, float* sums) {
-    const uint16_t* __restrict upper = packed.upper;
-    const uint8_t* __restrict lower = packed.lower;
-    float* __restrict out = sums;
-    for (int64_t i = begin; i < end; ++i) out[i] = bits_to_float(uint32_t(upper[i]) << 16 | uint32_t(lower[i]) << 8);
-}
-
-void pack_sums(const float* sums, int64_t begin, int64_t end, const PackedSums& packed) {
-    uint16_t* __restrict upper = packed.upper;
-    uint8_t* __restrict lower = packed.lower;
-    const float* __restrict in = sums;
-    for (int64_t i = begin; i < end; ++i) {
-        const uint32_t bits = float_to_bits(in[i]), rounded = bits + 0x7f + (bits >> 8 & 1);
-        const uint32_t kept = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : rounded;  // a NaN must not round up to -0
-        upper[i] = uint16_t(kept >> 16);
-        lower[i] = uint8_t(kept >> 8);
-    }
-}
-
 }  // namespace
 
 extern const ProductKernels product_kernels;
-const ProductKernels product_kernels = {(kColumnsAtOnce + MAX_TILE_ROWS) * kMaxWords * sizeof(Word), PANEL_ROWS, TILE_COLUMNS,
-                                        multiply, unpack_sums, pack_sums};
+const ProductKernels product_kernels = {((kColumnsAtOnce + MAX_TILE_ROWS) * kMaxWords + MAX_TILE_ROWS * kMaxColumns) * 4,
+                                        PANEL_ROWS, TILE_COLUMNS, multiply};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

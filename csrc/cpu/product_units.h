@@ -28,6 +28,14 @@ DF_INLINE void load_block(const T* p, int64_t stride, bool transposed, Words (&r
     if (transposed) transpose(rows);
 }
 
+// Words of 16 bfloat16 below 16 others.
+DF_INLINE Words pair_halves(const BFloat16* low, const BFloat16* high) {
+    const auto widened = [](const BFloat16* p) DF_INLINE_LAMBDA {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    return (Words)_mm512_or_si512(widened(low), _mm512_slli_epi32(widened(high), 16));
+}
+
 // The registers of 16 lanes from `lane` on times kUnitDepth from d on. A row is a lane, or else depths of all lanes. What
 // the operand does not have is 0.
 template <bool rows_are_lanes, int count, class T>
@@ -44,12 +52,25 @@ DF_INLINE void pack_register(const Operand& x, int64_t lane, int64_t d, int64_t 
         stride_lane = kUnitDepth;
         stride_depth = 1;
     }
-    const bool by_lane = stride_depth == 1;
+    const bool by_lane = stride_depth == 1, transposed = by_lane != rows_are_lanes;
     const int64_t stride = by_lane ? stride_lane : stride_depth;
-    Words low[16], high[16];
-    load_block(p, stride, by_lane != rows_are_lanes, low);
-    load_block(p + kUnit * stride_depth, stride, by_lane != rows_are_lanes, high);
-    store_register<count>(low, high, out);
+    const int64_t to_second = kUnit * stride_depth;
+    if constexpr (count == 1) {
+        Words pairs[16];
+#pragma GCC unroll 16
+        for (int r = 0; r < kUnit; ++r) {
+            pairs[r] = pair_halves(p, p + to_second);
+            p += stride;  // products of r are worse: compilers make vectors of them
+        }
+        if (transposed) transpose(pairs);
+#pragma GCC unroll 16
+        for (int r = 0; r < kUnit; ++r) store_words(out + r * kUnit, pairs[r]);
+    } else {
+        Words low[16], high[16];
+        load_block(p, stride, transposed, low);
+        load_block(p + to_second, stride, transposed, high);
+        store_register<count>(low, high, out);
+    }
 }
 
 // -> (units of depth, 2, part, 16, 16)

@@ -32,7 +32,7 @@ class Chunked:
         def chunk(first_row, logits, hidden, seed, stats, kl, codes, embedding):
             product(hidden, weight, out=logits.floats)
             self.rows.gumbel_forward(
-                logits.floats, bias, seed, first_row, tau, hidden.dtype, not hard, stats, kl, codes,
+                logits.floats, bias, seed, first_row, tau, logits.dtype, not hard, stats, kl, codes,
                 seed_per_row=seed_per_row,
             )  # fmt: skip
             if not hard:
@@ -49,23 +49,23 @@ class Chunked:
     ):  # fmt: skip
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         of_codebook = self.rows.Sum(codebook) if needs[3] and not hard else None
-        product, bias = self.rows.product, _float32(bias)
+        product, bias, N = self.rows.product, _float32(bias), hidden.shape[0]
 
         def part(first_row, grad_weights, logits, seed, stats, kl, grad_kl, grad_embedding):
             grad_embedding = grad_embedding.contiguous()
             product(grad_embedding, codebook, out=grad_weights.floats)
             self.rows.gumbel_backward(
-                logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights.floats, hidden.dtype,
+                logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights.floats, grad_weights.dtype,
                 of_codebook is not None, seed_per_row=seed_per_row,
             )  # fmt: skip
             if of_codebook is not None:
-                of_codebook.add(grad_weights.results, grad_embedding)
+                of_codebook.add(grad_weights.results, grad_embedding, last=first_row + grad_weights.count == N)
 
         def chunk(first_row, logits, small, hidden, grad_hidden, *tensors):
             product(hidden, weight, out=logits.floats)
             for start, *rows in _parts(small.count, logits.floats, *tensors):
                 part(first_row + start, small.rows(rows[0].shape[0]), *rows)
-            sums.add(logits.results, hidden, weight, grad_hidden)
+            sums.add(logits.results, hidden, weight, grad_hidden, last=first_row + logits.count == N)
 
         tensors = (hidden, sums.of_hidden, seed, stats, kl, _float32(grad_kl), grad_embedding)
         self._each_chunk(chunk, weight, *tensors, gradients=True, small_parts=self.rows.SMALL_PARTS)
@@ -88,15 +88,15 @@ class Chunked:
 
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
-        bias, row_weight = _float32(bias), _float32(row_weight)
+        bias, row_weight, N = _float32(bias), _float32(row_weight), hidden.shape[0]
         if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
             return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
 
-        def chunk(_, logits, hidden, grad_hidden, target, row_weight, loss):
+        def chunk(first_row, logits, hidden, grad_hidden, target, row_weight, loss):
             self.rows.product(hidden, weight, out=logits.floats)
-            self.rows.cross_entropy(logits.floats, bias, target, ignore_index, row_weight, hidden.dtype, loss)
+            self.rows.cross_entropy(logits.floats, bias, target, ignore_index, row_weight, logits.dtype, loss)
             if row_weight is not None:
-                sums.add(logits.results, hidden, weight, grad_hidden)
+                sums.add(logits.results, hidden, weight, grad_hidden, last=first_row + logits.count == N)
 
         loss = _row_results(hidden, (), torch.float32)
         tensors = (hidden, sums.of_hidden, target, row_weight, loss)
@@ -112,13 +112,13 @@ class Chunked:
         The memory is a `_Matrix` (R, K), and with small_parts one of (R / small_parts, K) too. It is free once this
         returns: sums of gradients, which are given their dtype then, take as much.
         """
-        (N, I), K = hidden.shape, weight.shape[0]
-        matrices = 2 if small_parts else 1
-        step = min(N, self.rows.chunk_rows(K, I, hidden.dtype, gradients=gradients, matrices=matrices))
+        N, K = hidden.shape[0], weight.shape[0]
+        step = min(N, self.rows.chunk_rows(K, gradients=gradients, matrices=2 if small_parts else 1))
         small_rows = -(-step // small_parts) if small_parts else 0
         floats = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
-        logits = _Matrix(self.rows, floats[:step], hidden.dtype)
-        small = [_Matrix(self.rows, floats[step:], hidden.dtype)] if small_parts else []
+        dtype = self.rows.result_dtype(hidden.dtype, gradients=gradients)
+        logits = _Matrix(self.rows, floats[:step], dtype)
+        small = [_Matrix(self.rows, floats[step:], dtype)] if small_parts else []
         for first_row, *rows in _parts(step, hidden, *tensors):
             chunk(first_row, logits.rows(rows[0].shape[0]), *small, *rows)
 
@@ -144,12 +144,12 @@ class _Gradients:
         self.of_weight = rows.Sum(weight) if needs[1] else None
         self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
 
-    def add(self, grad_logits, hidden, weight, grad_hidden):
-        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written."""
+    def add(self, grad_logits, hidden, weight, grad_hidden, *, last):
+        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written. After the last chunk there is no more."""
         if self.needs[0]:
             self.rows.rounded_product(grad_logits, weight.T, grad_hidden)
         if self.needs[1]:
-            self.of_weight.add(grad_logits, hidden)
+            self.of_weight.add(grad_logits, hidden, last=last)
         if self.needs[2]:
             self.rows.add_columns(self.of_bias, grad_logits)
 

@@ -13,7 +13,7 @@ from dalle_fast import _extension
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
-SUM_BYTES = 2 << 20  # of a part of a 16-bit sum as float32
+ROUNDED_BYTES = 2 << 20  # of a part of a product before it is rounded to 16 bits
 
 
 def why_not(tensors) -> list[str]:
@@ -36,22 +36,19 @@ def why_not(tensors) -> list[str]:
 
 # Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
 # every chunk; more gains nothing (forward + backward at N = 1,024, K = 8,192, Din = 512: 6 MiB 142 ms, 12 MiB 125, 24
-# MiB 125). Beside it lie rows of hidden's gradient and, of 16-bit tensors, all of weight's lower bits: then a wide
-# hidden leaves half, as 40 MB are promised.
+# MiB 125). 40 MB are promised, and of 16-bit tensors the lower bits of weight's gradient lie beside it: 17 MB at Din = 2,048.
 CHUNK_BYTES = 12 << 20
-WIDE = 1024  # hidden is, beyond
 MIN_ROWS = 16
 # The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
 SMALL_PARTS = 4
 
 
-def chunk_rows(num_codes, hidden_size, dtype, *, gradients, matrices):
+def chunk_rows(num_codes, *, gradients, matrices):
     """R for K codes: at least MIN_ROWS and a multiple of it.
 
     The same for a forward and a backward pass, as the vendor rounds the product of other R otherwise.
     """
-    size = CHUNK_BYTES // (2 if dtype != torch.float32 and hidden_size > WIDE else 1)
-    return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
+    return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -64,9 +61,18 @@ def scratch(size, device):
     return _keep("rows", size)
 
 
+def result_dtype(dtype, *, gradients):
+    """What the kernels below leave of tensors in `dtype`: all is computed in float32, and stays so but for AMX.
+
+    That multiplies bfloat16 alone, so that exacter gradients of logits cost twice the work. Eager rounds them too.
+    """
+    rounds = gradients and dtype == torch.bfloat16 and _extension.native().instruction_set() == "avx512_amx"
+    return dtype if rounds else torch.float32
+
+
 def results(floats, dtype):
-    """Where the kernels below leave (R, K) in `dtype`, given floats (R, K): all that they compute is float32."""
-    return floats
+    """Where the kernels below leave (R, K) in `dtype`, given floats (R, K): each row at the start of a row's memory."""
+    return floats if dtype == torch.float32 else floats.view(dtype)[:, : floats.shape[1]]
 
 
 def _keep(name, size):
@@ -114,15 +120,16 @@ def rounded_product(a, b, out):
     if out.dtype == torch.float32:
         product(a, b, out=out)
     else:
-        out.copy_(product(a, b))
+        for part in _parts(b.shape[0], a.shape[0], ROUNDED_BYTES):
+            out[:, part] = product(a, b[part])
 
 
-def accumulate(total, a, b):
-    """total (J, I) += a (R, J).T @ b (R, I), in float32."""
+def accumulate(total, a, b, *, begun=True):
+    """total (J, I) += a (R, J).T @ b (R, I), in float32; = where it has not begun."""
     if _ours(a, b):
-        _multiply(a.T, b.T, total, True)
+        _multiply(a.T, b.T, total, begun)
     else:
-        total.addmm_(a.T, b.float())
+        total.addmm_(a.float().T, b.float(), beta=1 if begun else 0)
 
 
 class Sum:
@@ -133,35 +140,32 @@ class Sum:
     """
 
     def __init__(self, like):
-        self._result = torch.zeros(like.shape, dtype=like.dtype)
-        self._lower = None if like.dtype == torch.float32 else torch.zeros(like.shape, dtype=torch.uint8)
+        self._result = torch.empty(like.shape, dtype=like.dtype)
+        self._lower = None if like.dtype == torch.float32 else torch.empty(like.shape, dtype=torch.uint8)
+        self._begun = False
 
-    def add(self, a, b):
-        """Add a (R, J).T @ b (R, I)."""
+    def add(self, a, b, *, last):
+        """Add a (R, J).T @ b (R, I). In 16 bits the product is ours: it never is in memory."""
         if self._lower is None:
-            return accumulate(self._result, a, b)
-        for part in _parts(*self._result.shape, SUM_BYTES):
-            floats, where = self._unpacked(part)
-            accumulate(floats, a[:, part], b)
-            _extension.native().pack_sums(floats.data_ptr(), floats.numel(), *where, torch.get_num_threads())
+            accumulate(self._result, a, b, begun=self._begun)
+        else:
+            where = self._result.data_ptr(), self._lower.data_ptr(), DTYPES[self._result.dtype]
+            _extension.native().product_as_sums(
+                _matrix(a.T), _matrix(b.T), *where, self._begun, last, torch.get_num_threads()
+            )
+        self._begun = True
 
     def result(self):
-        """The sum. No more can be added."""
-        if self._lower is not None:
-            for part in _parts(*self._result.shape, SUM_BYTES):
-                self._result[part] = self._unpacked(part)[0]
-        return self._result
-
-    def _unpacked(self, part):
-        upper, lower = self._result[part], self._lower[part]
-        floats, where = _keep("sum", upper.numel()).view(upper.shape), (upper.data_ptr(), lower.data_ptr())
-        _extension.native().unpack_sums(*where, floats.numel(), floats.data_ptr(), torch.get_num_threads())
-        return floats, where
+        """The sum, after the last one was added."""
+        return self._result if self._begun else self._result.zero_()
 
 
 def add_columns(total, a):
     """total (J,) += the sums of the columns of a (R, J), in float32."""
-    total += a.sum(0, dtype=torch.float32)
+    if a.dtype == torch.float32:
+        total += a.sum(0)
+    else:  # torch would make a float32 copy
+        _multiply(torch.ones(1, a.shape[0], dtype=a.dtype), a.T, total[None], True)
 
 
 def _multiply(a, b, out, add):
@@ -213,11 +217,11 @@ def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, stat
 def gumbel_backward(
     logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights, dtype, want_weights, *, seed_per_row
 ):
-    """Replaces logits by their gradient and, with want_weights, grad_weights by the weights, normalised."""
+    """Replaces logits by their gradient and, with want_weights, grad_weights by the weights, normalised: in `dtype`."""
     _extension.native().gumbel_backward(
         *logits.shape, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
         stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(),
-        grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(), torch.get_num_threads(),
+        grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -230,11 +234,11 @@ def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
 
 
 def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
-    """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss)."""
+    """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss), in `dtype`."""
     _extension.native().cross_entropy(
         *logits.shape, logits.data_ptr(), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
         _address(row_weight), row_weight is not None and len(row_weight) > 1,
-        0 if row_weight is None else logits.data_ptr(), torch.get_num_threads(),
+        0 if row_weight is None else logits.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

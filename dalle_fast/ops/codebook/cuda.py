@@ -58,7 +58,7 @@ MIN_ROWS = 16
 SMALL_PARTS = 1  # what is memory for one more operation is worth more as rows of a chunk
 
 
-def chunk_rows(num_codes, hidden_size, dtype, *, gradients, matrices):
+def chunk_rows(num_codes, *, gradients, matrices):
     """R for K codes and so many matrices: at least MIN_ROWS and a multiple of it."""
     size = (BACKWARD_BYTES if gradients else FORWARD_BYTES) // matrices
     return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
@@ -70,6 +70,11 @@ def chunk_rows(num_codes, hidden_size, dtype, *, gradients, matrices):
 def scratch(size, device):
     """`size` floats to work in: torch's allocator keeps them for the next call."""
     return torch.empty(size, device=device)
+
+
+def result_dtype(dtype, *, gradients):
+    """What the kernels below leave of tensors in `dtype`."""
+    return dtype
 
 
 def results(floats, dtype):
@@ -118,12 +123,12 @@ class Sum:
     def __init__(self, like):
         self._total, self._dtype = torch.zeros(like.shape, device=like.device), like.dtype
 
-    def add(self, a, b):
+    def add(self, a, b, *, last):
         """Add a (R, J).T @ b (R, I)."""
         accumulate(self._total, a, b)
 
     def result(self):
-        """The sum. No more can be added."""
+        """The sum, after the last one was added."""
         return self._total.to(self._dtype)
 
 
