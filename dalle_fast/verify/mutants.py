@@ -143,8 +143,8 @@ MUTANTS = (
     Mutant(
         "rows numbered anew in every chunk",
         f"{CODEBOOK}/chunked.py",
-        "logits.floats, bias, seed, first_row, tau, hidden.dtype, not hard, stats, kl, codes,",
-        "logits.floats, bias, seed, 0, tau, hidden.dtype, not hard, stats, kl, codes,",
+        "logits.floats, bias, seed, first_row, tau, logits.dtype, not hard, stats, kl, codes,",
+        "logits.floats, bias, seed, 0, tau, logits.dtype, not hard, stats, kl, codes,",
         ("tests/test_codebook.py",),
         "many_rows and cpu",
     ),
@@ -239,8 +239,8 @@ MUTANTS = (
     Mutant(
         "a piece of a product that is written where the first one is",
         "csrc/cpu/product.cpp",
-        "of_piece.out += piece.row * p.stride_out + piece.column;",
-        "of_piece.out += piece.row * p.stride_out;",
+        "const int64_t first = piece.row * p.stride_out + piece.column;",
+        "const int64_t first = piece.row * p.stride_out;",
         ("tests/test_codebook_products.py",),
     ),
     Mutant(
