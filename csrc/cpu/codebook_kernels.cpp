@@ -262,7 +262,7 @@ DF_INLINE void add_noise(const RowNoise& noise, int64_t block, float scale, Vec 
     for (int v = 0; v < kVecs; ++v) z[v] += g[v] * scale;
 }
 
-// Of results: where a row of floats would be.
+// A row of results: where the row of floats is.
 template <class T>
 DF_INLINE T* row_of(void* rows, int64_t r, int64_t K) {
     return rows ? reinterpret_cast<T*>(static_cast<float*>(rows) + r * K) : nullptr;
@@ -331,8 +331,8 @@ void gumbel_backward_rows(const GumbelBackward& a, int64_t begin, int64_t end, f
             store_block(z, valid, weights + block * kNoiseBlock);
             store_block(of_kl, valid, grad_logits + block * kNoiseBlock);
         });
-        // What is narrower than the floats in its place never reaches those that are still to be read.
         const float dot = sum_of(dots);
+        // They take the place of floats, and are no wider: none reaches floats that are still to be read.
         T *results = row_of<T>(a.grad_logits, r, K), *kept = row_of<T>(a.weights, r, K);
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec y[kVecs], grad[kVecs], of_kl[kVecs];

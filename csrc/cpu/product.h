@@ -36,7 +36,7 @@ struct Product {
     bool last = false;  // sums become their result
 };
 
-// Columns of the result for which a thread keeps b packed.
+// Columns of the result for which a thread keeps b packed: more where the depth is short.
 constexpr int64_t kColumnsAtOnce = 256;
 
 struct ProductKernels {

@@ -117,7 +117,7 @@ Format format_of(const Operand& a, const Operand& b) {
 #endif
 
 constexpr int64_t kDepthOfPanels = 256;  // of all panels of b, packed at once
-constexpr int64_t kMaxColumns = 4 * kColumnsAtOnce;  // where few words leave room for more
+constexpr int64_t kMaxColumns = 4 * kColumnsAtOnce;  // for which b is packed, where few words leave room
 constexpr int64_t kSumsAtOnce = 64;                  // a cache line of their lower bits, two of the upper
 
 // -- packed sums --------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ DF_INLINE float sum_of(uint16_t upper, uint8_t lower, float x) {
     return add ? bits_to_float(uint32_t(upper) << 16 | uint32_t(lower) << 8) + x : x;
 }
 
-// Rounded to nearest, ties to even. A NaN's lower bits are dropped, lest it rounds up to 0.
+// Sums of 24 bits, rounded to nearest, ties to even. A NaN's lower bits are dropped, lest it rounds up to 0.
 template <bool add>
 DF_INLINE void keep_sums(const float* __restrict x, int64_t count, uint16_t* __restrict upper, uint8_t* __restrict lower) {
     for (int64_t i = 0; i < count; ++i) {
@@ -140,7 +140,7 @@ DF_INLINE void keep_sums(const float* __restrict x, int64_t count, uint16_t* __r
     }
 }
 
-// The results, where the upper halves were.
+// The results, where the upper 16 bits were.
 template <bool add, class T>
 DF_INLINE void finish_sums(const float* x, int64_t count, uint16_t* upper, const uint8_t* lower) {
     float sums[kSumsAtOnce] = {};
