@@ -36,7 +36,8 @@ def why_not(tensors) -> list[str]:
 
 # Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
 # every chunk; more gains nothing (forward + backward at N = 1,024, K = 8,192, Din = 512: 6 MiB 142 ms, 12 MiB 125, 24
-# MiB 125). 40 MB are promised, and of 16-bit tensors the lower bits of weight's gradient lie beside it: 17 MB at Din = 2,048.
+# MiB 125). 40 MB are promised, and of 16-bit tensors the lower bits of weight's gradient lie beside it, 17 MB at Din =
+# 2,048.
 CHUNK_BYTES = 12 << 20
 MIN_ROWS = 16
 # The backward pass also has the gradient of the softmax's weights, whose product is cheap: of this part of a chunk at once.
