@@ -145,7 +145,7 @@ class _Gradients:
         self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
 
     def add(self, grad_logits, hidden, weight, grad_hidden, *, last):
-        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written. After the last chunk there is no more."""
+        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written. Nothing follows the `last`."""
         if self.needs[0]:
             self.rows.rounded_product(grad_logits, weight.T, grad_hidden)
         if self.needs[1]:
