@@ -185,8 +185,8 @@ for at_end in (True, False):
         a, b = (torch.ones(lanes, I, dtype=dtype) for lanes in (M, J))
         for x, y in itertools.product((guarded(a), guarded(a.T).T), (guarded(b), guarded(b.T).T)):
             assert (cpu.product(x, y, out=guarded(torch.empty(M, J))) == I).all()
-        total = cpu.Sum(guarded(torch.empty(M, J, dtype=dtype)))
-        total.add(guarded(a.float().T), guarded(b.T), last=True)
+        total = cpu.Sum(guarded(torch.empty(M, J, dtype=dtype)), I)
+        total.add(guarded(a.float().T), guarded(b.T))
         assert (total.result() == I).all()
         guard._kept.clear()
 print("all")
@@ -209,8 +209,8 @@ def test_products_touch_nothing_but_their_operands():
 
 def kept(floats):
     """The 24 bits in which a sum of these numbers is kept, as floats."""
-    total = cpu.Sum(torch.empty(len(floats), 1, dtype=torch.float16))
-    total.add(floats[None], torch.ones(1, 1, dtype=torch.float16), last=False)
+    total = cpu.Sum(torch.empty(len(floats), 1, dtype=torch.float16), 2)
+    total.add(floats[None], torch.ones(1, 1, dtype=torch.float16))  # the first of 2 rows
     upper, lower = total._result.view(torch.int16).int(), total._lower.int()
     return (upper << 16 | lower << 8).view(torch.float32)[:, 0]
 
@@ -246,9 +246,9 @@ def test_a_sum_over_many_chunks_errs_by_its_last_rounding(dtype):
     like = torch.empty(37, 50, dtype=dtype)
     a, b = torch.randn(100, 4, 37, generator=generator), torch.randn(100, 4, 50, generator=generator).to(dtype)
     with nan_poisoned():
-        total = cpu.Sum(like)
-        for n, (x, y) in enumerate(zip(a, b, strict=True), start=1):
-            total.add(x, y, last=n == len(a))
+        total = cpu.Sum(like, 400)
+        for x, y in zip(a, b, strict=True):
+            total.add(x, y)
         out = total.result()
     assert out.dtype == dtype and out.shape == like.shape and out.is_contiguous()
     exact = torch.einsum("crj,cri->ji", a.double(), b.double())
@@ -260,17 +260,17 @@ def test_a_sum_over_many_chunks_errs_by_its_last_rounding(dtype):
 @pytest.mark.parametrize("how", ["ours", "vendor"])
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (1, 1), (130, 33), (35, 1100)], ids=str)
 def test_sums_of_every_size(monkeypatch, how, sizes):
-    """Of no product, of one, and of several, the last of nothing or of more than one block of the depth."""
+    """Of no product, of one, and of several, one of nothing, the last of more than one block of the depth."""
     monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, how))
     for dtype, of_a, rows in itertools.product(
-        DTYPES, (torch.float32, torch.bfloat16), ((), (3,), (3, 1, 0), (2, 1100))
+        DTYPES, (torch.float32, torch.bfloat16), ((), (0,), (3,), (3, 0, 1), (2, 1100))
     ):
         with nan_poisoned():
-            total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype)), torch.zeros(sizes)
+            total, exact = cpu.Sum(torch.empty(sizes, dtype=dtype), sum(rows)), torch.zeros(sizes)
         for seed, R in enumerate(rows):
             a, b = integers((R, sizes[0]), of_a, seed), integers((R, sizes[1]), dtype, seed + 9)
             with nan_poisoned():
-                total.add(a, b, last=seed + 1 == len(rows))
+                total.add(a, b)
             exact += a.float().T @ b.float()
         assert torch.equal(total.result(), exact.to(dtype))
 

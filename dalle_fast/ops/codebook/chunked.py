@@ -48,8 +48,8 @@ class Chunked:
         needs,
     ):  # fmt: skip
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
-        of_codebook = self.rows.Sum(codebook) if needs[3] and not hard else None
-        product, bias, N = self.rows.product, _float32(bias), hidden.shape[0]
+        of_codebook = self.rows.Sum(codebook, hidden.shape[0]) if needs[3] and not hard else None
+        product, bias = self.rows.product, _float32(bias)
 
         def part(first_row, grad_weights, logits, seed, stats, kl, grad_kl, grad_embedding):
             grad_embedding = grad_embedding.contiguous()
@@ -59,13 +59,13 @@ class Chunked:
                 of_codebook is not None, seed_per_row=seed_per_row,
             )  # fmt: skip
             if of_codebook is not None:
-                of_codebook.add(grad_weights.results, grad_embedding, last=first_row + grad_weights.count == N)
+                of_codebook.add(grad_weights.results, grad_embedding)
 
         def chunk(first_row, logits, small, hidden, grad_hidden, *tensors):
             product(hidden, weight, out=logits.floats)
             for start, *rows in _parts(small.count, logits.floats, *tensors):
                 part(first_row + start, small.rows(rows[0].shape[0]), *rows)
-            sums.add(logits.results, hidden, weight, grad_hidden, last=first_row + logits.count == N)
+            sums.add(logits.results, hidden, weight, grad_hidden)
 
         tensors = (hidden, sums.of_hidden, seed, stats, kl, _float32(grad_kl), grad_embedding)
         self._each_chunk(chunk, weight, *tensors, gradients=True, small_parts=self.rows.SMALL_PARTS)
@@ -88,15 +88,15 @@ class Chunked:
 
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
-        bias, row_weight, N = _float32(bias), _float32(row_weight), hidden.shape[0]
+        bias, row_weight = _float32(bias), _float32(row_weight)
         if row_weight is None and self.rows.streams("cross_entropy", hidden, weight):
             return self.rows.cross_entropy_streaming(hidden, weight, bias, target, ignore_index), None, None, None
 
-        def chunk(first_row, logits, hidden, grad_hidden, target, row_weight, loss):
+        def chunk(_, logits, hidden, grad_hidden, target, row_weight, loss):
             self.rows.product(hidden, weight, out=logits.floats)
             self.rows.cross_entropy(logits.floats, bias, target, ignore_index, row_weight, logits.dtype, loss)
             if row_weight is not None:
-                sums.add(logits.results, hidden, weight, grad_hidden, last=first_row + logits.count == N)
+                sums.add(logits.results, hidden, weight, grad_hidden)
 
         loss = _row_results(hidden, (), torch.float32)
         tensors = (hidden, sums.of_hidden, target, row_weight, loss)
@@ -141,15 +141,15 @@ class _Gradients:
     def __init__(self, rows, hidden, weight, bias, needs):
         self.rows, self.bias, self.needs = rows, bias, needs
         self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.of_weight = rows.Sum(weight) if needs[1] else None
+        self.of_weight = rows.Sum(weight, hidden.shape[0]) if needs[1] else None
         self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
 
-    def add(self, grad_logits, hidden, weight, grad_hidden, *, last):
-        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written. Nothing follows the `last`."""
+    def add(self, grad_logits, hidden, weight, grad_hidden):
+        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written."""
         if self.needs[0]:
             self.rows.rounded_product(grad_logits, weight.T, grad_hidden)
         if self.needs[1]:
-            self.of_weight.add(grad_logits, hidden, last=last)
+            self.of_weight.add(grad_logits, hidden)
         if self.needs[2]:
             self.rows.add_columns(self.of_bias, grad_logits)
 

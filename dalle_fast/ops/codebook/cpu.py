@@ -134,30 +134,30 @@ def accumulate(total, a, b, *, begun=True):
 
 
 class Sum:
-    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products.
+    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products of so many rows in all.
 
     In 16 bits all of it in float32 would be the largest tensor of a backward pass (67 MB of 8,192 x 2,048). Between two
     products only 24 bits of a sum are kept, 16 of them where the result is going to be: 8 more than bfloat16 has.
     """
 
-    def __init__(self, like):
+    def __init__(self, like, num_rows):
         self._result = torch.empty(like.shape, dtype=like.dtype)
         self._lower = None if like.dtype == torch.float32 else torch.empty(like.shape, dtype=torch.uint8)
-        self._begun = False
+        self._begun, self._rows_left = False, num_rows
 
-    def add(self, a, b, *, last):
+    def add(self, a, b):
         """Add a (R, J).T @ b (R, I). In 16 bits the product is ours: it never is in memory."""
+        self._rows_left -= a.shape[0]
         if self._lower is None:
             accumulate(self._result, a, b, begun=self._begun)
         else:
             where = self._result.data_ptr(), self._lower.data_ptr(), DTYPES[self._result.dtype]
-            _extension.native().product_as_sums(
-                _matrix(a.T), _matrix(b.T), *where, self._begun, last, torch.get_num_threads()
-            )
+            step = self._begun, self._rows_left == 0, torch.get_num_threads()
+            _extension.native().product_as_sums(_matrix(a.T), _matrix(b.T), *where, *step)
         self._begun = True
 
     def result(self):
-        """The sum, after the last one was added."""
+        """The sum of all rows."""
         return self._result if self._begun else self._result.zero_()
 
 

@@ -118,17 +118,17 @@ def _for_blas(x):
 
 
 class Sum:
-    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products."""
+    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products of so many rows in all."""
 
-    def __init__(self, like):
+    def __init__(self, like, num_rows):
         self._total, self._dtype = torch.zeros(like.shape, device=like.device), like.dtype
 
-    def add(self, a, b, *, last):
+    def add(self, a, b):
         """Add a (R, J).T @ b (R, I)."""
         accumulate(self._total, a, b)
 
     def result(self):
-        """The sum, after the last one was added."""
+        """The sum of all rows."""
         return self._total.to(self._dtype)
 
 
