@@ -307,7 +307,8 @@ def contenders_of(case: Case, args) -> list[Contender]:
 def make_inputs(case: Case, device: str):
     """(model, text (1, T), codes (1, G)): random, the same in every process."""
     torch.manual_seed(0)
-    model = DALLE(case.config).to(device, DTYPES[case.dtype]).eval()
+    with torch.device(device):  # a CPU takes 10 s to draw the numbers of a billion weights
+        model = DALLE(case.config).to(dtype=DTYPES[case.dtype]).eval()
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(case.config.vocab_size, (1, case.config.text_len), generator=generator)
     codes = torch.randint(case.config.num_codes, (1, case.config.image_len), generator=generator)
@@ -354,7 +355,8 @@ class Oracle:
     @torch.no_grad()
     def _whole(self, dtype):
         text, codes = self._tokens
-        model = DALLE(self._case.config, impl="reference").to(text.device, dtype).eval()
+        with text.device:
+            model = DALLE(self._case.config, impl="reference").to(dtype=dtype).eval()
         model.load_state_dict(self._model.state_dict())
         return [model.hidden(text, codes[:, : position + 1])[:, -1] for position in self._case.positions]
 

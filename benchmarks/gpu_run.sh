@@ -29,7 +29,8 @@ step() {
         return
     fi
     [ "$seconds" -le "$left" ] || seconds=$left
-    timeout --kill-after=10 "$seconds" "${@:3}" > "$results/$name.log" 2>&1 || status=$?
+    # By Ctrl-C, which a shell's background processes ignore by default: tests and benchmarks then say what they have.
+    timeout --signal=INT --kill-after=10 "$seconds" env --default-signal=INT "${@:3}" > "$results/$name.log" 2>&1 || status=$?
     printf '%4d s  %s\n' $((SECONDS - start)) "$([ "$status" -eq 0 ] && echo ok || echo "ended with $status")" \
         > "$results/.$name"
     printf '%-14s at %3d s: %s\n' "$name" "$SECONDS" "$(cat "$results/.$name")"
@@ -47,7 +48,7 @@ attn_32=("$python" benchmarks/attn_bench.py "${paper[@]}" --seconds 2)
 attn_64=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 64 --seconds 2)
 attn_128=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 128 --pass forward --seconds 3)
 codebook=("$python" benchmarks/codebook_bench.py)
-generate=("$python" benchmarks/generate_bench.py --preset 1b --seconds 2)
+generate=("$python" benchmarks/generate_bench.py --preset 1b --batch 64 --batch 8 --batch 1 --seconds 2)
 train=("$python" benchmarks/train_bench.py --grid 32 --grid 64 --seconds 3)
 benchmarks=(attn_32 attn_64 attn_128 codebook generate train)
 
@@ -56,7 +57,7 @@ step build 150 "$python" -m pip install -q -e . --no-build-isolation --no-deps
 step info 30 "$python" -m dalle_fast info
 
 parallel=()
-"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
+"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 8)
 OMP_NUM_THREADS=2 step tests 200 "$python" -m pytest tests -q "${parallel[@]}" -p no:cacheprovider --tb=short \
     -k "(cuda or triton or gpu) and not host" --ignore=tests/test_benchmark.py --ignore=tests/test_build.py \
     --ignore=tests/test_triton_compile.py --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_cover.py \

@@ -172,7 +172,8 @@ def contenders_of(case: Case, args) -> list[Contender]:
 def make_inputs(case: Case, device: str):
     """(model, text (B, T), codes (B, G)): random, the same in every process."""
     torch.manual_seed(0)
-    model = DALLE(case.config).to(device, DTYPES[case.dtype])
+    with torch.device(device):
+        model = DALLE(case.config).to(dtype=DTYPES[case.dtype])
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(case.config.vocab_size, (case.batch, case.config.text_len), generator=generator)
     codes = torch.randint(case.config.num_codes, (case.batch, case.config.image_len), generator=generator)
@@ -224,7 +225,8 @@ class Oracle:
     def _reference(self, dtype):
         model, text, codes = self._inputs
         # Layer by layer, as the S x S matrices of all layers at once are too many.
-        reference = DALLE(self._case.config, impl="reference", activation_checkpointing=True).to(text.device, dtype)
+        with text.device:
+            reference = DALLE(self._case.config, impl="reference", activation_checkpointing=True).to(dtype=dtype)
         reference.load_state_dict(model.state_dict())
         return make_call(lambda model: model, self._case, (reference, text, codes))()
 
