@@ -44,6 +44,7 @@ NAME = "generation"
 SECONDS, MIN_ROUNDS = 4.0, 5
 PEERS = ("dense cache", "no cache")  # the order of the ratio columns
 GAUSS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))  # of the interval from 0 to 1
+COPIED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 WARM_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph
 
 
@@ -340,6 +341,8 @@ class Oracle:
             "caption_s": self._caption_seconds(),
             "steps_timed": f"those of the tokens {' and '.join(map(str, case.positions))} of {case.config.image_len}",
             "cache_bytes_per_image": cache_bytes_per_image(case),
+            "step_bytes": step_bytes(case, self._model),
+            "copied_bytes_per_s": copied_bytes_per_second(self._tokens[0].device),
         }
 
     def judge(self, contender: Contender, call) -> dict:
@@ -376,6 +379,22 @@ class Oracle:
 def cache_bytes_per_image(case: Case) -> dict:
     """Of this package and of a dense cache."""
     return {OURS: our_cache(case, "meta").nbytes / case.batch, "dense cache": case.dense_bytes / case.batch}
+
+
+def step_bytes(case: Case, model) -> float:
+    """What a step of this package must read, the mean over an image: all weights but the text's, and cached keys."""
+    weights = sum(parameter.nbytes for parameter in model.transformer.parameters()) + model.image_weight.nbytes
+    return weights + our_cache(case, "meta").nbytes_read
+
+
+def copied_bytes_per_second(device) -> float:
+    """Of a copy within the device's memory, those read and those written: what a step's bytes are held against."""
+    source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source)}
+    calls["copy"]()
+    timing = harness.time_interleaved(calls, device=device.type, seconds=0.01, min_rounds=9)["copy"]
+    return 2 * source.nbytes / timing.median
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -418,6 +437,12 @@ def summary_columns(results: list[dict]) -> dict:
 
         return cell
 
+    def over_bytes(result, entries):
+        if "median_s" not in entries[OURS]:
+            return "-"
+        step = entries[OURS]["median_s"] / len(result["positions"])
+        return f"{step * result['copied_bytes_per_s'] / result['step_bytes']:.2f}x"
+
     def mebibytes(name):
         return lambda result, _: f"{result['cache_bytes_per_image'][name] / harness.MIB:.1f}"
 
@@ -425,6 +450,7 @@ def summary_columns(results: list[dict]) -> dict:
         "images/s": speed(OURS),
         **{f"{peer}, images/s": speed(peer) for peer in PEERS},
         **{f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS},
+        "/ its bytes": over_bytes,
         "cache MiB/image": mebibytes(OURS),
         "dense": mebibytes("dense cache"),
     }
@@ -437,6 +463,7 @@ def notes(results: list[dict]) -> str:
         f"Timed: {steps}, the points of Gauss's rule, whose mean stands for an image's steps.\n"
         "images/s: batch / (image tokens * mean step + the caption's pass through the model); of peers the fastest.\n"
         "vs: the time of the fastest of that kind over ours. Errors: the largest, against the whole model in float64.\n"
+        "/ its bytes: our step's time over that of its weights and cached keys at the speed of a copy in memory.\n"
         "Cache: keys and values, text included, per image. Extra memory: the peak of one call beyond model and cache."
     )
 
