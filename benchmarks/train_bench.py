@@ -36,6 +36,7 @@ SECONDS, MIN_ROUNDS = 6.0, 5
 PEERS = ("SDPA mask", "FlexAttention")  # the order of the ratio columns
 # (layers, width, text tokens, codes) without flags.
 SIZES = {"cpu": (4, 128, 256, 1024), "cuda": (12, 1024, 256, 8192)}
+BATCH = {"cpu": 1, "cuda": 4}  # of one, a GPU waits for the host
 HEAD_DIM = 64
 JUDGED = ("transformer.blocks.0.attention.qkv.weight", "image_embedding.weight")  # gradients that are looked at
 
@@ -292,7 +293,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="fewer rounds; without the largest grid")
     add("--grid", type=harness.grid, action="append", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or "
         "32x48; repeatable (default: 16, 32 and 64)")  # fmt: skip
-    add("--batch", type=harness.integer(1), default=1, metavar="B", help="batch size")
+    add("--batch", type=harness.integer(1), metavar="B", help=f"batch size (default: {BATCH['cpu']} on a CPU, "
+        f"{BATCH['cuda']} on a GPU)")  # fmt: skip
     add("--layers", type=harness.integer(1), metavar="N", help=f"number of layers (default: {sizes['layers']})")
     add("--width", type=harness.integer(HEAD_DIM), metavar="W", help=f"width, of heads of {HEAD_DIM} "
         f"(default: {sizes['width']})")  # fmt: skip
@@ -308,6 +310,7 @@ def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
     harness.settle_shared_flags(parser, args, SECONDS)
+    args.batch = args.batch or BATCH[args.device]
     args.cases = make_cases(args)
     return args
 
