@@ -1,5 +1,6 @@
 // What happens to one chunk of rows of logits, once they are there: the interface that the CPU's and CUDA's kernels
-// have in common. The products before and after it are the vendor's (dalle_fast/ops/codebook/chunked.py).
+// have in common. Who computes the products before and after: dalle_fast/ops/codebook/chunked.py on a CPU,
+// cuda/codebook_chunks.cpp.
 //
 // R rows of the chunk, K codes. Plain structures only: this header is compiled once per instruction set.
 //
@@ -52,8 +53,8 @@ struct GumbelBackward {
     const GumbelStats* stats;
     const float* kl;
     const float* grad_kl;       // (R) or null
-    float* grad_weights;        // (R, K) contiguous: grad_embedding @ codebook.T
-    void* weights;              // (R, K) results: y; null: not wanted. May be grad_weights
+    const void* grad_weights;   // (R, K) contiguous: grad_embedding @ codebook.T; float32 on a CPU, in dtype on CUDA
+    void* weights;              // (R, K) y; null: not wanted. May be grad_weights. Results on a CPU, contiguous on CUDA
     void* grad_logits;          // (R, K) results. May be x.logits
     CodebookDType dtype;        // of weights and grad_logits
 };

@@ -10,8 +10,10 @@ import math
 import struct
 from types import SimpleNamespace
 
+import cuda_rows
 import pytest
 import torch
+from cuda_rows import results
 from simt_host import Same, serve_on_host  # noqa: F401 (a fixture)
 
 from dalle_fast import _extension
@@ -122,8 +124,8 @@ def truth(case, noise):
     return out
 
 
-def true_gradient(case, true, grad_kl):
-    dy = case.grad_weights.double()
+def true_gradient(case, true, grad_kl, dtype):
+    dy = case.grad_weights.to(dtype).double()
     dot = (true.y * dy).sum(-1, keepdim=True)
     grad = true.y * (dy - dot) / case.tau.double()
     # What rounding dot and the exponents leaves; y may be subnormal.
@@ -162,11 +164,6 @@ def assert_exact(actual, expected):
 # -- calls ------------------------------------------------------------------------------------------------------------
 
 
-def results(floats, dtype):
-    """What a kernel left in the memory of floats (R, K)."""
-    return floats.view(dtype)[:, : floats.shape[1]]
-
-
 def host_forward(host, case, dtype, want_weights=True):
     weights = Same(0) if want_weights else None
     numbers = [2, case.R, case.K, case.per_row, case.first_row, DTYPES[dtype]]
@@ -181,10 +178,10 @@ def host_forward(host, case, dtype, want_weights=True):
 def host_backward(host, case, dtype, stats, kl, grad_kl, want_weights=True):
     numbers = [3, case.R, case.K, case.per_row, case.first_row, DTYPES[dtype]]
     out = host(
-        numbers, case.logits, case.bias, case.seed, case.tau, stats, kl, grad_kl, case.grad_weights,
+        numbers, case.logits, case.bias, case.seed, case.tau, stats, kl, grad_kl, case.grad_weights.to(dtype),
         Same(7) if want_weights else None, Same(0),
     )  # fmt: skip
-    return results(out[0], dtype), results(out[-1], dtype) if want_weights else None
+    return results(out[0], dtype), out[-1] if want_weights else None
 
 
 def host_sample(host, case, temperature):
@@ -248,7 +245,7 @@ def check_forward_and_backward(host, case, dtype):
         assert_exact(getattr(alone, name), getattr(out, name))
 
     for grad_kl in (case.grad_kl, None):
-        exact, size = true_gradient(case, true, grad_kl)
+        exact, size = true_gradient(case, true, grad_kl, dtype)
         grad, y = host_backward(host, case, dtype, out.stats, out.kl, grad_kl)
         assert_near("y", y, true.y, true.y * (1 - true.exponent), 24)
         assert_near("grad_logits", grad, exact, size, 24)
@@ -322,12 +319,30 @@ def test_targets_that_are_ignored_or_no_code_on_the_host(host, K):
 
 @pytest.mark.parametrize("K, dtype", [(K, dtype) for K in (1, 63, 64, 100, 1000) for dtype in DTYPES])
 def test_sums_of_columns_on_the_host(host, K, dtype):
-    for R in (0, 1, 16, 37):
-        floats, total = poison(R, K), torch.randn(K)
+    for R, count in ((0, 3), (1, 3), (16, 1), (37, 1), (37, 2), (100, 3)):
+        floats, totals = poison(R, K), poison(count, K)
         results(floats, dtype).copy_(torch.randn(R, K))
-        exact = total + results(floats, dtype).double().sum(0)
-        size = total.abs() + results(floats, dtype).double().abs().sum(0)
-        assert_near("total", host([8, R, K, DTYPES[dtype]], floats, total)[-1], exact, size, 8)
+        columns = results(floats, dtype).double()
+        if R:
+            totals = host([8, R, K, DTYPES[dtype], count, False], floats, totals)[-1]
+            for n in range(count):
+                mine = columns[torch.arange(R) // 16 % count == n]
+                assert_near("total", totals[n], mine.sum(0), mine.abs().sum(0), 8)
+        else:
+            totals = torch.randn(count, K)
+        more = host([8, R, K, DTYPES[dtype], count, True], floats, totals)[-1]
+        assert_near("more", more.sum(0), totals.double().sum(0) + columns.sum(0), 1 + 2 * columns.abs().sum(0), 8)
+        exact, size = more.double().sum(0), more.double().abs().sum(0)
+        assert_near("sum", host([9, count, K, DTYPES[dtype]], more, poison(K, dtype=dtype))[-1], exact, size, 4)
+
+
+@pytest.mark.parametrize("R, D, dtype", [(R, D, dtype) for R, D in ((1, 1), (9, 32), (17, 100)) for dtype in DTYPES])
+def test_divided_embeddings_on_the_host(host, R, D, dtype):
+    sums, stats = torch.randn(R, D), poison(R, 4)
+    stats[:, 3] = 1 + torch.rand(R)
+    exact = sums.double() / stats[:, 3:].double()
+    embeddings = host([10, R, D, DTYPES[dtype]], sums, stats, poison(R, D, dtype=dtype))[-1]
+    assert_near("embeddings", embeddings, exact, exact.abs(), 1)
 
 
 @pytest.mark.parametrize("R, K, dtype", CASES)
@@ -431,7 +446,7 @@ def gpu_forward(case, dtype):
         kl=logits.new_empty(case.R),
         codes=case.target.new_empty(case.R),
     )
-    cuda.gumbel_forward(
+    cuda_rows.gumbel_forward(
         logits, case.bias, case.seed, case.first_row, case.tau, dtype, True, out.stats, out.kl, out.codes,
         seed_per_row=case.per_row,
     )  # fmt: skip
@@ -441,13 +456,13 @@ def gpu_forward(case, dtype):
 def gpu_sample(case, temperature):
     codes = case.target.new_empty(case.R)
     seed = None if temperature is None else case.seed
-    cuda.sample(case.logits, case.bias, seed, case.first_row, temperature, codes, seed_per_row=case.per_row)
+    cuda_rows.sample(case.logits, case.bias, seed, case.first_row, temperature, codes, seed_per_row=case.per_row)
     return codes
 
 
 def gpu_cross_entropy(case, dtype, row_weight):
     logits, loss = case.logits.clone(), case.logits.new_empty(case.R)
-    cuda.cross_entropy(logits, case.bias, case.target, -100, row_weight, dtype, loss)
+    cuda_rows.cross_entropy(logits, case.bias, case.target, -100, row_weight, dtype, loss)
     return loss, None if row_weight is None else results(logits, dtype)
 
 
@@ -476,14 +491,14 @@ def test_forward_and_backward_on_a_gpu(R, K, dtype):
         assert_near("weights", out.weights.cpu(), true.weights, true.weights * (blur - true.exponent), 4, FLUSHED)
         assert_near("sum_noisy", stats[:, 3], true.sum_noisy, true.sum_noisy * blur, 16)
         for grad_kl in (case.grad_kl, None):
-            logits, grad_weights = case.logits.clone(), case.grad_weights.clone()
-            cuda.gumbel_backward(
-                logits, case.bias, case.seed, case.first_row, case.tau, out.stats, out.kl, grad_kl, grad_weights, dtype,
-                True, seed_per_row=case.per_row,
+            logits, y = case.logits.clone(), case.grad_weights.to(dtype, copy=True)
+            cuda_rows.gumbel_backward(
+                logits, case.bias, case.seed, case.first_row, case.tau, out.stats, out.kl, grad_kl, y,
+                seed_per_row=case.per_row,
             )  # fmt: skip
-            grad, y = results(logits, dtype), results(grad_weights, dtype)
+            grad = results(logits, dtype)
             cpu_case = SimpleNamespace(grad_weights=case.grad_weights.cpu(), tau=case.tau.cpu())
-            exact, size = true_gradient(cpu_case, true, None if grad_kl is None else grad_kl.cpu())
+            exact, size = true_gradient(cpu_case, true, None if grad_kl is None else grad_kl.cpu(), dtype)
             assert_near("y", y.cpu(), true.y, true.y * (blur - true.exponent), 24, FLUSHED)
             assert_near("grad_logits", grad.cpu(), exact, size * blur, 24, FLUSHED)
 
@@ -524,14 +539,18 @@ def test_cross_entropy_on_a_gpu(R, K, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", SIZES)
 def test_sums_of_columns_on_a_gpu(K, dtype):
-    columns, total = results(torch.empty(200, K, device="cuda"), dtype), torch.randn(K, device="cuda")
+    columns = results(torch.empty(200, K, device="cuda"), dtype)
     columns.copy_(torch.randn(200, K))
-    exact, size = total + columns.double().sum(0), total.abs() + columns.double().abs().sum(0)
-    again = total.clone()
-    for sums in (total, again):
-        cuda.add_columns(sums, columns)
-    assert_near("total", total, exact, size, 8)
-    assert_exact(again, total)
+    exact, size = 2 * columns.double().sum(0), 2 * columns.double().abs().sum(0)
+
+    def twice_the_sums():
+        totals = torch.full((cuda.BIAS_TOTALS, K), math.nan, device="cuda")
+        for begun in (False, True):
+            cuda_rows.add_columns(totals, columns, begun)
+        return cuda_rows.sum_totals(totals, dtype)
+
+    assert_near("sums", twice_the_sums(), exact, size, 8)
+    assert_exact(twice_the_sums(), twice_the_sums())
 
 
 @needs_gpu
@@ -542,7 +561,7 @@ def test_gumbel_softmax_on_a_gpu(R, K, dtype):
         case.logits = case.logits.to(dtype)
         true = truth(case, noise.gumbel_of_words(words_of_case(case), torch.float32))
         blur = 1 + (8 * (1 + true.t.abs().max()) / case.tau).item()
-        out, codes = cuda.gumbel_softmax(case.logits.cuda(), case.seed.cuda(), tau, True)
+        out, codes = cuda.gumbel_softmax(case.logits.cuda(), tau, case.seed.cuda())
         assert_near("out", out.cpu(), true.y, true.y * (blur - true.exponent), 24, FLUSHED)
         assert_exact(codes.cpu(), true.codes)
 
@@ -591,21 +610,6 @@ def test_a_cuda_graph_replays_with_other_seeds_and_another_tau():
             assert_exact(actual, expected)
 
 
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_on_a_gpu(dtype):
-    a, b, total = (torch.randn(size, device="cuda") for size in ((48, 200), (72, 200), (48, 72)))
-    a, b = a.to(dtype), b.to(dtype)
-    exact = a.double() @ b.double().T
-    allowed = (
-        {"rtol": 1e-5, "atol": 1e-4} if not torch.backends.cuda.matmul.allow_tf32 else {"rtol": 1e-2, "atol": 1e-1}
-    )
-    torch.testing.assert_close(cuda.product(a, b).double(), exact, **allowed)
-    expected = total.double() + exact
-    cuda.accumulate(total, a.T.contiguous(), b.T.contiguous())
-    torch.testing.assert_close(total.double(), expected, **allowed)
-
-
 # -- who can be served ------------------------------------------------------------------------------------------------
 
 
@@ -640,17 +644,19 @@ def test_every_reason_why_it_cannot_serve():
 def test_launches_without_a_driver_are_runtime_errors(monkeypatch, dtype):
     """What Python passes reaches the launchers: all of them get as far as CUDA."""
     monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(cuda_rows, "_stream", lambda: 0)
     case, stats, kl = make_case(2, 70), torch.zeros(2, 4), torch.zeros(2)
     seeds = {"seed_per_row": False}
     for name, call in {
         "gumbel_forward": lambda: gpu_forward(case, dtype),
-        "gumbel_backward": lambda: cuda.gumbel_backward(
-            case.logits, case.bias, case.seed, 0, case.tau, stats, kl, None, case.grad_weights, dtype, True, **seeds
+        "gumbel_backward": lambda: cuda_rows.gumbel_backward(
+            case.logits, case.bias, case.seed, 0, case.tau, stats, kl, None, case.grad_weights.to(dtype), **seeds
         ),
         "sample": lambda: gpu_sample(case, case.tau),
         "cross_entropy": lambda: gpu_cross_entropy(case, dtype, case.row_weight),
-        "add_columns": lambda: cuda.add_columns(torch.zeros(70), cuda.results(case.logits, dtype)),
-        "gumbel_softmax": lambda: cuda.gumbel_softmax(case.logits.to(dtype), case.seed, 1.0, True),
+        "add_columns": lambda: cuda_rows.add_columns(torch.zeros(2, 70), results(case.logits, dtype), True),
+        "sum_totals": lambda: cuda_rows.sum_totals(torch.zeros(2, 70), dtype),
+        "gumbel_softmax": lambda: cuda.gumbel_softmax(case.logits.to(dtype), 1.0, case.seed),
     }.items():
         with pytest.raises(RuntimeError, match=f"launching {name}_kernel: cudaError"):
             call()

@@ -1,11 +1,13 @@
-"""From the operation down to the CUDA kernels, without a GPU: `chunked` over `cuda.py` over the bindings of the native
-module, with the kernels compiled for the host (tests/simt). Only streams and the vendor's products are stand-ins.
+"""From the operation down to the CUDA kernels, without a GPU: `cuda.py` over the bindings of the native module, with the
+loops over chunks and the kernels compiled for the host (tests/simt). Only cuBLAS and streams are stand-ins.
 
 N rows, K codes, I size of hidden, D size of an embedding.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
@@ -16,10 +18,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalle_fast.ops.codebook import chunked, cuda, reference
+from dalle_fast.ops.codebook import cuda, reference
 
 ROOT = pathlib.Path(__file__).parent.parent
 N, K, I, D = 37, 200, 24, 12
+ALL = (True,) * 4
+BLAS = 77  # the handle that tests/simt/blas.cpp knows
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +33,14 @@ def module(tmp_path_factory):
         pytest.skip("no C++ compiler to compile the CUDA source for the host")
     pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the build environment, is not installed")
     path = tmp_path_factory.mktemp("simt") / "cuda_on_host.so"
-    simt, sources = ROOT / "tests/simt", sorted((ROOT / "csrc/cuda").glob("*binding.cpp"))
+    simt, cuda_sources = ROOT / "tests/simt", ROOT / "csrc/cuda"
+    sources = [*sorted(set(cuda_sources.glob("*.cpp")) - {cuda_sources / "blas_library.cpp"}), simt / "blas.cpp"]
     includes = [simt, pybind11.get_include(), sysconfig.get_path("include")]
     if not pathlib.Path(includes[-1], "Python.h").exists():
         pytest.skip("no headers of Python")
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-include", simt / "mma.h"]
     command += [f"-I{folder}" for folder in includes]
-    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    kernels = sorted(cuda_sources.glob("*.cu"))
     subprocess.run([*command, simt / "native.cpp", *sources, "-x", "c++", *kernels, "-o", path], check=True)
     loader = importlib.machinery.ExtensionFileLoader("cuda_on_host", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("cuda_on_host", loader))
@@ -45,26 +50,29 @@ def module(tmp_path_factory):
 
 @pytest.fixture
 def on_host(module, monkeypatch):
-    """`chunked` over `cuda`, with chunks of 16 rows in poisoned memory."""
+    """`cuda`, with chunks of 16 rows in poisoned memory: what nobody wrote is NaN."""
     monkeypatch.setattr(cuda, "_extension", SimpleNamespace(native=lambda: module))
     monkeypatch.setattr(cuda, "_stream", lambda: 0)
-    monkeypatch.setattr(cuda, "scratch", lambda size, device: torch.full((size,), torch.nan))
-    monkeypatch.setattr(cuda, "chunk_rows", lambda *args, **options: 16)
-    mm, addmm = torch.mm, torch.addmm
-
-    def add_up_in_float32(a, b, out=None, out_dtype=None):  # on a CPU there is no out_dtype
-        assert out is None or out.dtype == (out_dtype or a.dtype)
-        product = mm(a.float(), b.float())
-        return product if out is None else out.copy_(product)
-
-    monkeypatch.setattr(torch, "mm", add_up_in_float32)
-    monkeypatch.setattr(
-        torch, "addmm", lambda x, a, b, out=None, out_dtype=None: addmm(x, a.float(), b.float(), out=out)
-    )
-    return chunked.Chunked(cuda)
+    monkeypatch.setattr(cuda, "_blas", lambda: BLAS)
+    monkeypatch.setattr(cuda, "FORWARD_BYTES", 1)
+    monkeypatch.setattr(cuda, "BACKWARD_BYTES", 1)
+    monkeypatch.setattr(torch, "empty", functools.partial(poisoned, torch.empty))
+    monkeypatch.setattr(torch, "empty_like", functools.partial(poisoned, torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", functools.partialmethod(new_poisoned, torch.Tensor.new_empty))
+    return cuda
 
 
-def make_tensors(dtype, seed_per_row):
+def poisoned(empty, *args, **options):
+    memory = empty(*args, **options)
+    return memory.fill_(torch.nan if memory.is_floating_point() else -1)
+
+
+def new_poisoned(like, new_empty, *args, **options):
+    return poisoned(functools.partial(new_empty, like), *args, **options)
+
+
+def make_tensors(dtype, seed_per_row=False, sizes=(N, K, I, D)):
+    N, K, I, D = sizes
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=dtype):
@@ -88,10 +96,29 @@ def assert_close(actual, expected, dtype):
     if actual is None or expected is None:
         assert actual is expected
         return
-    assert actual.dtype == expected.dtype
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    if not actual.numel():
+        return
     tolerance = 2e-5 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
     error = (actual.double() - expected.double()).abs().max()
     assert error <= tolerance * (1 + expected.double().abs().max())
+
+
+def check_all(results, dtype):
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, dtype)
+
+
+def check_gumbel_codebook(on_host, x, dtype, seed_per_row=False, hard=False, needs=ALL, grad_kl=True):
+    args = (x.hidden, x.weight, x.bias, x.codebook, x.tau, x.seed, seed_per_row, hard)
+    results = [serving.gumbel_codebook(*args) for serving in (on_host, reference)]
+    check_all(results, dtype)
+    _, kl, codes, stats = results[1]
+    args = (
+        x.grad_embedding, x.grad_kl if grad_kl else None, x.hidden, x.weight, x.bias, x.codebook, x.tau, x.seed, kl,
+        codes, stats, seed_per_row, hard, needs,
+    )  # fmt: skip
+    check_all([serving.gumbel_codebook_backward(*args) for serving in (on_host, reference)], dtype)
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
@@ -99,21 +126,75 @@ def assert_close(actual, expected, dtype):
 @pytest.mark.parametrize("hard", [False, True])
 def test_gumbel_codebook(on_host, dtype, seed_per_row, hard):
     x = make_tensors(dtype, seed_per_row)
-    args = (x.hidden, x.weight, x.bias, x.codebook, x.tau, x.seed, seed_per_row, hard)
-    results = [serving.gumbel_codebook(*args) for serving in (on_host, reference)]
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, dtype)
-    _, kl, codes, stats = results[1]
-    for grad_kl, needs in ((x.grad_kl, (True,) * 4), (None, (True, False, True, False))):
-        grads = [
-            serving.gumbel_codebook_backward(
-                x.grad_embedding, grad_kl, x.hidden, x.weight, x.bias, x.codebook, x.tau, x.seed, kl, codes, stats,
-                seed_per_row, hard, needs,
-            )
-            for serving in (on_host, reference)
-        ]  # fmt: skip
-        for actual, expected in zip(*grads, strict=True):
-            assert_close(actual, expected, dtype)
+    check_gumbel_codebook(on_host, x, dtype, seed_per_row, hard)
+    check_gumbel_codebook(on_host, x, dtype, seed_per_row, hard, grad_kl=False)
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("hard", [False, True])
+def test_only_the_gradients_that_are_needed(on_host, dtype, hard):
+    x = make_tensors(dtype, sizes=(20, 70, 5, 3))
+    for needs in itertools.product([False, True], repeat=4):
+        check_gumbel_codebook(on_host, x, dtype, hard=hard, needs=needs)
+    for needs in itertools.product([False, True], repeat=3):
+        args = (x.hidden, x.weight, x.bias, x.target, -100, x.row_weight, needs)
+        check_all([serving.cross_entropy(*args) for serving in (on_host, reference)], dtype)
+
+
+# Of one row or code, of odd numbers, of none.
+SIZES = [(1, 1, 1, 1), (16, 64, 8, 8), (32, 65, 7, 5), (33, 201, 9, 13), (0, 70, 5, 3), (18, 70, 0, 0), (17, 3, 2, 40)]
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_size(on_host, sizes, dtype):
+    x = make_tensors(dtype, sizes=sizes)
+    for bias, needs in ((x.bias, ALL), (None, (True, True, False, True))):
+        x.bias = bias
+        for hard in (False, True):
+            check_gumbel_codebook(on_host, x, dtype, hard=hard, needs=needs)
+        args = (x.hidden, x.weight, x.bias, x.target, -100, x.row_weight[:1], needs[:3])
+        if sizes[0]:
+            check_all([serving.cross_entropy(*args) for serving in (on_host, reference)], dtype)
+        args = (x.hidden, x.weight, x.bias, x.tau, x.seed, False)
+        assert torch.equal(on_host.sample(*args), reference.sample(*args))
+
+
+def test_every_stride(on_host):
+    """Transposed matrices and those with gaps between rows go to cuBLAS as they are, others are copied."""
+    x = make_tensors(torch.float32)
+
+    def with_gaps(t, rows, columns):
+        wide = torch.full((t.shape[0] * rows, t.shape[1] * columns + 3), torch.nan)[
+            ::rows, : -3 if columns > 1 else None
+        ]
+        return wide[:, ::columns][:, : t.shape[1]].copy_(t)
+
+    for change in (
+        lambda t: t.T.contiguous().T,
+        lambda t: with_gaps(t, 2, 1),
+        lambda t: with_gaps(t, 1, 2),
+        lambda t: with_gaps(t.T, 2, 1).T,
+        lambda t: t[:, :1].expand(t.shape),
+    ):
+        for name in ("hidden", "weight", "codebook", "grad_embedding"):
+            tensors = {**vars(x), name: change(getattr(x, name))}
+            check_gumbel_codebook(on_host, SimpleNamespace(**tensors), torch.float32)
+
+
+def test_chunks_as_they_are_in_use(on_host, monkeypatch):
+    """With more than one chunk of a size that is no power of 2."""
+    monkeypatch.setattr(cuda, "FORWARD_BYTES", 48 * 4 * 70)
+    monkeypatch.setattr(cuda, "BACKWARD_BYTES", 40 * 6 * 70)
+    assert cuda.chunk_rows(6 * 70, gradients=True) == 32 and cuda.chunk_rows(4 * 70, gradients=False) == 48
+    check_gumbel_codebook(on_host, make_tensors(torch.bfloat16, sizes=(100, 70, 5, 3)), torch.bfloat16)
+
+
+def test_what_cublas_refuses_is_an_error(on_host, monkeypatch):
+    monkeypatch.setattr(cuda, "_blas", lambda: BLAS + 1)
+    x = make_tensors(torch.float32)
+    with pytest.raises(RuntimeError, match="cublas[A-Za-z]* returned cublasStatus_t 1"):
+        on_host.sample(x.hidden, x.weight, x.bias, None, None, False)
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)

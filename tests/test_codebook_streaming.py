@@ -9,6 +9,7 @@ N rows, K codes, I size of hidden.
 import math
 from types import SimpleNamespace
 
+import cuda_rows
 import pytest
 import torch
 from simt_host import serve_on_host  # noqa: F401 (a fixture)
@@ -150,7 +151,7 @@ def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
             seed = None if temperature is None else case.seed
             common = {"seed_per_row": case.per_row}
             expected = torch.empty(N, dtype=torch.int64, device="cuda")
-            cuda.sample(case.logits, case.bias, seed, 0, temperature, expected, **common)
+            cuda_rows.sample(case.logits, case.bias, seed, 0, temperature, expected, **common)
             actual = cuda.sample_streaming(case.hidden, case.weight, case.bias, seed, temperature, **common)
             assert_exact(actual, expected)
         loss = cuda.cross_entropy_streaming(case.hidden, case.weight, case.bias, case.target, -100)

@@ -76,7 +76,7 @@ void bind_codebook(py::module_& m) {
               gumbel_backward(codebook_kernels(),
                               {logit_rows(R, K, logits, bias), noise_rows(seed, seed_per_row, first_row),
                                at<const float>(tau), at<const GumbelStats>(stats), at<const float>(kl),
-                               at<const float>(grad_kl), at<float>(grad_weights), at<void>(weights),
+                               at<const float>(grad_kl), at<const void>(grad_weights), at<void>(weights),
                                at<void>(grad_logits), static_cast<CodebookDType>(dtype)},
                               threads);
           }, released);

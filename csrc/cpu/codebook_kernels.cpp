@@ -307,7 +307,7 @@ void gumbel_backward_rows(const GumbelBackward& a, int64_t begin, int64_t end, f
     const float factor = std::fmin(inverse_tau * kLog2e, std::numeric_limits<float>::max());
     for (int64_t r = begin; r < end; ++r) {
         const float* logits = a.x.logits + r * K;
-        const float* grad_weights = a.grad_weights + r * K;
+        const float* grad_weights = static_cast<const float*>(a.grad_weights) + r * K;
         float* grad_logits = row_of<float>(a.grad_logits, r, K);
         const RowNoise noise(a.noise, r);
         const GumbelStats stats = a.stats[r];

@@ -11,7 +11,8 @@ namespace py = pybind11;
 
 namespace dalle_fast {
 
-void bind_cuda_codebook(py::module_& m);  // codebook_binding.cpp
+void bind_cuda_codebook(py::module_& m);         // codebook_binding.cpp
+void bind_cuda_codebook_chunks(py::module_& m);  // codebook_chunks_binding.cpp
 
 void bind_cuda(py::module_& m) {
     m.def(
@@ -25,6 +26,7 @@ void bind_cuda(py::module_& m) {
         "Evaluate a mask (AttentionMask.encode()) for its first seq_len positions into a (seq_len, seq_len) bool tensor\n"
         "of the current device, given by its address, in the stream given by its handle.");
     bind_cuda_codebook(m);
+    bind_cuda_codebook_chunks(m);
 }
 
 }  // namespace dalle_fast

@@ -1,10 +1,12 @@
-// What happens to rows of logits, see ../codebook.h: one block a row, one kernel a function, one launch a chunk.
+// What happens to rows of logits, see ../codebook.h: one block a row, one kernel a function, one launch a chunk. And
+// what little there is to do to the products of a chunk.
 //
 // A row is read twice, the second time most likely from the L2 cache, where the matrix product has just left it. Noise
 // is dearer than memory: what a thread made of it in the first pass it keeps in shared memory for the second, as long
 // as the row fits; no other thread sees it, so that takes no barrier. Longer rows compute their noise again.
 //
-// Every result is the same in every run: no atomics, and the order of sums depends on K alone, that of columns on R.
+// Every result is the same in every run: no atomics, and the order of sums depends on K alone, that of columns on R and
+// on the number of totals.
 #include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads) gumbel_backward_kernel(GumbelBack
     const int64_t row = blockIdx.x;
     const unsigned items = num_items(a.x.K);
     const auto logits = logits_of_row<kPacked>(a.x, row);
-    const Row<const float, kPacked> grad_weights{a.grad_weights + row * a.x.K, unsigned(a.x.K)};
+    const Row<const T, kPacked> grad_weights{static_cast<const T*>(a.grad_weights) + row * a.x.K, unsigned(a.x.K)};
     const RowNoise noise = noise_of_row(a.noise, row);
     const GumbelStats stats = a.stats[row];
     const float tau = *a.tau, scale = exponent_scale(tau), inverse_tau = reciprocal_of_tau(tau);
@@ -162,7 +164,9 @@ __global__ void __launch_bounds__(kMaxThreads) gumbel_backward_kernel(GumbelBack
         before_store_in_place<T>();
         if (item < items) {
             store_item(result_row<T, kPacked>(a.grad_logits, row, a.x.K), item, grad);
-            if (a.weights) store_item(result_row<T, kPacked>(a.weights, row, a.x.K), item, y);
+            // Where this thread alone has read grad_weights, of the same width.
+            if (a.weights)
+                store_item(Row<T, kPacked>{static_cast<T*>(a.weights) + row * a.x.K, unsigned(a.x.K)}, item, y);
         }
     }
 }
@@ -282,15 +286,17 @@ __global__ void __launch_bounds__(kMaxThreads) gumbel_softmax_kernel(GumbelSoftm
 
 constexpr int kColumns = 64, kColumnThreads = kColumns / kCodes, kSlices = kMaxThreads / kColumnThreads;
 
-// A block has 64 columns, a thread 4 of them and every 16th row.
+// Blocks of 64 columns would be too few for a GPU, so the rows are dealt out to `count` of them, each with a total of
+// its own: 16 rows to the first, 16 to the next, and so on. A thread has 4 of the columns and one of the 16 rows.
 template <class T, bool kPacked>
 __global__ void __launch_bounds__(kMaxThreads) add_columns_kernel(ColumnSums a) {
     __shared__ float parts[kSlices][kColumns];
     const unsigned K = unsigned(a.K), thread = threadIdx.x % kColumnThreads, slice = threadIdx.x / kColumnThreads;
-    const unsigned first = blockIdx.x * kColumns + thread * kCodes;
+    const unsigned column_blocks = (K + kColumns - 1) / kColumns, number = blockIdx.x / column_blocks;
+    const unsigned first_column = blockIdx.x % column_blocks * kColumns, first = first_column + thread * kCodes;
     float sums[kCodes] = {};
 #pragma unroll 4
-    for (int64_t r = slice; r < a.R; r += kSlices) {
+    for (int64_t r = number * kSlices + slice; r < a.R; r += a.count * kSlices) {
         const Row<T, kPacked> row = result_row<T, kPacked>(a.rows, r, a.K);
         if constexpr (kPacked) {
             if (first < K) {
@@ -304,11 +310,34 @@ __global__ void __launch_bounds__(kMaxThreads) add_columns_kernel(ColumnSums a) 
     }
     for (int n = 0; n < kCodes; ++n) parts[slice][thread * kCodes + n] = sums[n];
     __syncthreads();
-    const unsigned column = blockIdx.x * kColumns + threadIdx.x;
+    const unsigned column = first_column + threadIdx.x;
     if (threadIdx.x >= kColumns || column >= K) return;
-    float sum = 0;
+    float* const total = a.totals + number * a.K + column;
+    float sum = a.begun ? *total : 0;
     for (int n = 0; n < kSlices; ++n) sum += parts[n][threadIdx.x];
-    a.total[column] += sum;
+    *total = sum;
+}
+
+// A thread has a column.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) sum_totals_kernel(SumOfTotals a) {
+    const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (column >= a.K) return;
+    float sum = 0;
+    for (int64_t n = 0; n < a.count; ++n) sum += a.totals[n * a.K + column];
+    to_type(static_cast<T*>(a.out) + column, sum);
+}
+
+// -- embeddings -------------------------------------------------------------------------------------------------------
+
+// A warp has a row.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads) divide_embeddings_kernel(EmbeddingRows a) {
+    const int64_t row = int64_t(blockIdx.x) * kMaxWarps + threadIdx.x / kWarp;
+    if (row >= a.R) return;
+    const float sum = a.stats[row].sum_noisy;
+    for (int64_t n = row * a.D + threadIdx.x % kWarp; n < (row + 1) * a.D; n += kWarp)
+        to_type(static_cast<T*>(a.embeddings) + n, a.sums[n] / sum);
 }
 
 // -- launches ---------------------------------------------------------------------------------------------------------
@@ -353,17 +382,21 @@ void with_flag(bool flag, Run run) {
     flag ? run(std::true_type()) : run(std::false_type());
 }
 
+// run(a value of the type)
+template <class Run>
+void with_type(CodebookDType dtype, Run run) {
+    switch (dtype) {
+        case CodebookDType::float32: return run(float());
+        case CodebookDType::float16: return run(__half());
+        case CodebookDType::bfloat16: return run(__nv_bfloat16());
+    }
+    throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(int32_t(dtype)));
+}
+
 // run(a value of the type, is_packed)
 template <class Run>
 void with_type(CodebookDType dtype, bool packed, Run run) {
-    with_flag(packed, [&](auto is_packed) {
-        switch (dtype) {
-            case CodebookDType::float32: return run(float(), is_packed);
-            case CodebookDType::float16: return run(__half(), is_packed);
-            case CodebookDType::bfloat16: return run(__nv_bfloat16(), is_packed);
-        }
-        throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(int32_t(dtype)));
-    });
+    with_flag(packed, [&](auto is_packed) { with_type(dtype, [&](auto type) { run(type, is_packed); }); });
 }
 
 }  // namespace
@@ -421,9 +454,28 @@ void cuda_gumbel_softmax(const GumbelSoftmaxRows& a, void* stream) {
 
 void cuda_add_columns(const ColumnSums& a, void* stream) {
     if (!check_sizes(a.R, a.K)) return;
+    const int64_t blocks = (a.K + kColumns - 1) / kColumns * a.count;
+    if (a.count < 1 || blocks > kMaxRows)
+        throw std::invalid_argument("count must be at least 1 and not too large, got " + std::to_string(a.count));
     with_type(a.dtype, is_packed(a.K, {a.rows}), [&](auto type, auto packed) {
-        launch("launching add_columns_kernel", add_columns_kernel<decltype(type), packed()>, a,
-               (a.K + kColumns - 1) / kColumns, kMaxThreads, 0, stream);
+        launch("launching add_columns_kernel", add_columns_kernel<decltype(type), packed()>, a, blocks, kMaxThreads, 0,
+               stream);
+    });
+}
+
+void cuda_sum_totals(const SumOfTotals& a, void* stream) {
+    check_sizes(0, a.K);
+    with_type(a.dtype, [&](auto type) {
+        launch("launching sum_totals_kernel", sum_totals_kernel<decltype(type)>, a,
+               (a.K + kMaxThreads - 1) / kMaxThreads, kMaxThreads, 0, stream);
+    });
+}
+
+void cuda_divide_embeddings(const EmbeddingRows& a, void* stream) {
+    if (!check_sizes(a.R, 1)) return;
+    with_type(a.dtype, [&](auto type) {
+        launch("launching divide_embeddings_kernel", divide_embeddings_kernel<decltype(type)>, a,
+               (a.R + kMaxWarps - 1) / kMaxWarps, kMaxThreads, 0, stream);
     });
 }
 

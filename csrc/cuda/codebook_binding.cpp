@@ -58,7 +58,7 @@ void bind_cuda_codebook(py::module_& m) {
            int64_t grad_weights, int64_t weights, int64_t grad_logits, int dtype, int64_t stream) {
             cuda_gumbel_backward({to_logits(x), to_noise(noise), address<const float>(tau),
                                   address<const GumbelStats>(stats), address<const float>(kl),
-                                  address<const float>(grad_kl), address<float>(grad_weights), address<void>(weights),
+                                  address<const float>(grad_kl), address<const void>(grad_weights), address<void>(weights),
                                   address<void>(grad_logits), CodebookDType(dtype)},
                                  address<void>(stream));
         },
@@ -95,11 +95,20 @@ void bind_cuda_codebook(py::module_& m) {
         py::arg("tau"), py::arg("codes"), py::arg("stream"), no_gil);
     m.def(
         "cuda_add_columns",
-        [](int64_t R, int64_t K, int64_t rows, int dtype, int64_t total, int64_t stream) {
-            cuda_add_columns({R, K, address<void>(rows), CodebookDType(dtype), address<float>(total)},
-                             address<void>(stream));
+        [](int64_t R, int64_t K, int64_t rows, int dtype, int64_t count, int64_t totals, bool begun, int64_t stream) {
+            cuda_add_columns(
+                {R, K, address<void>(rows), CodebookDType(dtype), count, address<float>(totals), begun},
+                address<void>(stream));
         },
-        py::arg("R"), py::arg("K"), py::arg("rows"), py::arg("dtype"), py::arg("total"), py::arg("stream"), no_gil);
+        py::arg("R"), py::arg("K"), py::arg("rows"), py::arg("dtype"), py::arg("count"), py::arg("totals"),
+        py::arg("begun"), py::arg("stream"), no_gil);
+    m.def(
+        "cuda_sum_totals",
+        [](int64_t count, int64_t K, int64_t totals, int64_t out, int dtype, int64_t stream) {
+            cuda_sum_totals({count, K, address<const float>(totals), address<void>(out), CodebookDType(dtype)},
+                            address<void>(stream));
+        },
+        py::arg("count"), py::arg("K"), py::arg("totals"), py::arg("out"), py::arg("dtype"), py::arg("stream"), no_gil);
     m.def(
         "cuda_codebook_sample_streaming",
         [](const SizeNumbers& sizes, int64_t hidden, int64_t weight, int dtype, int64_t bias,

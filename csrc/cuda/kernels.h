@@ -23,14 +23,35 @@ void cuda_sample(const SampleRows& rows, void* stream);
 void cuda_cross_entropy(const CrossEntropyRows& rows, void* stream);
 void cuda_gumbel_softmax(const GumbelSoftmaxRows& rows, void* stream);
 
-// total[k] += the sum of column k.
+// The sums of all columns, in as many parts as there are totals: rows are dealt out to them.
 struct ColumnSums {
     int64_t R, K;
-    void* rows;  // (R, K), each row at the start of the memory of K floats
+    void* rows;  // (R, K) results
     CodebookDType dtype;
-    float* total;  // (K)
+    int64_t count;
+    float* totals;  // (count, K)
+    bool begun;     // are there totals to add to?
 };
 void cuda_add_columns(const ColumnSums& columns, void* stream);
+
+// out[k] = the sum of all totals of column k.
+struct SumOfTotals {
+    int64_t count, K;
+    const float* totals;  // (count, K)
+    void* out;            // (K)
+    CodebookDType dtype;  // of out
+};
+void cuda_sum_totals(const SumOfTotals& totals, void* stream);
+
+// embeddings = sums / sum_noisy of their row, where sums are of weights that are not normalised.
+struct EmbeddingRows {
+    int64_t R, D;
+    const float* sums;  // (R, D) contiguous
+    const GumbelStats* stats;
+    void* embeddings;     // (R, D) contiguous
+    CodebookDType dtype;  // of embeddings
+};
+void cuda_divide_embeddings(const EmbeddingRows& rows, void* stream);
 
 // hidden @ weight.T + bias that never is in memory. Codes as by cuda_sample, or the loss as by cuda_cross_entropy.
 struct StreamingRows {

@@ -55,7 +55,7 @@ void call() {
             a.stats = buffer<GumbelStats>();
             a.kl = buffer<float>();
             a.grad_kl = buffer<float>();
-            a.grad_weights = buffer<float>();
+            a.grad_weights = buffer<void>();
             a.weights = buffer<void>();
             a.grad_logits = buffer<void>();
             a.dtype = dtype();
@@ -108,8 +108,29 @@ void call() {
             a.K = number();
             a.rows = buffer<void>();
             a.dtype = dtype();
-            a.total = buffer<float>();
+            a.count = number();
+            a.totals = buffer<float>();
+            a.begun = number() != 0;
             return cuda_add_columns(a, nullptr);
+        }
+        case 9: {
+            SumOfTotals a{};
+            a.count = number();
+            a.K = number();
+            a.totals = buffer<float>();
+            a.out = buffer<void>();
+            a.dtype = dtype();
+            return cuda_sum_totals(a, nullptr);
+        }
+        case 10: {
+            EmbeddingRows a{};
+            a.R = number();
+            a.D = number();
+            a.sums = buffer<float>();
+            a.stats = buffer<GumbelStats>();
+            a.embeddings = buffer<void>();
+            a.dtype = dtype();
+            return cuda_divide_embeddings(a, nullptr);
         }
         default: throw std::invalid_argument("no such function");
     }

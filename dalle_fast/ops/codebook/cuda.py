@@ -1,9 +1,14 @@
-"""Row kernels of the codebook operation on NVIDIA GPUs: `csrc/cuda/codebook.cu`. See `chunked` for who calls them.
+"""The codebook operation on NVIDIA GPUs: `csrc/cuda/codebook_chunks.cpp`, which goes through the rows by chunks.
+
+Of N rows only as many are worked on at a time as memory is meant for: a matrix product makes the logits of a chunk, one
+kernel does to them all there is to do, and further products take the result. Nothing of size (N, K) exists. A pass is
+one native call, as the device is done with a chunk's products and kernels before Python could launch them; here is what
+is left: memory and dtypes.
 
 Nothing here waits for the device: seeds, tau and temperature are read by the kernels, so that a CUDA graph replays with
 what is in these tensors then. Launched in torch's current stream on the current device, which the caller sets.
 
-R rows, K codes, I size of hidden, D size of an embedding.
+N rows, K codes, I size of hidden, D size of an embedding.
 """
 
 from __future__ import annotations
@@ -43,158 +48,202 @@ def why_not(tensors) -> list[str]:
     return reasons
 
 
-# -- chunks -----------------------------------------------------------------------------------------------------------
-
-# Bytes of the float matrices (R, K) of a chunk, without and with gradients: what is promised beside the results of a
-# forward and backward pass of 8,192 rows and codes is 40 MB, and beside the chunk there are float32 sums of 16-bit
-# gradients. Of few rows the host launches operations, 5 to 10 us each, more slowly than the device is done with them:
-# on an H200 the forward pass in bfloat16, Din = 512, with earlier kernels, took 4.5 ms by 192 rows, 0.90 by 768, 0.77
-# by 1,536 and 0.59 all at once.
-# With gradients the rows are fewer, and so the vendor may round the product of the logits otherwise than in the forward
-# pass. That changes them by a few units in the last place of float32, as the exact product differs from either; the
-# softmax's weights in the backward pass, which are taken over the forward pass's sums, are then wrong by that over tau.
-FORWARD_BYTES, BACKWARD_BYTES = 32 << 20, 24 << 20
-MIN_ROWS = 16
-SMALL_PARTS = 1  # what is memory for one more operation is worth more as rows of a chunk
+# -- the operation ----------------------------------------------------------------------------------------------------
 
 
-def chunk_rows(num_codes, *, gradients, matrices):
-    """R for K codes and so many matrices: at least MIN_ROWS and a multiple of it."""
-    size = (BACKWARD_BYTES if gradients else FORWARD_BYTES) // matrices
-    return max(MIN_ROWS, size // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def scratch(size, device):
-    """`size` floats to work in: torch's allocator keeps them for the next call."""
-    return torch.empty(size, device=device)
-
-
-def result_dtype(dtype, *, gradients):
-    """What the kernels below leave of tensors in `dtype`."""
-    return dtype
-
-
-def results(floats, dtype):
-    """Where the kernels below leave (R, K) in `dtype`, given floats (R, K): each row at the start of a row's memory."""
-    return floats if dtype == torch.float32 else floats.view(dtype)[:, : floats.shape[1]]
-
-
-# -- products ---------------------------------------------------------------------------------------------------------
-
-
-def product(a, b, out=None):
-    """a (R, I) @ b (J, I).T -> (R, J) in float32, added up in float32 whatever the dtype of a and b."""
-    a, b = _for_blas(a), _for_blas(b)
-    if a.dtype == torch.float32:
-        return torch.mm(a, b.t(), out=out)
-    if out is None:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    return torch.mm(a, b.t(), out_dtype=torch.float32, out=out)
-
-
-def rounded_product(a, b, out):
-    """out = a (R, I) @ b (J, I).T in their dtype, added up as torch adds up all products: in float32.
-
-    Parts of a long sum may be rounded too: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
-    """
-    torch.mm(_for_blas(a), _for_blas(b).t(), out=out)
-
-
-def accumulate(total, a, b):
-    """total (J, I) += a (R, J).T @ b (R, I), in float32 and in place: total may be as large as the weight."""
-    a, b = _for_blas(a), _for_blas(b)
-    if a.dtype == total.dtype:
-        total.addmm_(a.t(), b)
-    else:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
-
-
-def _for_blas(x):
-    """The matrix x as torch.mm takes it: cuBLAS holds the distance of two rows in 32 bits."""
-    return x if max(x.stride()) < 1 << 31 else x.contiguous()
-
-
-class Sum:
-    """A gradient of the shape and dtype of `like` (J, I), added up in float32 from products of so many rows in all."""
-
-    def __init__(self, like, num_rows):
-        self._total, self._dtype = torch.zeros(like.shape, device=like.device), like.dtype
-
-    def add(self, a, b):
-        """Add a (R, J).T @ b (R, I)."""
-        accumulate(self._total, a, b)
-
-    def result(self):
-        """The sum of all rows."""
-        return self._total.to(self._dtype)
-
-
-# -- kernels ----------------------------------------------------------------------------------------------------------
-
-
-def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, stats, kl, codes, *, seed_per_row):
-    """Fills stats (R, 4), kl (R,), codes (R,) and `results` of logits: weights (R, K), not normalised."""
-    _extension.native().cuda_gumbel_forward(
-        _logits(logits, bias), _noise(seed, seed_per_row, first_row), tau.data_ptr(),
-        logits.data_ptr() if want_weights else 0, DTYPES[dtype], stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
-        _stream(),
+def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard):
+    """As `reference` has it, and so have the others."""
+    (N, K), D = (hidden.shape[0], weight.shape[0]), codebook.shape[1]
+    embedding = hidden.new_empty(N, D)
+    kl, codes, stats = _row_results(hidden), _row_results(hidden, dtype=torch.int64), _row_results(hidden, 4)
+    # Beside a chunk's logits are its embeddings before they are divided: few, unless there are fewer codes than that.
+    rows = _Rows(hidden, weight, bias, chunk_rows(4 * max(K, D), gradients=False))
+    table, sums = _for_blas(codebook), None
+    wanted = D > 0 and not hard
+    if wanted:
+        sums = scratch(rows.step * D, torch.float32, hidden.device)
+    _extension.native().cuda_gumbel_chunks(
+        rows.numbers, _noise(seed, seed_per_row), tau.data_ptr(), D, _matrix(table), _address(sums),
+        _address(embedding if wanted else None), stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
     )  # fmt: skip
+    if hard:
+        torch.index_select(codebook, 0, codes, out=embedding)
+    return embedding, kl, codes, stats
 
 
-def gumbel_backward(
-    logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad_weights, dtype, want_weights, *, seed_per_row
+def gumbel_codebook_backward(
+    grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard, needs
 ):
-    """Fills `results` of logits with their gradient and, with want_weights, of grad_weights with normalised weights."""
-    _extension.native().cuda_gumbel_backward(
-        _logits(logits, bias), _noise(seed, seed_per_row, first_row), tau.data_ptr(), stats.data_ptr(), kl.data_ptr(),
-        _address(grad_kl), grad_weights.data_ptr(), grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(),
-        DTYPES[dtype], _stream(),
+    K = weight.shape[0]
+    rows = _Rows(hidden, weight, bias, chunk_rows(K * (4 + hidden.element_size()), gradients=True))
+    gradients = _Gradients(rows, needs)
+    table, of_embedding, grad_kl = _for_blas(codebook), _for_blas(grad_embedding.contiguous()), _float32(grad_kl)
+    of_codebook = rows.total(table) if needs[3] and not hard else None
+    grad_weights = scratch(rows.step * K, hidden.dtype, hidden.device)
+    _extension.native().cuda_gumbel_backward_chunks(
+        rows.numbers, _noise(seed, seed_per_row), tau.data_ptr(), table.shape[1], _matrix(table), _matrix(of_embedding),
+        stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(), _address(of_codebook),
+        gradients.numbers,
     )  # fmt: skip
+    del rows, grad_weights  # the memory is free: results take as much
+    if hard and needs[3]:
+        of_codebook = _sum_by_code(codebook, codes, grad_embedding)
+    return *gradients.results(hidden, weight, bias), _result(of_codebook, codebook)
 
 
-def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
-    """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
-    _extension.native().cuda_sample(
-        _logits(logits, bias), _noise(seed, seed_per_row, first_row), _address(temperature), codes.data_ptr(), _stream()
+def sample(hidden, weight, bias, temperature, seed, seed_per_row):
+    if streams("sample", hidden, weight):
+        return sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
+    codes = _row_results(hidden, dtype=torch.int64)
+    rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=False))
+    _extension.native().cuda_sample_chunks(
+        rows.numbers, _noise(seed, seed_per_row), _address(temperature), codes.data_ptr()
     )
+    return codes
 
 
-def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
-    """Fills loss (R,), and with row_weight `results` of logits with the gradient of sum(row_weight * loss).
-
-    A target that is neither a code nor ignore_index gives NaN in its row, where torch stops the whole process.
-    """
-    _extension.native().cuda_cross_entropy(
-        _logits(logits, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _address(row_weight),
-        row_weight is not None and len(row_weight) > 1, 0 if row_weight is None else logits.data_ptr(), DTYPES[dtype],
-        _stream(),
+def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
+    """A target that is neither a code nor ignore_index gives NaN in its row, where torch stops the whole process."""
+    if row_weight is None and streams("cross_entropy", hidden, weight):
+        return cross_entropy_streaming(hidden, weight, _float32(bias), target, ignore_index), None, None, None
+    loss, row_weight = _row_results(hidden), _float32(row_weight)
+    rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=row_weight is not None))
+    gradients = _Gradients(rows, needs)
+    _extension.native().cuda_cross_entropy_chunks(
+        rows.numbers, target.data_ptr(), ignore_index, loss.data_ptr(), _address(row_weight),
+        row_weight is not None and len(row_weight) > 1, gradients.numbers,
     )  # fmt: skip
+    del rows  # the memory is free: results take as much
+    return loss, *gradients.results(hidden, weight, bias)
 
 
-def add_columns(total, a):
-    """total (J,) += the sums of the columns of a (R, J), some `results`, in float32."""
-    _extension.native().cuda_add_columns(*a.shape, a.data_ptr(), DTYPES[a.dtype], total.data_ptr(), _stream())
-
-
-def gumbel_softmax(logits, seed, tau, want_codes):
-    """softmax((logits + noise) / tau) of contiguous logits (R, K), in their dtype, and codes (R,) or None."""
-    out = torch.empty_like(logits)
-    codes = logits.new_empty(logits.shape[0], dtype=torch.int64) if want_codes else None
+def gumbel_softmax(logits, tau, seed):
+    logits = logits.contiguous()
+    out, codes = torch.empty_like(logits), _row_results(logits, dtype=torch.int64)
     _extension.native().cuda_gumbel_softmax(
-        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], _noise(seed, False, 0), tau,
-        _address(codes), _stream(),
+        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], (*_noise(seed, False), 0), tau,
+        codes.data_ptr(), _stream(),
     )  # fmt: skip
     return out, codes
 
 
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+# Bytes of the matrices (R, K) of a chunk of R rows, without and with gradients: what is promised beside the results of
+# a forward and backward pass of 8,192 rows and codes is 40 MB, and beside the chunk there are float32 sums of 16-bit
+# gradients, which are read and written once for every chunk.
+# With gradients the rows are fewer, and so the vendor may round the product of the logits otherwise than in the forward
+# pass. That changes them by a few units in the last place of float32, as the exact product differs from either; the
+# softmax's weights in the backward pass, which are taken over the forward pass's sums, are then wrong by that over tau.
+FORWARD_BYTES, BACKWARD_BYTES = 32 << 20, 24 << 20
+MIN_ROWS, TILE_ROWS = 16, 128  # cuBLAS multiplies tiles of up to so many rows
+BIAS_TOTALS = 8  # so many thread blocks share the rows of a chunk where columns are summed
+
+
+def chunk_rows(row_bytes, *, gradients):
+    """R: a multiple of MIN_ROWS and at least that, and of TILE_ROWS where it is more than that."""
+    count = (BACKWARD_BYTES if gradients else FORWARD_BYTES) // row_bytes
+    multiple = TILE_ROWS if count >= TILE_ROWS else MIN_ROWS
+    return max(MIN_ROWS, count // multiple * multiple)
+
+
+class _Rows:
+    """What all passes are given, by chunks of `step` rows; it must live until the pass is launched."""
+
+    def __init__(self, hidden, weight, bias, step):
+        N, K = hidden.shape[0], weight.shape[0]
+        self.hidden, self.weight, self.bias, self.step = _for_blas(hidden), _for_blas(weight), bias, min(N, step)
+        self.logits, self._bias32 = scratch(self.step * K, torch.float32, hidden.device), _float32(bias)
+        self.numbers = (
+            (N, K, self.hidden.shape[1], self.step),
+            _matrix(self.hidden),
+            _matrix(self.weight),
+            (DTYPES[hidden.dtype], _address(self._bias32), self.logits.data_ptr(), _blas(), _stream()),
+        )
+
+    def total(self, like, dtype=torch.float32):
+        """Memory of a sum over all rows: the first chunk need not find zeros there, but without rows there is none."""
+        return (torch.empty if self.step else torch.zeros)(like.shape, dtype=dtype, device=like.device)
+
+
+class _Gradients:
+    """The gradients of hidden, weight and bias, in float32 as long as they are added up."""
+
+    def __init__(self, rows, needs):
+        self.of_hidden = torch.empty_like(rows.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.of_weight = rows.total(rows.weight) if needs[1] else None
+        self.of_bias = self._bias_totals = None
+        if needs[2]:
+            self.of_bias = rows.total(rows.bias, rows.bias.dtype)
+            self._bias_totals = torch.empty(BIAS_TOTALS, len(rows.bias), device=rows.bias.device)
+        self.numbers = (
+            _address(self.of_hidden),
+            _address(self.of_weight),
+            _address(self.of_bias),
+            BIAS_TOTALS,
+            _address(self._bias_totals),
+        )
+
+    def results(self, *tensors):
+        """In the dtype of the tensors they belong to; None for those that are not needed."""
+        return tuple(map(_result, (self.of_hidden, self.of_weight, self.of_bias), tensors))
+
+
+def _result(gradient, like):
+    """A gradient, or None, in the dtype of the tensor `like` and, where that has no columns, in its shape."""
+    if gradient is None:
+        return None
+    return gradient.to(like.dtype) if gradient.shape == like.shape else like.new_empty(like.shape)
+
+
+def _sum_by_code(codebook, codes, grad_embedding):
+    """In float32. Not index_add_, whose order of additions, and so the last bits, differs from run to run on a GPU."""
+    total = torch.zeros(codebook.shape, device=codebook.device)
+    return total.index_put_((codes,), grad_embedding.float(), accumulate=True)
+
+
+def scratch(size, dtype, device):
+    """Memory to work in: torch's allocator keeps it for the next call."""
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+# -- matrices for cuBLAS ----------------------------------------------------------------------------------------------
+
+
+def _for_blas(x):
+    """The matrix x as cuBLAS takes it: not without columns, and with a `_layout`."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 1)
+    return x if _layout(x) else x.contiguous()
+
+
+def _matrix(x):
+    return x.data_ptr(), *_layout(x)
+
+
+def _layout(x):
+    """(distance of two rows, False), (distance of two columns, True) if x is transposed, or None if cuBLAS has none.
+
+    It holds the distance in 32 bits.
+    """
+    if x.is_contiguous():
+        return x.shape[1], False
+    for y, transposed in ((x, False), (x.T, True)):
+        if y.stride(1) == 1 and y.shape[1] <= y.stride(0) < 1 << 31:
+            return y.stride(0), transposed
+    return None
+
+
+def _blas():
+    return torch.cuda.current_blas_handle()
+
+
 # -- without logits in memory -----------------------------------------------------------------------------------------
 
-# Who samples and who computes a loss without gradients where both could: "chunked" (the vendor's product, then a kernel
-# above) or "streaming" (below). On an H200, 8,192 rows and codes in bfloat16: a loss at Din = 128 took 0.288 ms chunked
-# and 0.358 streaming, at Din = 512 0.354 and 0.896; a sample 0.408 and 0.870, and 0.470 and 1.404.
+# Who samples and who computes a loss without gradients where both could: "chunked" (the vendor's product, then a kernel,
+# as above) or "streaming" (below). On an H200, 8,192 rows and codes in bfloat16, when Python still launched the chunks:
+# a loss at Din = 128 took 0.288 ms chunked and 0.358 streaming, at Din = 512 0.354 and 0.896; a sample 0.408 and 0.870,
+# and 0.470 and 1.404.
 SMALL_DIN = {"sample": "chunked", "cross_entropy": "chunked"}
 MAX_STREAMED_DIN = 512
 
@@ -215,17 +264,17 @@ def can_stream(hidden, weight):
 
 
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
-    """Returns codes (N,) as `sample` does, of hidden (N, I) and weight (K, I)."""
+    """Returns codes (N,) as `sample` does."""
     codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
     _extension.native().cuda_codebook_sample_streaming(
-        *_streamed(hidden, weight, bias), _noise(seed, seed_per_row, 0), _address(temperature), codes.data_ptr(),
+        *_streamed(hidden, weight, bias), (*_noise(seed, seed_per_row), 0), _address(temperature), codes.data_ptr(),
         _stream(),
     )  # fmt: skip
     return codes
 
 
 def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
-    """Returns loss (N,) as `cross_entropy` does, of hidden (N, I) and weight (K, I)."""
+    """Returns loss (N,) as `cross_entropy` does."""
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     _extension.native().cuda_codebook_cross_entropy_streaming(
         *_streamed(hidden, weight, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _stream()
@@ -238,12 +287,16 @@ def _streamed(hidden, weight, bias):
     return sizes, hidden.data_ptr(), weight.data_ptr(), DTYPES[hidden.dtype], _address(bias)
 
 
-def _logits(logits, bias):
-    return (*logits.shape, logits.data_ptr(), _address(bias))
+def _row_results(hidden, *shape, dtype=torch.float32):
+    return torch.empty((hidden.shape[0], *shape), dtype=dtype, device=hidden.device)
 
 
-def _noise(seed, seed_per_row, first_row):
-    return (_address(seed), int(seed_per_row), first_row)
+def _float32(x):
+    return None if x is None else x.float().contiguous()
+
+
+def _noise(seed, seed_per_row):
+    return _address(seed), int(seed_per_row)
 
 
 def _address(tensor):

@@ -299,7 +299,8 @@ def _implementation(name):
         return reference
     if name == "triton":
         return ['there are no Triton kernels for the codebook; impl="cuda" serves CUDA tensors']
-    return chunked.Chunked(importlib.import_module(f"dalle_fast.ops.codebook.{name}"))
+    implementation = importlib.import_module(f"dalle_fast.ops.codebook.{name}")
+    return chunked.Chunked(implementation) if name == "cpu" else implementation
 
 
 def _serving(operation, impl, **tensors):
