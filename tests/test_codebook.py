@@ -114,7 +114,7 @@ def test_every_size(serve, sizes, dtype):
 
 def test_many_rows_of_8192_codes(serve):
     """Enough rows for several chunks, as they are in use."""
-    assert 1100 > max(cpu.chunk_rows(8192, gradients=False, matrices=1), cuda.chunk_rows(4 * 8192, gradients=False))
+    assert 1100 > max(cpu.chunk_rows(8192), cuda.chunk_rows(4 * 8192, gradients=False))
     check(serve, inputs(1100, 8192, 3, 24, device=serve.device), 0.7)
 
 

@@ -610,6 +610,73 @@ def test_a_cuda_graph_replays_with_other_seeds_and_another_tau():
             assert_exact(actual, expected)
 
 
+def a_pass_of_each_kind(dtype, device):
+    """Calls of all that goes by chunks, in a few of them, and the tensors that the kernels read their numbers from."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2100, 24), (8192, 24), (8192,), (8192, 12), (2100, 12)
+    tensors = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    hidden, weight, bias, codebook, grad_embedding = tensors
+    tau, seed = torch.full((1,), 0.7, device=device), torch.full((1,), 5, device=device)
+    target, row_weight = torch.arange(2100, device=device), torch.full((1,), 0.1, device=device)
+
+    def calls():
+        results = []
+        for hard in (False, True):
+            embedding, kl, codes, stats = cuda.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, False, hard)
+            gradients = cuda.gumbel_codebook_backward(
+                grad_embedding,
+                kl,
+                hidden,
+                weight,
+                bias,
+                codebook,
+                tau,
+                seed,
+                kl,
+                codes,
+                stats,
+                False,
+                hard,
+                (True,) * 4,
+            )
+            results += [embedding, kl, codes, stats, *gradients]
+        results.append(cuda.sample(hidden, weight, bias, tau, seed, False))
+        return *results, *cuda.cross_entropy(hidden, weight, bias, target, -100, row_weight, (True,) * 3)
+
+    return calls, tau, seed
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cuda_graph_holds_all_chunks_on_a_gpu(dtype):
+    """And every result has the same bits again."""
+    calls, tau, seed = a_pass_of_each_kind(dtype, "cuda")
+    calls()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = calls()
+    for number, value in ((1, 0.5), (2, 2.0)):
+        seed.fill_(number)
+        tau.fill_(value)
+        graph.replay()
+        for actual, expected in zip(captured, calls(), strict=True):
+            assert_exact(actual, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_torchs_handle_is_as_it_was_on_a_gpu(monkeypatch, allow_tf32):
+    """A product of torch's has the same bits before and after, whatever was set for ours."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allow_tf32)
+    a, b = torch.randn(512, 4096, device="cuda"), torch.randn(4096, 512, device="cuda")
+    halves = a.bfloat16(), b.bfloat16()
+    before = a @ b, halves[0] @ halves[1]
+    calls, *_ = a_pass_of_each_kind(torch.bfloat16, "cuda")
+    calls()
+    for actual, expected in zip((a @ b, halves[0] @ halves[1]), before, strict=True):
+        assert_exact(actual, expected)
+
+
 # -- who can be served ------------------------------------------------------------------------------------------------
 
 
@@ -621,6 +688,18 @@ def test_matrices_whose_rows_lie_too_far_apart_for_blas_are_copied():
     assert cuda._for_blas(near) is near
     for far in (matrix(2**31, 1), matrix(1, 2**32)):
         assert cuda._for_blas(far).stride() == (8, 1)
+
+
+def test_rows_of_a_chunk():
+    for row_bytes, gradients, rows in (
+        (6 * 8192, True, 512),  # gumbel_codebook_backward in 16 bits
+        (8 * 8192, True, 384),
+        (4 * 8192, True, 768),
+        (4 * 8192, False, 1024),
+        (4 * 100_000, False, 80),
+        (4 << 28, False, 16),
+    ):
+        assert cuda.chunk_rows(row_bytes, gradients=gradients) == rows
 
 
 def test_every_reason_why_it_cannot_serve():
@@ -660,3 +739,18 @@ def test_launches_without_a_driver_are_runtime_errors(monkeypatch, dtype):
     }.items():
         with pytest.raises(RuntimeError, match=f"launching {name}_kernel: cudaError"):
             call()
+
+
+@pytest.mark.skipif(
+    _extension.why_missing() is not None or _extension.native().build_info()["cuda"] is None,
+    reason="the native module has no CUDA kernels",
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and a handle of 0 is torch's to check")
+def test_a_pass_asks_torchs_cublas(monkeypatch):
+    """Which is found where torch has brought it, and has something against the handle 0."""
+    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(cuda, "_blas", lambda: 0)
+    reason = "returned cublasStatus_t 1" if torch.version.cuda else "no cublas[A-Za-z]* in this process"
+    for call in (cuda.sample, lambda *args: cuda.gumbel_codebook(*args[:3], args[1], *args[3:], False)):
+        with pytest.raises(RuntimeError, match=reason):
+            call(torch.ones(2, 3), torch.ones(70, 3), None, torch.ones(1), torch.ones(1, dtype=torch.int64), False)

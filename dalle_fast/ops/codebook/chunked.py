@@ -1,9 +1,9 @@
-"""The codebook operation by chunks of rows, for CPU and CUDA alike.
+"""The codebook operation by chunks of rows on the CPU; on a GPU the loop is not Python's, see `cuda`.
 
-Of N rows only as many are worked on at a time as the device's memory is meant for: a matrix product makes the logits of
-a chunk, one kernel does to them all there is to do, and further products take the result. Nothing of size (N, K)
-exists. What differs by device is in `rows`, a module: `cpu` or `cuda`. It knows how many rows a chunk has, who
-multiplies, and which operations it can do without a chunk's logits in memory (`streams`).
+Of N rows only as many are worked on at a time as memory is meant for: a matrix product makes the logits of a chunk, one
+kernel does to them all there is to do, and further products take the result. Nothing of size (N, K) exists. `rows` is
+the module `cpu`: it knows how many rows a chunk has, who multiplies, and which operations it can do without a chunk's
+logits in memory (`streams`).
 
 N rows, R rows of a chunk, K codes, I size of hidden, D size of an embedding.
 """
@@ -16,7 +16,7 @@ import torch
 
 
 class Chunked:
-    """The implementation interface of `reference`, by the row kernels of one device."""
+    """The implementation interface of `reference`, by the row kernels of `rows`."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -113,7 +113,7 @@ class Chunked:
         returns: sums of gradients, which are given their dtype then, take as much.
         """
         N, K = hidden.shape[0], weight.shape[0]
-        step = min(N, self.rows.chunk_rows(K, gradients=gradients, matrices=2 if small_parts else 1))
+        step = min(N, self.rows.chunk_rows(K))
         small_rows = -(-step // small_parts) if small_parts else 0
         floats = self.rows.scratch((step + small_rows) * K, hidden.device).view(-1, K)
         dtype = self.rows.result_dtype(hidden.dtype, gradients=gradients)

@@ -44,7 +44,7 @@ MIN_ROWS = 16
 SMALL_PARTS = 4
 
 
-def chunk_rows(num_codes, *, gradients, matrices):
+def chunk_rows(num_codes):
     """R for K codes: at least MIN_ROWS and a multiple of it.
 
     The same for a forward and a backward pass, as the vendor rounds the product of other R otherwise.
