@@ -54,7 +54,7 @@ struct GumbelBackward {
     const float* kl;
     const float* grad_kl;       // (R) or null
     const void* grad_weights;   // (R, K) contiguous: grad_embedding @ codebook.T; float32 on a CPU, in dtype on CUDA
-    void* weights;              // (R, K) y; null: not wanted. May be grad_weights. Results on a CPU, contiguous on CUDA
+    void* weights;              // (R, K) y; null: not wanted. May be grad_weights. Contiguous on CUDA, else results
     void* grad_logits;          // (R, K) results. May be x.logits
     CodebookDType dtype;        // of weights and grad_logits
 };

@@ -12,7 +12,8 @@ constexpr int kFloat32 = 0, kFloat16 = 2, kBFloat16 = 14;  // cudaDataType_t
 constexpr int kPlain = 0, kTransposed = 1;                 // cublasOperation_t
 constexpr int kComputeFloat32 = 68;                        // cublasComputeType_t
 constexpr int kAnyAlgorithm = -1;                          // cublasGemmAlgo_t
-constexpr int kNoRoundedSums = 16;                         // cublasMath_t: CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+// cublasMath_t: CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, beside the other bits.
+constexpr int kNoRoundedSums = 16;
 
 using GemmEx = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
                        int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type,
@@ -53,7 +54,7 @@ int type_of(const Matrix& x) {
 
 int to_int(int64_t size) {
     if (size < 1 || size > std::numeric_limits<int>::max())
-        throw std::invalid_argument("sizes and strides of a product must be 1 to 2^31 - 1, got " + std::to_string(size));
+        throw std::invalid_argument("cuBLAS has sizes and strides of 1 to 2^31 - 1, got " + std::to_string(size));
     return int(size);
 }
 

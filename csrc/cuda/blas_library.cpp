@@ -2,6 +2,8 @@
 // where there is none and works with whichever version torch has brought.
 #include <dlfcn.h>
 
+#include <initializer_list>
+
 #include "blas.h"
 
 namespace dalle_fast {

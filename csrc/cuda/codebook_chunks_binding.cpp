@@ -1,5 +1,5 @@
-// The codebook operation by chunks as Python sees it: device addresses (0 for none), sizes and torch's cuBLAS handle in,
-// nothing out.
+// The codebook operation by chunks as Python sees it: device addresses (0 for none), sizes and torch's cuBLAS handle
+// in, nothing out.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -47,7 +47,8 @@ int gemm(void* handle, int op_a, int op_b, int m, int n, int k, const void* alph
          int algorithm) {
     if (handle != reinterpret_cast<void*>(kHandle)) return kNotInitialized;
     if (m < 0 || n < 0 || k < 0 || (op_a | op_b) >> 1) return kInvalidValue;
-    if (lda < std::max(1, op_a ? k : m) || ldb < std::max(1, op_b ? n : k) || ldc < std::max(1, m)) return kInvalidValue;
+    if (lda < std::max(1, op_a ? k : m) || ldb < std::max(1, op_b ? n : k) || ldc < std::max(1, m))
+        return kInvalidValue;
     const bool known = a_type == 0 || a_type == 2 || a_type == 14;
     if (!known || a_type != b_type || (c_type != 0 && c_type != a_type)) return kNotSupported;
     if (compute_type != 68 || algorithm != -1) return kNotSupported;
