@@ -1,4 +1,4 @@
-"""The Triton attention kernels compile for NVIDIA GPUs, without one, into code that is worth running.
+"""The Triton kernels compile for NVIDIA GPUs, without one, into code that is worth running.
 
 Compiled through the package's own launchers: a driver that only knows its target stands in for the GPU, and launches
 stop after compiling, so that arguments are specialised (strides of 1, divisibility by 16) exactly as in a real launch.
@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from triton.backends.compiler import GPUTarget
 
+from dalle_fast.ops import norm_triton
 from dalle_fast.ops.attention.triton import bwd, dec, fwd, launch
 
 KERNELS = {
@@ -35,7 +36,9 @@ KERNELS = {
     "grad_key_value": bwd._attention_grad_key_value_kernel,
     "decode": dec._attention_decode_kernel,
     "decode_merge": dec._attention_decode_merge_kernel,
+    "add_norm": norm_triton._add_norm_kernel,
 }
+WITHOUT_PRODUCTS = ("decode_merge", "add_norm")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
@@ -197,10 +200,8 @@ def shortcomings(compile_for, usages, tmp_path):
             if shared > SHARED_LIMIT[arch]:
                 wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
             # Products of 16 rows, as decode has them, are HMMA on every architecture.
-            product = {"decode_merge": "", "decode": r"\bHMMA\b"}.get(
-                kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch]
-            )
-            if dtype != "float32" and not re.search(product, code):
+            product = {"decode": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch])
+            if kernel_name not in WITHOUT_PRODUCTS and dtype != "float32" and not re.search(product, code):
                 wrong.append(f"{kernel_name} has no instruction {product}")
         return wrong
 
@@ -226,3 +227,19 @@ def test_float32_gradients_are_sums_of_sums(compile_for):
         accumulators = re.findall(r"tt\.dot %\S+, %\S+, (%[^\s,]+)", text)
         assert accumulators and set(accumulators) <= zeros, name
         assert len(re.findall(r"arith\.addf %\S+, %\S+ : tensor<32x64xf32>", text)) >= num_sums, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_add_norm_compiles_well(compile_for, arch, dtype, tmp_path):
+    """A row is read 16 bytes at a time, and kept in registers."""
+
+    def add_norm(mask, width, dtype, with_update):
+        row, rows = torch.zeros(width, dtype=dtype), torch.zeros(64, width, dtype=dtype)
+        norm_triton.add_norm(rows, None if with_update is None else rows, row, row, 1e-5)
+
+    for width, with_update in itertools.product((1000, 2048, 8192), (False, True)):
+        kernel = compile_for(arch, None, width, dtype, with_update, add_norm)["add_norm"]
+        registers, local, _, code = kernel_usage(kernel, tmp_path)
+        print(f"sm_{arch} {width} {dtype} update {with_update:1} {registers} registers {local} spilled")
+        assert local == 0 and re.search(r"\bLDG\.E\.128", code)

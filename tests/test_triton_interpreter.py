@@ -1,4 +1,4 @@
-"""The Triton attention kernels compute attention: every rule, forward and backward, in Triton's interpreter.
+"""The Triton kernels compute attention, every rule, forward and backward, and the rest, in Triton's interpreter.
 
 TRITON_INTERPRET must be set before kernels are imported and would change every other test of the process, so the
 cases run in a process of their own, once; each test here reports its own cases from there. To debug one:
@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.ops import norm as norm_ops
 from dalle_fast.ops.attention import triton as attention
 from dalle_fast.testing import (
     SMALL_MASKS,
@@ -36,11 +37,12 @@ from dalle_fast.testing import (
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
 
+from dalle_fast.ops import norm_triton
 from dalle_fast.ops.attention.triton import bwd, configs, fwd, launch, primitives
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 137  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 141  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -476,6 +478,50 @@ def test_decode_does_not_depend_on_the_number_of_samples():
         second = slice(N, N + n)  # of the second prompt the first n
         own = [x[1:] for x in text] + [x[second] for x in caches]
         assert torch.equal(attention.decode(q[second, :, T + i], *own, position, None, mask, 0.3), together[second])
+
+
+# -- a residual and its norm -------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_add_norm_against_float64(dtype):
+    """The sum is torch's to the bit; the norm of it is as exact as torch's."""
+    for R, W in ((1, 1), (3, 2), (1, 31), (4, 33), (5, 129), (2, 1000), (1, 2048), (1, 8191)):
+        x, update, weight, _ = (3 * t + 40 for t in inputs(R, W, dtype=dtype))
+        norm = torch.nn.LayerNorm(W, eps=1e-3, dtype=dtype).requires_grad_(False)
+        norm.weight.copy_(weight[0])
+        norm.bias.copy_(weight[-1])
+        for added in (update, None):
+            with nan_poisoned():
+                total, out = norm_triton.add_norm(x, added, norm.weight, norm.bias, norm.eps)
+            expected, eager = norm_ops.add_norm(x, added, norm)
+            assert torch.equal(total, expected) and total.dtype == out.dtype == dtype
+            assert total.data_ptr() != x.data_ptr()
+            exact = torch.nn.functional.layer_norm(total.double(), (W,), norm.weight.double(), norm.bias.double(), 1e-3)
+            assert_as_exact_as_eager(f"{R} x {W}", out, eager, exact)
+    empty = torch.zeros(0, W, dtype=dtype)
+    assert [t.shape for t in norm_triton.add_norm(empty, empty, norm.weight, norm.bias, 1e-3)] == [(0, W)] * 2
+
+
+@interpreted
+def test_a_row_of_add_norm_is_its_own():
+    x, update, weight, _ = inputs(6, 70)
+    clean = norm_triton.add_norm(x, update, weight[0], weight[1], 1e-5)
+    alone = norm_triton.add_norm(x[4:], update[4:], weight[0], weight[1], 1e-5)
+    x[1, 3], update[2, 69] = torch.nan, torch.inf
+    with np.errstate(all="ignore"):
+        total, out = norm_triton.add_norm(x, update, weight[0], weight[1], 1e-5)
+    assert total.isfinite().sum() == 6 * 70 - 2 and out[[1, 2]].isnan().all()
+    for before, after, last in zip(clean, (total, out), alone, strict=True):
+        assert torch.equal(before[[0, 3, 4, 5]], after[[0, 3, 4, 5]]) and torch.equal(before[4:], last)
+
+
+@interpreted
+def test_add_norm_is_a_good_torch_operation():
+    x, update, weight, _ = inputs(3, 20)
+    for added in (update, None):
+        torch.library.opcheck(torch.ops.dalle_fast.add_norm.default, (x, added, weight[0], weight[1], 1e-5))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

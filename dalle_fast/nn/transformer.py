@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
+from dalle_fast.ops.norm import add_norm
 
 INIT_STD = 0.02  # GPT-2's
 # A gradient scale of a residual block: the paper starts at 2^13 and keeps it from 2^7 to 2^24. It grows by 2^(1/1000)
@@ -86,9 +87,14 @@ class Block(nn.Module):
         inner = self.mlp_norm(_Unscale.apply(x, of_mlp))
         return x + _Scale.apply(self.mlp(inner).float(), of_mlp)
 
-    def step(self, x, cache):
-        x = x + self.attention.step(self.attention_norm(x), cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def step(self, x, update, cache):
+        """x and update (B, W), whose sum, or x alone, is the block's input -> two whose sum is its output.
+
+        The last sum is left to the norm that comes next.
+        """
+        x, inner = add_norm(x, update, self.attention_norm, impl=self.attention.impl)
+        x, inner = add_norm(x, self.attention.step(inner, cache), self.mlp_norm, impl=self.attention.impl)
+        return x, self.mlp(inner)
 
     def residual_blocks(self):
         """The parameters of each residual block."""
@@ -188,10 +194,11 @@ class Transformer(nn.Module):
 
     def step(self, x, cache):
         """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token."""
+        update = None
         for index, block in enumerate(self.blocks):
-            x = block.step(x, cache.layer(index))
+            x, update = block.step(x, update, cache.layer(index))
         cache.advance()
-        return self.norm(x)
+        return add_norm(x, update, self.norm, impl=self.blocks[-1].attention.impl)[1]
 
     @torch.no_grad()
     def unscale_gradients(self):

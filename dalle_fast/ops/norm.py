@@ -1,0 +1,81 @@
+"""A residual's sum and the layer norm behind it as one torch operation: on a GPU two launches fewer for each residual.
+
+`dalle_fast::add_norm` is registered as in attention/op.py. It has no gradient; where one is needed, and off the GPU, a
+call goes to torch.
+
+R rows, W width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch.autograd import forward_ad
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 8192  # a row is in the registers of one program
+OLDEST_GPU = (8, 0)
+
+
+def add_norm(x, update, norm, *, impl="auto"):
+    """(x + update, norm(x + update)), both in x's dtype.
+
+    Args:
+        x: (R, W). update: (R, W), or None for nothing to add.
+        norm: a torch.nn.LayerNorm.
+        impl: "reference" is torch's; anything else takes one launch on a GPU, where that serves.
+    """
+    if impl != "reference" and x.is_cuda and _is_served(x, update, norm):
+        return _add_norm_op(x, update, norm.weight, norm.bias, norm.eps)
+    x = x if update is None else x + update
+    return x, norm(x)
+
+
+def _is_served(x, update, norm):
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cuda") or x.dtype not in DTYPES or x.dim() != 2 or not 1 <= x.shape[1] <= MAX_WIDTH:
+        return False
+    rows, columns = (x,) if update is None else (x, update), (norm.weight, norm.bias)
+    if any(tensor is None or tensor.shape != x.shape[1:] for tensor in columns):
+        return False
+    if any(tensor.shape != x.shape for tensor in rows):
+        return False
+    tensors = rows + columns
+    if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in tensors):
+        return False
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not needs_gradient and _has_kernels(x.device)
+
+
+@functools.cache
+def _has_kernels(device):
+    here = torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    return here and torch.cuda.get_device_capability(device) >= OLDEST_GPU
+
+
+# -- the operation -----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("dalle_fast", "FRAGMENT")
+_library.define(
+    # Without an update the sum is a copy: what an operation returns must not be what it was given.
+    "add_norm(Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_add_norm_op = torch.ops.dalle_fast.add_norm.default
+
+
+def _add_norm_kernel(x, update, weight, bias, eps):
+    from dalle_fast.ops.norm_triton import add_norm
+
+    return add_norm(x, update, weight, bias, eps)
+
+
+def _add_norm_fake(x, update, weight, bias, eps):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+_library.impl("add_norm", _add_norm_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("dalle_fast::add_norm", _add_norm_fake, lib=_library)
