@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET"):
 from triton.backends.compiler import GPUTarget
 
 from dalle_fast.ops import norm_triton
-from dalle_fast.ops.attention.triton import bwd, dec, fwd, launch
+from dalle_fast.ops.attention.triton import app, bwd, dec, fwd, launch
 
 KERNELS = {
     "forward": fwd._attention_fwd_kernel,
@@ -36,9 +36,10 @@ KERNELS = {
     "grad_key_value": bwd._attention_grad_key_value_kernel,
     "decode": dec._attention_decode_kernel,
     "decode_merge": dec._attention_decode_merge_kernel,
+    "append": app._attention_append_kernel,
     "add_norm": norm_triton._add_norm_kernel,
 }
-WITHOUT_PRODUCTS = ("decode_merge", "add_norm")
+WITHOUT_PRODUCTS = ("decode_merge", "append", "add_norm")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
@@ -121,6 +122,7 @@ def decode(mask, head_size, dtype, text_lengths):
     text = torch.zeros(1, 2, mask.text_len, head_size, dtype=dtype)
     image = torch.zeros(64, 2, mask.cache_slots, head_size, dtype=dtype)
     position = torch.tensor(3)
+    app.attention_append(image, image, query, query, position, mask)
     dec.attention_decode(query, text, text, image, image, position, text_lengths, mask, 0.125)
 
 

@@ -42,7 +42,7 @@ from dalle_fast.ops.attention.triton import bwd, configs, fwd, launch, primitive
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 141  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 158  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -478,6 +478,44 @@ def test_decode_does_not_depend_on_the_number_of_samples():
         second = slice(N, N + n)  # of the second prompt the first n
         own = [x[1:] for x in text] + [x[second] for x in caches]
         assert torch.equal(attention.decode(q[second, :, T + i], *own, position, None, mask, 0.3), together[second])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", every_mask(0, 1))
+def test_append_writes_one_slot(rule, dtype):
+    """Key and value of every position, out of a packed projection: a ring comes around, and nothing else is written."""
+    mask, B, H = every_mask(3, (5, 3))[rule], 3, 7  # 21 heads: more than one program, and a part of one
+    for D in (1, 24, 64):
+        packed = inputs(mask.image_len, B, 3, H, D, dtype=dtype)[0]
+        caches = [torch.full((B, H, mask.cache_slots, D), torch.nan, dtype=dtype) for _ in range(2)]
+        # A cache with other strides, and what lies between its numbers.
+        caches[1] = torch.full((B, mask.cache_slots, H, 2 * D), torch.nan, dtype=dtype)[..., ::2].transpose(1, 2)
+        expected, position = [x.clone() for x in caches], torch.zeros((), dtype=torch.int64)
+        for i in range(mask.image_len):
+            _, *tokens = packed[i].unbind(1)
+            attention.append(*caches, *tokens, position.fill_(i), mask)
+            for cache, token in zip(expected, tokens, strict=True):
+                cache[:, :, mask.cache_slot(i)] = token
+            for cache, wanted in zip(caches, expected, strict=True):
+                assert torch.equal(cache.nan_to_num(7), wanted.nan_to_num(7)), (D, i)
+        assert not caches[0].isnan().any() and caches[1]._base[..., 1::2].isnan().all()
+        for outside, inside in ((-1, 0), (mask.image_len + 7, mask.image_len - 1)):
+            tokens = [-token for token in tokens]
+            attention.append(*caches, *tokens, position.fill_(outside), mask)
+            for cache, wanted, token in zip(caches, expected, tokens, strict=True):
+                wanted[:, :, mask.cache_slot(inside)] = token
+                assert torch.equal(cache, wanted)
+
+
+@interpreted
+def test_append_of_nothing_and_as_a_torch_operation():
+    mask = column_mask(3, (5, 3))
+    for B in (0, 2):
+        key, value, *_ = inputs(B, 4, 16)
+        cache = [torch.zeros(B, 4, mask.cache_slots, 16) for _ in range(2)]
+        arguments = *cache, key, value, torch.tensor(4), list(mask.encode())
+        torch.library.opcheck(torch.ops.dalle_fast.attention_append.default, arguments)
 
 
 # -- a residual and its norm -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dalle_fast.nn import functional as F
+from dalle_fast.ops.attention import attention_append
 
 
 class LayerCache:
@@ -64,9 +65,7 @@ class LayerCache:
             slot = self.mask.cache_slot(self.cache.length)
             self.image_key[:, :, slot], self.image_value[:, :, slot] = key, value
             return
-        slot = self.mask.cache_slot(self.cache.position).view(1)
-        self.image_key.index_copy_(2, slot, key[:, :, None].to(self.image_key.dtype))
-        self.image_value.index_copy_(2, slot, value[:, :, None].to(self.image_value.dtype))
+        attention_append(self.image_key, self.image_value, key, value, self.mask, self.cache.position)
 
     def attend(self, query, *, impl="auto"):
         """Attention of the token that was appended last, query (B, H, D) -> (B, H, D)."""

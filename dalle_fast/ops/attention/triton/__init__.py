@@ -1,8 +1,8 @@
 """Sparse attention in Triton: NVIDIA GPUs from compute capability 8.0, and Triton's interpreter on CPU tensors.
 
 B batch, H heads, S sequence, D head size, T text. The kernels load at the first call, so that importing this package
-needs neither Triton nor a GPU. Their modules are named fwd, bwd and dec because importing a submodule `forward` would put
-the module in the place of this package's function `forward`.
+needs neither Triton nor a GPU. Their modules are named fwd, bwd, dec and app because importing a submodule `forward` would
+put the module in the place of this package's function `forward`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 
 import torch
 
-__all__ = ["backward", "decode", "forward", "why_not"]
+__all__ = ["append", "backward", "decode", "forward", "why_not"]
 
 _MAX_HEAD_SIZE = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,6 +103,19 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
     from dalle_fast.ops.attention.triton.dec import attention_decode
 
     return attention_decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
+
+
+def append(image_key, image_value, key, value, position, mask):
+    """Write the keys and values of one image token into the caches.
+
+    Args:
+        image_key, image_value: (B, H, mask.cache_slots, D). key, value: (B, H, D). One dtype and device, any strides.
+        position: int64 tensor without dimensions on their device, of the token in the image; read there.
+        mask: AttentionMask.
+    """
+    from dalle_fast.ops.attention.triton.app import attention_append
+
+    attention_append(image_key, image_value, key, value, position, mask)
 
 
 def _interpreted() -> bool:
