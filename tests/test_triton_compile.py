@@ -34,12 +34,12 @@ KERNELS = {
     "forward": fwd._attention_fwd_kernel,
     "grad_query": bwd._attention_grad_query_kernel,
     "grad_key_value": bwd._attention_grad_key_value_kernel,
+    "decode_text": dec._attention_decode_text_kernel,
     "decode": dec._attention_decode_kernel,
-    "decode_merge": dec._attention_decode_merge_kernel,
     "append": app._attention_append_kernel,
     "add_norm": norm_triton._add_norm_kernel,
 }
-WITHOUT_PRODUCTS = ("decode_merge", "append", "add_norm")
+WITHOUT_PRODUCTS = ("decode", "append", "add_norm")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
 EVERYTHING = os.environ.get("DALLE_FAST_COMPILE") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # ships in the Triton wheel
@@ -202,7 +202,7 @@ def shortcomings(compile_for, usages, tmp_path):
             if shared > SHARED_LIMIT[arch]:
                 wrong.append(f"{kernel_name} needs {shared} bytes of shared memory, {SHARED_LIMIT[arch]} are there")
             # Products of 16 rows, as decode has them, are HMMA on every architecture.
-            product = {"decode": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch])
+            product = {"decode_text": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch])
             if kernel_name not in WITHOUT_PRODUCTS and dtype != "float32" and not re.search(product, code):
                 wrong.append(f"{kernel_name} has no instruction {product}")
         return wrong

@@ -1,9 +1,10 @@
 """Decoding: text keys once for 16 samples of a prompt as a matrix product, image keys for each sample on its own.
 
-Two launches. In the first, a program takes one part of the keys: TEXT_PART text keys for up to 16 samples of a prompt, or
-the image keys of one sample; it leaves the softmax over its part, and its log-sum-exp. The second weighs the parts.
-How the keys are cut depends on the mask alone, and 16 rows are the least that a matrix product takes, so a sample's
-result depends neither on the other samples nor on their number. The position is read on the device.
+Two launches. In the first, a program takes TEXT_PART text keys for up to 16 samples of a prompt and leaves the softmax over
+its part, and its log-sum-exp. In the second, a program takes one head of one sample: it weighs the parts of the text as
+if each were a key, goes on over the image keys, and writes the result. How the keys are cut depends on the mask alone, and
+16 rows are the least that a matrix product takes, so a sample's result depends neither on the other samples nor on their
+number. The position is read on the device.
 
 B samples, P prompts, N = B / P, H heads, D head size, T text; V image keys that a query sees at most.
 """
@@ -20,11 +21,12 @@ __all__ = ["attention_decode"]
 SAMPLES = tl.constexpr(16)
 # Chosen from compiled code (no spills), not tuned on a GPU.
 TEXT_PART = 128  # text keys of one program
-STEP_BYTES = 8192  # of text keys, and of values, that it takes at once
-IMAGE_ELEMENTS = 4096  # the same of image keys, which are float32 there
-# In float32, per thread at most. Left to itself ptxas aims at 96 and spilled 16 bytes on sm_90 (Triton 3.6, head size 64,
-# column and axial masks); limited to 128 or 168 it spilled more often; this way it takes up to 206 and spills none.
-FLOAT32_REGISTERS = 240
+TEXT_STEP = 32  # of them at once, at most
+TEXT_BYTES = 8192  # that these keys, and as many values, take at most
+TEXT_WARPS = 4
+IMAGE_BYTES = 8192  # the same of the image keys of one program, which are all that there are of most masks
+IMAGE_WARPS = 4
+MERGE_PARTS = 16  # of the text that a program weighs at once, at most
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def _text_part(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Running softmax of queries (16, BLOCK_D) over the text keys [start, end): (acc, maximum, sum), unscaled."""
+    """Softmax of queries (16, BLOCK_D) over the text keys [start, end): (acc, maximum, sum), unscaled."""
     acc = tl.zeros([SAMPLES, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([SAMPLES], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([SAMPLES], dtype=tl.float32)
@@ -71,169 +73,143 @@ def _text_part(
 
 
 @triton.jit
-def _image_part(
-    q,
-    k_base,
-    k_strides,
-    v_base,
-    v_strides,
-    slots_ptr,
-    count,
-    scale_log2,
-    BLOCK_V: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The same of one query (1, BLOCK_D) over the slots of its cache that are listed at slots_ptr."""
-    acc = tl.zeros([1, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([1], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([1], dtype=tl.float32)
-    for first in range(0, count, BLOCK_V):
-        offsets = first + tl.arange(0, BLOCK_V)
-        seen = offsets < count
-        slots = tl.load(slots_ptr + offsets, mask=seen, other=0)
-        k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE).to(tl.float32)
-        v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE).to(tl.float32)
-        scores = tl.sum(k * q.to(tl.float32), 1) * scale_log2
-        scores = tl.where(seen, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 0))
-        p = tl.exp2(scores - new_max)
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 0)
-        acc = acc * rescale[:, None] + tl.sum(p[:, None] * v, 0)[None, :]
-        row_max = new_max
-    return acc, row_max, row_sum
+def _absorb(scores, values, acc, row_max, row_sum):
+    """The running softmax of one query, (acc (BLOCK_D,), maximum, sum), after more scores (n,) and values (n, BLOCK_D).
+
+    A hidden key has the score -inf, and there may be none but hidden ones so far.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 0))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores - base)
+    rescale = tl.exp2(row_max - base)
+    acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
+    return acc, new_max, row_sum * rescale + tl.sum(p, 0)
 
 
-@triton.jit
-def _store_part(out_ptr, lse_ptr, rows, valid, acc, row_max, row_sum, BLOCK_D: tl.constexpr):
-    """One part of the keys, for each of `rows`: its softmax's output, 0 without keys, and its lse in units of log2."""
-    d = tl.arange(0, BLOCK_D)
-    nothing = row_sum == 0.0
-    row_sum = tl.where(nothing, 1.0, row_sum)
-    out = acc / row_sum[:, None]
-    lse = tl.where(nothing, float("-inf"), row_max + tl.log2(row_sum))
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * BLOCK_D + d[None, :], out, mask=valid[:, None])
-    tl.store(lse_ptr + rows, lse, mask=valid)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_samples", "num_heads", "text_programs"])
-def _attention_decode_kernel(
+@triton.jit(do_not_specialize=["num_samples", "num_heads"])
+def _attention_decode_text_kernel(
     q_ptr,
     q_strides,
-    text_k_ptr,
-    text_k_strides,
-    text_v_ptr,
-    text_v_strides,
-    image_k_ptr,
-    image_k_strides,
-    image_v_ptr,
-    image_v_strides,
+    k_ptr,
+    k_strides,
+    v_ptr,
+    v_strides,
     out_ptr,
     lse_ptr,
     text_lengths_ptr,
-    position_ptr,
-    slots_ptr,
-    counts_ptr,
-    slots_stride,
-    num_rows,
     num_samples,
     num_heads,
-    text_programs,
     scale_log2,
     T: tl.constexpr,
-    IMAGE_LEN: tl.constexpr,
-    TEXT_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
     PART: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Parts of the keys -> out (TEXT_PARTS + 1, B, H, BLOCK_D) float32 and lse (TEXT_PARTS + 1, B, H), the image last.
+    """Parts of the text -> out (B, H, PARTS, BLOCK_D) float32, 0 without keys, and lse (B, H, PARTS) in units of log2.
 
-    Programs: text_programs = P * H * TEXT_PARTS * cdiv(N, 16), then B * H. num_rows is B * H, num_samples N.
+    Programs: P * H * PARTS * cdiv(N, 16). num_samples is N.
     """
     program = tl.program_id(0)
-    if program < text_programs:
-        groups = (num_samples + SAMPLES - 1) // SAMPLES
-        part = program // groups % TEXT_PARTS
-        head = program // (groups * TEXT_PARTS) % num_heads
-        prompt = program // (groups * TEXT_PARTS * num_heads)
-        within = program % groups * SAMPLES + tl.arange(0, SAMPLES)
-        samples = prompt * num_samples + within
-        valid = within < num_samples
-        end = min(T, (part + 1) * PART)
-        if text_lengths_ptr is not None:
-            end = min(end, tl.load(text_lengths_ptr + prompt))
-        q = _load_queries(q_ptr, q_strides, samples, head, valid, HEAD_DIM, BLOCK_D)
-        k_base = head_base(text_k_ptr, text_k_strides, prompt, head)
-        v_base = head_base(text_v_ptr, text_v_strides, prompt, head)
-        acc, row_max, row_sum = _text_part(
-            q,
-            k_base,
-            text_k_strides,
-            v_base,
-            text_v_strides,
-            part * PART,
-            end,
-            scale_log2,
-            STEP,
-            HEAD_DIM,
-            BLOCK_D,
-            WIDE,
-            PRECISION,
-        )
-        rows = part * num_rows + samples * num_heads + head
-        _store_part(out_ptr, lse_ptr, rows, valid, acc, row_max, row_sum, BLOCK_D)
-    else:
-        row = program - text_programs
-        sample = row // num_heads
-        head = row % num_heads
-        position = tl.minimum(tl.maximum(tl.load(position_ptr), 0), IMAGE_LEN - 1)
-        count = tl.load(counts_ptr + position)
-        first = tl.arange(0, 1)
-        query = _load_queries(q_ptr, q_strides, sample + first, head, first == 0, HEAD_DIM, BLOCK_D)
-        k_base = head_base(image_k_ptr, image_k_strides, sample, head)
-        v_base = head_base(image_v_ptr, image_v_strides, sample, head)
-        slots = slots_ptr + position * slots_stride
-        total, top, weight = _image_part(
-            query,
-            k_base,
-            image_k_strides,
-            v_base,
-            image_v_strides,
-            slots,
-            count,
-            scale_log2,
-            BLOCK_V,
-            HEAD_DIM,
-            BLOCK_D,
-            WIDE,
-        )
-        _store_part(out_ptr, lse_ptr, TEXT_PARTS * num_rows + row + first, first == 0, total, top, weight, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _attention_decode_merge_kernel(
-    parts_ptr, lse_ptr, out_ptr, rows, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """out (B * H, HEAD_DIM) = sum over parts of exp2(lse) * out, divided by the sum of exp2(lse)."""
-    row = tl.program_id(0).to(tl.int64)
+    groups = (num_samples + SAMPLES - 1) // SAMPLES
+    part = program // groups % PARTS
+    head = program // (groups * PARTS) % num_heads
+    prompt = program // (groups * PARTS * num_heads)
+    within = program % groups * SAMPLES + tl.arange(0, SAMPLES)
+    samples = prompt * num_samples + within
+    valid = within < num_samples
+    end = min(T, (part + 1) * PART)
+    if text_lengths_ptr is not None:
+        end = min(end, tl.load(text_lengths_ptr + prompt))
+    acc, row_max, row_sum = _text_part(
+        _load_queries(q_ptr, q_strides, samples, head, valid, HEAD_DIM, BLOCK_D),
+        head_base(k_ptr, k_strides, prompt, head),
+        k_strides,
+        head_base(v_ptr, v_strides, prompt, head),
+        v_strides,
+        part * PART,
+        end,
+        scale_log2,
+        STEP,
+        HEAD_DIM,
+        BLOCK_D,
+        WIDE,
+        PRECISION,
+    )
+    nothing = row_sum == 0.0
+    row_sum = tl.where(nothing, 1.0, row_sum)
+    lse = tl.where(nothing, float("-inf"), row_max + tl.log2(row_sum))
+    rows = (samples.to(tl.int64) * num_heads + head) * PARTS + part
     d = tl.arange(0, BLOCK_D)
-    top = tl.load(lse_ptr + row)
-    for part in tl.static_range(1, PARTS):
-        top = tl.maximum(top, tl.load(lse_ptr + part * rows + row))
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    weight = 0.0
-    for part in tl.static_range(PARTS):
-        w = tl.exp2(tl.load(lse_ptr + part * rows + row) - top)
-        weight += w
-        total += w * tl.load(parts_ptr + (part * rows + row) * BLOCK_D + d)
-    tl.store(out_ptr + row * HEAD_DIM + d, (total / weight).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+    tl.store(out_ptr + rows[:, None] * BLOCK_D + d[None, :], acc / row_sum[:, None], mask=valid[:, None])
+    tl.store(lse_ptr + rows, lse, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_heads", "most"])
+def _attention_decode_kernel(
+    q_ptr,
+    q_strides,
+    k_ptr,
+    k_strides,
+    v_ptr,
+    v_strides,
+    parts_ptr,
+    lse_ptr,
+    out_ptr,
+    position_ptr,
+    slots_ptr,
+    counts_ptr,
+    slots_stride,
+    most,
+    num_heads,
+    scale_log2,
+    IMAGE_LEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_STEP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The text's parts and the image keys in a sample's own cache -> out (B, H, HEAD_DIM). Programs: B * H.
+
+    most is V, which is at most BLOCK_V where AT_ONCE. Loads that wait for others are few and far between: the position,
+    and the parts; the count and the slots; keys and values.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // num_heads
+    head = row % num_heads
+    d = tl.arange(0, BLOCK_D)
+    position = tl.minimum(tl.maximum(tl.load(position_ptr), 0), IMAGE_LEN - 1)
+    q_base = q_ptr + sample * q_strides[0] + head * q_strides[1]
+    q = tl.load(q_base + d * q_strides[2], mask=d < HEAD_DIM, other=0.0).to(tl.float32) * scale_log2
+
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    row_max = float("-inf")
+    row_sum = 0.0
+    for first in range(0, PARTS, PARTS_STEP):
+        part = first + tl.arange(0, PARTS_STEP)
+        lse = tl.load(lse_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+        values = parts_ptr + (row * PARTS + part)[:, None] * BLOCK_D + d[None, :]
+        values = tl.load(values, mask=(part < PARTS)[:, None], other=0.0)
+        acc, row_max, row_sum = _absorb(lse, values, acc, row_max, row_sum)
+
+    count = tl.load(counts_ptr + position)
+    k_base = head_base(k_ptr, k_strides, sample, head)
+    v_base = head_base(v_ptr, v_strides, sample, head)
+    for first in range(0, BLOCK_V if AT_ONCE else count, BLOCK_V):
+        offsets = first + tl.arange(0, BLOCK_V)
+        slots = tl.load(slots_ptr + position * slots_stride + offsets, mask=offsets < most, other=0)
+        seen = offsets < count
+        k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
+        v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
+        scores = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        acc, row_max, row_sum = _absorb(scores, v, acc, row_max, row_sum)
+    tl.store(out_ptr + row * HEAD_DIM + d, (acc / row_sum).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 def attention_decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
@@ -242,54 +218,69 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     out = torch.empty((B, H, D), dtype=query.dtype, device=query.device)
     if B * H == 0:
         return out
-    P = len(text_key)
-    T = mask.text_len
+    P, T = len(text_key), mask.text_len
     BLOCK_D = launch.padded_head_size(D)
+    row_bytes = BLOCK_D * query.element_size()
     slots, counts = mask.visible_slots(query.device)
-    text_parts = max(1, triton.cdiv(T, TEXT_PART))
-    text_programs = P * H * text_parts * triton.cdiv(B // P, SAMPLES.value)
-    parts = torch.empty((text_parts + 1, B, H, BLOCK_D), dtype=torch.float32, device=query.device)
-    lse = torch.empty((text_parts + 1, B, H), dtype=torch.float32, device=query.device)
+    most = slots.shape[1]
+    block = min(max(16, triton.next_power_of_2(most)), IMAGE_BYTES // row_bytes)
+    text_parts = triton.cdiv(T, TEXT_PART)
+    parts = torch.empty((B, H, text_parts, BLOCK_D), dtype=torch.float32, device=query.device)
+    lse = torch.empty((B, H, text_parts), dtype=torch.float32, device=query.device)
     with launch.device_guard(query):
-        _attention_decode_kernel[(text_programs + B * H,)](
+        if T:
+            _attention_decode_text_kernel[(P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),)](
+                query,
+                query.stride(),
+                text_key,
+                text_key.stride(),
+                text_value,
+                text_value.stride(),
+                parts,
+                lse,
+                text_lengths,
+                B // P,
+                H,
+                scale * LOG2E.value,
+                T,
+                text_parts,
+                TEXT_PART,
+                min(TEXT_STEP, TEXT_BYTES // row_bytes),
+                D,
+                BLOCK_D,
+                launch.wide(text_key, text_value),
+                launch.input_precision(query.dtype),
+                num_warps=TEXT_WARPS,
+                num_stages=2,
+                enable_fp_fusion=True,
+            )
+        _attention_decode_kernel[(B * H,)](
             query,
             query.stride(),
-            text_key,
-            text_key.stride(),
-            text_value,
-            text_value.stride(),
             image_key,
             image_key.stride(),
             image_value,
             image_value.stride(),
             parts,
             lse,
-            text_lengths,
+            out,
             position,
             slots,
             counts,
             slots.stride(0),
-            B * H,
-            B // P,
+            most,
             H,
-            text_programs,
             scale * LOG2E.value,
-            T,
             mask.image_len,
             text_parts,
-            TEXT_PART,
-            min(32, STEP_BYTES // (BLOCK_D * query.element_size())),
-            min(max(16, triton.next_power_of_2(slots.shape[1])), IMAGE_ELEMENTS // BLOCK_D),
+            min(triton.next_power_of_2(max(1, text_parts)), MERGE_PARTS),
+            block,
+            most <= block,
             D,
             BLOCK_D,
-            launch.wide(text_key, text_value, image_key, image_value),
-            launch.input_precision(query.dtype),
-            num_warps=4,
-            num_stages=2,
-            maxnreg=FLOAT32_REGISTERS if query.dtype == torch.float32 else None,
+            launch.wide(image_key, image_value),
+            num_warps=IMAGE_WARPS,
+            num_stages=1,  # all loads of a step go out together: there is nothing to fetch ahead
             enable_fp_fusion=True,
-        )
-        _attention_decode_merge_kernel[(B * H,)](
-            parts, lse, out, B * H, text_parts + 1, D, BLOCK_D, num_warps=1, enable_fp_fusion=True
         )
     return out
