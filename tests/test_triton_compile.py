@@ -180,6 +180,8 @@ DECODING = [
     (80, "flat", 128, "bfloat16", True),
     (100, "flat in patches", 128, "float32", True),
     (90, "flat", 64, "float32", True),
+    (80, "row", 128, "float32", True),
+    (90, "causal", 48, "bfloat16", True),
 ]
 
 

@@ -38,11 +38,11 @@ triton = pytest.importorskip("triton", reason="the package triton is not install
 import triton.language as tl
 
 from dalle_fast.ops import norm_triton
-from dalle_fast.ops.attention.triton import bwd, configs, fwd, launch, primitives
+from dalle_fast.ops.attention.triton import bwd, configs, dec, fwd, launch, primitives
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 158  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 161  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -461,6 +461,35 @@ def test_decode_against_float64(mask, dtype):
     rows = [T + i for i, _ in outs]
     exact, eager = (run(q, k, v, mask, **options)[0][:, :, rows] for run in (attention_oracle, eager_attention))
     assert_as_exact_as_eager("decode", torch.stack([out for _, out in outs], 2), eager, exact)
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [row_mask(70, (3, 9)), causal_mask(70, (3, 9)), conv_mask(33, (4, 5), 5)], ids=repr)
+def test_decode_in_small_steps(mask, monkeypatch):
+    """Many parts of a text, weighed a few at a time, and image keys a few at a time: what otherwise long ones take."""
+    for name, value in {"TEXT_PART": 16, "TEXT_STEP": 16, "MERGE_PARTS": 2, "IMAGE_BYTES": 4 * 16 * 4}.items():
+        monkeypatch.setattr(dec, name, value)
+    assert dec.image_blocks(mask.visible_slots()[0].shape[1], 4) == (4, 0, True)
+    (q, k, v), caches = decoding(mask, 2, 2, 16)
+    T, lengths = mask.text_len, torch.tensor([mask.text_len, 20], dtype=torch.int32)
+    text, outs, rows = [x[::2, :, :T] for x in (k, v)], [], range(0, mask.image_len, 4)
+    for i in range(mask.image_len):
+        for cache, x in zip(caches, (k, v), strict=True):
+            cache[:, :, mask.cache_slot(i)] = x[:, :, T + i]
+        if i in rows:
+            with nan_poisoned():
+                outs.append(attention.decode(q[:, :, T + i], *text, *caches, torch.tensor(i), lengths, mask, 0.3))
+    options = {"scale": 0.3, "text_lengths": lengths.repeat_interleave(2)}
+    seen = [T + i for i in rows]
+    exact, eager = (run(q, k, v, mask, **options)[0][:, :, seen] for run in (attention_oracle, eager_attention))
+    assert_as_exact_as_eager("decode", torch.stack(outs, 2), eager, exact)
+
+
+def test_image_keys_are_cut_into_blocks_that_hold_them():
+    for most in range(1, 300):
+        block, rest, loop = dec.image_blocks(most, 128)
+        assert loop == (most > 192 or most > 128 and not rest) and block <= 128
+        assert loop or most <= block + rest < max(2, 1.5 * most + 1) and block & (block - 1) == rest & (rest - 1) == 0
 
 
 @interpreted

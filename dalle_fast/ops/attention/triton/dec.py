@@ -1,10 +1,10 @@
 """Decoding: text keys once for 16 samples of a prompt as a matrix product, image keys for each sample on its own.
 
 Two launches. In the first, a program takes TEXT_PART text keys for up to 16 samples of a prompt and leaves the softmax over
-its part, and its log-sum-exp. In the second, a program takes one head of one sample: it weighs the parts of the text as
-if each were a key, goes on over the image keys, and writes the result. How the keys are cut depends on the mask alone, and
-16 rows are the least that a matrix product takes, so a sample's result depends neither on the other samples nor on their
-number. The position is read on the device.
+its part, and its log-sum-exp. In the second, a program takes one head of one sample: its image keys, and then the
+parts of the text as if each were a key. How the keys are cut depends on the mask alone, and 16 rows are the least that a
+matrix product takes, so a sample's result depends neither on the other samples nor on their number. The position is read
+on the device.
 
 B samples, P prompts, N = B / P, H heads, D head size, T text; V image keys that a query sees at most.
 """
@@ -24,8 +24,14 @@ TEXT_PART = 128  # text keys of one program
 TEXT_STEP = 32  # of them at once, at most
 TEXT_BYTES = 8192  # that these keys, and as many values, take at most
 TEXT_WARPS = 4
+# In float32, per thread at most. Left to itself ptxas aims at a rounder number and spilled 16 bytes on sm_80 (Triton 3.8,
+# head size 128); this way it takes what it needs.
+FLOAT32_REGISTERS = 240
 IMAGE_BYTES = 8192  # the same of the image keys of one program, which are all that there are of most masks
-IMAGE_WARPS = 4
+# Of 4 warps ptxas makes each thread wait for one load before it issues the next one; 2 have 64 registers with rows of 32
+# keys of 64 x 16 bits, so that 16 programs fit a multiprocessor.
+IMAGE_WARPS = 2
+LOOP_WARPS = 4  # of a program that does not take all keys at once; with 2, ptxas spilled on sm_90 (head size 48)
 MERGE_PARTS = 16  # of the text that a program weighs at once, at most
 
 
@@ -76,14 +82,23 @@ def _text_part(
 def _absorb(scores, values, acc, row_max, row_sum):
     """The running softmax of one query, (acc (BLOCK_D,), maximum, sum), after more scores (n,) and values (n, BLOCK_D).
 
-    A hidden key has the score -inf, and there may be none but hidden ones so far.
+    A hidden key has the score -inf; the first call must bring one that is seen.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 0))
-    base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores - base)
-    rescale = tl.exp2(row_max - base)
+    p = tl.exp2(scores - new_max)
+    rescale = tl.exp2(row_max - new_max)
     acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
     return acc, new_max, row_sum * rescale + tl.sum(p, 0)
+
+
+@triton.jit
+def _load_parts(out_ptr, lse_ptr, row, first, PARTS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(lse (STEP,), out (STEP, BLOCK_D)) of the text's parts from `first` on; -inf and 0 past the last."""
+    part = first + tl.arange(0, STEP)
+    rows = row * PARTS + part
+    lse = tl.load(lse_ptr + rows, mask=part < PARTS, other=float("-inf"))
+    pointers = out_ptr + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    return lse, tl.load(pointers, mask=(part < PARTS)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_heads"])
@@ -148,6 +163,23 @@ def _attention_decode_text_kernel(
     tl.store(lse_ptr + rows, lse, mask=valid)
 
 
+@triton.jit
+def _load_keys(keys, first, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """(seen, k, v) of BLOCK of the listed image keys from `first` on, in their own dtype; 0 where not seen."""
+    k_base, k_strides, v_base, v_strides, slots_ptr, most, count = keys
+    offsets = first + tl.arange(0, BLOCK)
+    slots = tl.load(slots_ptr + offsets, mask=offsets < most, other=0)  # does not wait for the count
+    seen = offsets < count
+    k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
+    v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
+    return seen, k, v
+
+
+@triton.jit
+def _scores(q, k, seen):
+    return tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+
+
 @triton.jit(do_not_specialize=["num_heads", "most"])
 def _attention_decode_kernel(
     q_ptr,
@@ -170,15 +202,16 @@ def _attention_decode_kernel(
     PARTS: tl.constexpr,
     PARTS_STEP: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    REST: tl.constexpr,
+    LOOP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The text's parts and the image keys in a sample's own cache -> out (B, H, HEAD_DIM). Programs: B * H.
+    """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
 
-    most is V, which is at most BLOCK_V where AT_ONCE. Loads that wait for others are few and far between: the position,
-    and the parts; the count and the slots; keys and values.
+    Of the image BLOCK_V keys are taken at a time where LOOP, else BLOCK_V + REST, which is V or more, at once: then the
+    loads that wait for others are three deep, the position; the count and the slots; keys and values. most is V.
     """
     row = tl.program_id(0).to(tl.int64)
     sample = row // num_heads
@@ -186,30 +219,48 @@ def _attention_decode_kernel(
     d = tl.arange(0, BLOCK_D)
     position = tl.minimum(tl.maximum(tl.load(position_ptr), 0), IMAGE_LEN - 1)
     q_base = q_ptr + sample * q_strides[0] + head * q_strides[1]
-    q = tl.load(q_base + d * q_strides[2], mask=d < HEAD_DIM, other=0.0).to(tl.float32) * scale_log2
-
+    q = tl.load(q_base + d * q_strides[2], mask=d < HEAD_DIM, other=0.0)
+    if PARTS > 0:
+        lse, values = _load_parts(parts_ptr, lse_ptr, row, 0, PARTS, PARTS_STEP, BLOCK_D)
+    count = tl.load(counts_ptr + position)
+    q = q.to(tl.float32) * scale_log2
+    k_base = head_base(k_ptr, k_strides, sample, head)
+    v_base = head_base(v_ptr, v_strides, sample, head)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     row_max = float("-inf")
     row_sum = 0.0
-    for first in range(0, PARTS, PARTS_STEP):
-        part = first + tl.arange(0, PARTS_STEP)
-        lse = tl.load(lse_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-        values = parts_ptr + (row * PARTS + part)[:, None] * BLOCK_D + d[None, :]
-        values = tl.load(values, mask=(part < PARTS)[:, None], other=0.0)
+    slots_ptr += position * slots_stride
+    keys = (k_base, k_strides, v_base, v_strides, slots_ptr, most, count)
+    if LOOP:
+        for first in range(0, count, BLOCK_V):
+            seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
+            acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
+    else:
+        seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
+        if REST > 0:
+            rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE)
+        acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
+        if REST > 0:
+            acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), rest_v, acc, row_max, row_sum)
+    if PARTS > 0:
         acc, row_max, row_sum = _absorb(lse, values, acc, row_max, row_sum)
-
-    count = tl.load(counts_ptr + position)
-    k_base = head_base(k_ptr, k_strides, sample, head)
-    v_base = head_base(v_ptr, v_strides, sample, head)
-    for first in range(0, BLOCK_V if AT_ONCE else count, BLOCK_V):
-        offsets = first + tl.arange(0, BLOCK_V)
-        slots = tl.load(slots_ptr + position * slots_stride + offsets, mask=offsets < most, other=0)
-        seen = offsets < count
-        k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
-        v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-        acc, row_max, row_sum = _absorb(scores, v, acc, row_max, row_sum)
+        for first in range(PARTS_STEP, PARTS, PARTS_STEP):
+            lse, values = _load_parts(parts_ptr, lse_ptr, row, first, PARTS, PARTS_STEP, BLOCK_D)
+            acc, row_max, row_sum = _absorb(lse, values, acc, row_max, row_sum)
     tl.store(out_ptr + row * HEAD_DIM + d, (acc / row_sum).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def image_blocks(most, limit):
+    """(BLOCK_V, REST, LOOP) for V = most keys: at once, if BLOCK_V is at most `limit`.
+
+    33 keys of a row are 32 and 1: a block of 64 would take twice the registers.
+    """
+    block = triton.next_power_of_2(most)
+    rest = 0
+    if most <= block // 4 * 3 and block > 1:
+        block //= 2
+        rest = triton.next_power_of_2(most - block)
+    return (limit, 0, True) if block > limit else (block, rest, False)
 
 
 def attention_decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
@@ -223,7 +274,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     row_bytes = BLOCK_D * query.element_size()
     slots, counts = mask.visible_slots(query.device)
     most = slots.shape[1]
-    block = min(max(16, triton.next_power_of_2(most)), IMAGE_BYTES // row_bytes)
+    block, rest, loop = image_blocks(most, IMAGE_BYTES // row_bytes)
     text_parts = triton.cdiv(T, TEXT_PART)
     parts = torch.empty((B, H, text_parts, BLOCK_D), dtype=torch.float32, device=query.device)
     lse = torch.empty((B, H, text_parts), dtype=torch.float32, device=query.device)
@@ -252,6 +303,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 launch.input_precision(query.dtype),
                 num_warps=TEXT_WARPS,
                 num_stages=2,
+                maxnreg=FLOAT32_REGISTERS if query.dtype == torch.float32 else None,
                 enable_fp_fusion=True,
             )
         _attention_decode_kernel[(B * H,)](
@@ -275,12 +327,13 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             text_parts,
             min(triton.next_power_of_2(max(1, text_parts)), MERGE_PARTS),
             block,
-            most <= block,
+            rest,
+            loop,
             D,
             BLOCK_D,
             launch.wide(image_key, image_value),
-            num_warps=IMAGE_WARPS,
-            num_stages=1,  # all loads of a step go out together: there is nothing to fetch ahead
+            num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
+            num_stages=1,
             enable_fp_fusion=True,
         )
     return out
