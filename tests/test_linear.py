@@ -23,7 +23,7 @@ SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), 
 def counted(monkeypatch):
     """The calls that our kernel serves."""
     calls, real = [], linear_ops._linear_op
-    monkeypatch.setattr(linear_ops, "_linear_op", lambda *tensors: calls.append(tensors) or real(*tensors))
+    monkeypatch.setattr(linear_ops, "_linear_op", lambda *arguments: calls.append(arguments) or real(*arguments))
     return calls
 
 
@@ -132,7 +132,7 @@ def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
         ({"weight": torch.ones(4, 3).T}, "weights whose rows lie side by side"),
         ({"bias": torch.ones(2)}, r"a contiguous bias \(3,\), got \(2,\)"),
         ({"weight": torch.ones(3, 4, requires_grad=True)}, "a gradient is needed"),
-        ({"impl": "triton"}, "impl must be one of auto, reference, cpu, got 'triton'"),
+        ({"impl": "cuda"}, "impl must be one of auto, reference, cpu, triton, got 'cuda'"),
     ],
 )
 def test_what_cannot_be_served_is_named(change, message):

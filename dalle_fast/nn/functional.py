@@ -327,24 +327,29 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     return codebook_ops.gumbel_softmax(logits, tau, hard, eps, dim, seed=seed, impl=impl)
 
 
-def linear(x, weight, bias=None, *, impl="auto"):
-    """`torch.nn.functional.linear`, faster on a CPU where x has few rows, as it does when tokens come one after another.
+def linear(x, weight, bias=None, *, activation=None, impl="auto"):
+    """`torch.nn.functional.linear`, faster where x has few rows, as it does when tokens come one after another.
 
-    Weights are read once and where they lie; libraries pack them for every product. Sums are float32, and a row's result
-    does not depend on the other rows. That way is taken for a handful of rows (with AVX-512 and float32 3 to 16) without
-    gradients and outside autocast; every other call goes to torch unchanged.
+    Weights are read once and where they lie; on a CPU libraries pack them for every product. Sums are float32, and a
+    row's result does not depend on the other rows. That way is taken without gradients and outside autocast, on a CPU
+    for a handful of rows (with AVX-512 and float32 3 to 16), on a GPU for 1 to 64 in 16 bits where the weight is large
+    (2^20 numbers) and aligned; every other call goes to torch unchanged.
 
     Args:
         x: (..., K). weight: (N, K). bias: (N,) or None.
-        impl: "auto" decides as above; "reference" is torch's; "cpu" is ours, or raises.
+        activation: None, or "gelu" for `torch.nn.functional.gelu` of the result. On a GPU ours takes it of the float32
+            sum, before that is rounded to x's dtype; the others of the rounded result.
+        impl: "auto" decides as above; "reference" is torch's; "cpu" and "triton" are ours, or raise. "triton" serves
+            1 to 64 rows of any size in float16 and bfloat16.
 
     Returns:
         (..., N) in x's dtype.
 
     Raises:
-        ValueError: `impl` is none of these or cannot serve (with every reason). What torch's raises.
+        ValueError: `activation` or `impl` is none of these, or `impl` cannot serve (with every reason). What torch's
+            raises.
     """
-    return linear_ops.linear(x, weight, bias, impl=impl)
+    return linear_ops.linear(x, weight, bias, activation=activation, impl=impl)
 
 
 def noise_seed(seed, *, step=0, rank=0):

@@ -1,7 +1,7 @@
 """A linear layer of few rows as one torch operation: what generating one token after another spends most time in.
 
 `dalle_fast::linear` is registered as in attention/op.py. It has no gradient; where one is needed, and wherever torch's is
-as fast, a call goes to torch.
+as fast, a call goes to torch. CPU kernels are in csrc/cpu/linear_kernels.cpp, the one for GPUs in linear_triton.py.
 
 R rows (all dimensions but the last), K in, N out.
 """
@@ -15,8 +15,10 @@ import torch
 from torch.autograd import forward_ad
 
 from dalle_fast import _extension
+from dalle_fast.ops import on_triton
 
-IMPLS = ("auto", "reference", "cpu")
+IMPLS = ("auto", "reference", "cpu", "triton")
+ACTIVATIONS = (None, "gelu")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of DType in csrc/cpu/attention.h
 
 # Numbers of rows for which ours is faster than torch's, by the instruction set in use: in float32, where MKL does not pack
@@ -31,24 +33,53 @@ ROWS = {
 }
 
 
-def linear(x, weight, bias=None, *, impl="auto"):
+# What "auto" leaves to torch on a GPU: more rows, and weights that are read faster than a kernel starts. Not measured.
+TRITON_ROWS = range(1, 65)
+LEAST_COLUMNS, LEAST_WEIGHTS = 512, 1 << 20
+
+
+def linear(x, weight, bias=None, *, activation=None, impl="auto"):
     """See `dalle_fast.nn.functional.linear`, the public name of this function."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    ours = impl == "cpu" or (impl == "auto" and _is_short(x) and not _why_not(x, weight, bias))
-    if not ours:
-        return torch.nn.functional.linear(x, weight, bias)
-    if impl == "cpu" and (reasons := _why_not(x, weight, bias)):
-        raise ValueError(f"impl='cpu' cannot serve this call: {'; '.join(reasons)}")
-    return _linear_op(x, weight, bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
+    if impl == "auto":
+        impl = _automatic(x, weight, bias)
+    elif impl != "reference" and (reasons := _why_not(impl, x, weight, bias)):
+        raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
+    if impl == "reference":
+        return _activate(torch.nn.functional.linear(x, weight, bias), activation)
+    return _linear_op(x, weight, bias, activation, impl)
 
 
-def _is_short(x):
-    if torch.compiler.is_compiling():  # compilers have their own ways
+def _activate(out, activation):
+    return torch.nn.functional.gelu(out) if activation == "gelu" else out
+
+
+def _automatic(x, weight, bias):
+    """The implementation for "auto"; few operations of torch for the calls that are none of ours."""
+    if torch.compiler.is_compiling() or x.dim() == 0:  # compilers have their own ways
+        return "reference"
+    rows = math.prod(x.shape[:-1])
+    if x.device.type == "cpu" and rows in _rows()[x.dtype != torch.float32]:
+        impl = "cpu"
+    elif x.device.type == "cuda" and rows in TRITON_ROWS and _is_worth_it(x, weight, bias):
+        impl = "triton"
+    else:
+        return "reference"
+    return "reference" if _why_not(impl, x, weight, bias) else impl
+
+
+def _is_worth_it(x, weight, bias):
+    """Is the weight large, and are all rows where 16 bytes can be read at once?"""
+    if weight.dim() != 2:
         return False
-    if x.device.type != "cpu" or x.dim() == 0:
-        return False
-    return math.prod(x.shape[:-1]) in _rows()[x.dtype != torch.float32]
+    N, K = weight.shape
+    addresses = [tensor.data_ptr() for tensor in (x, weight, bias) if tensor is not None]
+    strides = [tensor.stride(-2) * tensor.element_size() for tensor in (x, weight) if tensor.dim() > 1]
+    even = N % 16 == 0 and K % 16 == 0 and not any(number % 16 for number in addresses + strides)
+    return even and K >= LEAST_COLUMNS and N * K >= LEAST_WEIGHTS
 
 
 @functools.cache
@@ -56,16 +87,28 @@ def _rows():
     return (range(0), range(0)) if _extension.why_missing() else ROWS[_extension.native().instruction_set()]
 
 
-def _why_not(x, weight, bias) -> list[str]:
-    """Every reason why the kernel cannot serve; empty if it can."""
+def _why_not(impl, x, weight, bias) -> list[str]:
+    """Every reason why this implementation, "cpu" or "triton", cannot serve; empty if it can."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    dtypes = tuple(DTYPES)
     reasons = []
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        reasons.append("it needs CPU tensors")
-    if x.dtype not in DTYPES or any(tensor.dtype != x.dtype for tensor in tensors):
+    if impl == "cpu":
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            reasons.append("it needs CPU tensors")
+    else:
+        reasons += on_triton.why_not(x, "x")
+        dtypes = (torch.float16, torch.bfloat16)
+        if any(tensor.device != x.device for tensor in tensors):
+            reasons.append(f"it needs one device, got {', '.join(str(tensor.device) for tensor in tensors)}")
+        if (rows := math.prod(x.shape[:-1])) not in TRITON_ROWS:
+            reasons.append(f"it needs 1 to {TRITON_ROWS[-1]} rows, got {rows}")
+        if x.device.type == "cuda" and not reasons and _is_captured_too_early(x.device):
+            reasons.append("the first call on a device must not be captured in a CUDA graph")
+    if x.dtype not in dtypes or any(tensor.dtype != x.dtype for tensor in tensors):
         kinds = ", ".join(str(tensor.dtype) for tensor in tensors)
-        reasons.append(f"it computes in one dtype, float32, float16 or bfloat16, got {kinds}")
-    if torch.is_autocast_enabled("cpu"):
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        reasons.append(f"it computes in one dtype, {', '.join(names[:-1])} or {names[-1]}, got {kinds}")
+    if torch.is_autocast_enabled(x.device.type):
         reasons.append("autocast is on")
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
@@ -78,22 +121,39 @@ def _why_not(x, weight, bias) -> list[str]:
         reasons.append("a gradient is needed")
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         reasons.append("a transformation of functions is active")
-    if missing := _extension.why_missing():
+    if impl == "cpu" and (missing := _extension.why_missing()):
         reasons.append(missing)
     return reasons
+
+
+def _is_captured_too_early(device):
+    with torch.cuda.device(device):
+        if not torch.cuda.is_current_stream_capturing():
+            return False
+    from dalle_fast.ops import linear_triton
+
+    return not linear_triton.can_be_captured(device)
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("dalle_fast", "FRAGMENT")
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str impl) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _linear_op = torch.ops.dalle_fast.linear.default
 
 
-def _linear_kernel(x, weight, bias):
+def _linear_kernel(x, weight, bias, activation, impl):
+    if impl == "cpu":
+        return _activate(_cpu_kernel(x, weight, bias), activation)
+    from dalle_fast.ops import linear_triton
+
+    return linear_triton.linear(x, weight, bias, activation)
+
+
+def _cpu_kernel(x, weight, bias):
     # Few operations of torch: weights have just gone through the caches, so that each costs ten times what it does alone.
     N, K = weight.shape
     rows = x if x.dtype == torch.float32 else x.to(torch.float32)
@@ -110,7 +170,7 @@ def _linear_kernel(x, weight, bias):
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-def _linear_fake(x, weight, bias):
+def _linear_fake(x, weight, bias, activation, impl):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -7,11 +7,9 @@ put the module in the place of this package's function `forward`.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
+
+from dalle_fast.ops import on_triton
 
 __all__ = ["append", "backward", "decode", "forward", "why_not"]
 
@@ -22,26 +20,9 @@ _MAX_POSITIONS = 1 << 30  # a window's bounds are sums of two positions in 32 bi
 
 def why_not(query, key, value, mask) -> list[str]:
     """Every reason why this implementation cannot serve these tensors on this machine; empty if it can."""
-    reasons = []
-    interpreted = _interpreted() and query.device.type == "cpu"
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("the package triton is not installed")
-    elif interpreted and _loop_bounds_broken():
-        reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
-    # The operation has checked that key and value have query's device and dtype.
-    if interpreted:
-        if query.dtype == torch.bfloat16:
-            reasons.append("Triton's interpreter computes bfloat16 wrongly, and query is bfloat16")
-    elif query.device.type != "cuda":
-        reasons.append(
-            f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), query is on {query.device}"
-        )
-    elif torch.version.hip is not None:
-        reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
-    else:
-        major, minor = torch.cuda.get_device_capability(query.device)
-        if major < 8:
-            reasons.append(f"compute capability must be at least 8.0, {query.device} has {major}.{minor}")
+    reasons = on_triton.why_not(
+        query, "query"
+    )  # the operation has checked that key and value have its device and dtype
     if query.dtype not in _DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, query is {query.dtype}")
     head_size = query.shape[-1]
@@ -116,18 +97,3 @@ def append(image_key, image_value, key, value, position, mask):
     from dalle_fast.ops.attention.triton.app import attention_append
 
     attention_append(image_key, image_value, key, value, position, mask)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-@functools.cache
-def _loop_bounds_broken() -> bool:
-    """Triton 3.6's interpreter turns a loop bound into an integer in a way that numpy 2.4 refuses."""
-    import importlib.metadata
-
-    def version(package):
-        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
-
-    return version("triton") < (3, 7) and version("numpy") >= (2, 4)

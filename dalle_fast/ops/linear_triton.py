@@ -1,0 +1,232 @@
+"""A linear layer of up to 64 rows in Triton, for NVIDIA GPUs: every weight is read once, as fast as memory gives it.
+
+A program multiplies BLOCK_N rows of the weight by all rows of x, with the weight on the left: a matrix instruction takes
+64 rows on its left and as few as 8 columns on its right, so that few rows of x leave nothing of it idle. Where N gives
+fewer programs than the GPU has multiprocessors, K is split among several. Each leaves float32 sums in memory, and the last
+to come adds them up in the order of the splits, so that bits repeat.
+
+M rows of x, N rows of the weight, K columns of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
+
+# Counters of one call, one for each BLOCK_N rows of the weight, and calls in CUDA graphs that have some of their own.
+COUNTERS = 512
+CAPTURED_CALLS = 4096
+INTERPRETED_MULTIPROCESSORS = 132
+
+
+class Tiles(NamedTuple):
+    """How a call is cut.
+
+    block_m: rows of x, all of them: a power of two from 16.
+    block_n, block_k: rows and columns of the weight that a program multiplies at once.
+    splits: programs that share the columns of block_n rows.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_for(M, N, K, multiprocessors) -> Tiles:
+    """The tiles of a call, chosen by arithmetic and NOT yet tuned on a GPU.
+
+    The order of a sum's terms follows from block_k and splits. They depend on the weight and the device alone, so that
+    the bits of a sample do not depend on how many there are.
+
+    About two programs of 64 weight rows to a multiprocessor keep 64 KiB of the weight on their way, and memory needs some
+    33 KiB to be busy (4.3 TB/s for 1 us, by 132). Splits of fewer than 512 columns are not made: at 64 rows the sums
+    that they leave in memory would be half as many bytes as the weight. From 33 rows on x is as large as the weight's
+    tile, so tiles of 128 weight rows, which halve the reads of x, are taken where they leave a program for each
+    multiprocessor.
+    """
+    narrow, wide = triton.cdiv(N, 64), triton.cdiv(N, 128)
+    splits = 1
+    while narrow <= COUNTERS and narrow * splits < 1.8 * multiprocessors and K >= 1024 * splits:
+        splits *= 2
+    block_m = max(16, triton.next_power_of_2(M))
+    block_n = 128 if block_m == 64 and wide * splits >= 0.9 * multiprocessors else 64
+    return Tiles(block_m, block_n, 64, splits, block_n // 16, 4)
+
+
+@triton.jit
+def _store_result(acc, n, m, bias_ptr, out_ptr, M, N, GELU: tl.constexpr):
+    """float32 sums (len(n), len(m)) -> out (M, N), with the bias and the exact GELU of the unrounded result."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GELU:
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    pointers = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(pointers, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    weight_stride,
+    bias_ptr,
+    out_ptr,
+    partials_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    """x (M, K) and weight (N, K), of contiguous rows, and bias (N,) or None -> out (M, N), contiguous.
+
+    Programs: cdiv(N, BLOCK_N) * SPLITS. EVEN_N, EVEN_K: N and K are multiples of their blocks. partials: float32
+    (SPLITS, N, BLOCK_M), of any content; counters: int32, zero before and after.
+    """
+    program = tl.program_id(0)
+    split = program % SPLITS
+    tile = program // SPLITS
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    weight_rows = weight_ptr + n.to(tl.int64)[:, None] * weight_stride + k[None, :]
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+    columns = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for first in range(split * columns, min(K, (split + 1) * columns), BLOCK_K):
+        x_mask = (m < M)[:, None]
+        if not EVEN_K:
+            x_mask = x_mask & (k < K - first)[None, :]
+        if EVEN_N and EVEN_K:
+            weight = tl.load(weight_rows + first)
+        else:
+            weight = tl.load(weight_rows + first, mask=(n < N)[:, None] & (k < K - first)[None, :], other=0.0)
+        x = tl.load(x_rows + first, mask=x_mask, other=0.0)
+        acc = tl.dot(weight, tl.trans(x), acc)
+    if SPLITS == 1:
+        _store_result(acc, n, m, bias_ptr, out_ptr, M, N, GELU)
+    else:
+        size = N * BLOCK_M  # COUNTERS keeps these below 2**31
+        sums = partials_ptr + n[:, None] * BLOCK_M + m[None, :]
+        tl.store(sums + split * size, acc, mask=(n < N)[:, None])
+        # One thread counts for all: the barrier puts everyone's sums before its release, and its acquire, which the
+        # others get the count after, puts the sums of all programs before what they read.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            # As many at once as four warps have 128 registers a thread for.
+            AT_ONCE: tl.constexpr = min(SPLITS, 16384 // (BLOCK_N * BLOCK_M))
+            for first in range(0, SPLITS, AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    mask = (n < N)[:, None] & (first + i < SPLITS)
+                    # .cg: not from this multiprocessor's own cache
+                    total += tl.load(sums + (first + i) * size, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(counters_ptr + tile, 0)
+            _store_result(total, n, m, bias_ptr, out_ptr, M, N, GELU)
+
+
+def linear(x, weight, bias, activation, tiles=None):
+    """x (..., K), of 1 to 64 rows, and weight (N, K) with contiguous rows -> (..., N). tiles: instead of `tiles_for`."""
+    N, K = weight.shape
+    rows = x.reshape(-1, K) if K else x.new_zeros(x.shape[:-1].numel(), 0)
+    if K and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    M = len(rows)
+    out = x.new_empty((*x.shape[:-1], N))
+    if N == 0:
+        return out
+    tiles = tiles or tiles_for(M, N, K, _multiprocessors(x.device))
+    programs = triton.cdiv(N, tiles.block_n)
+    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+        counters = partials = None
+        _prepare(x.device)
+        if tiles.splits > 1:
+            counters = _counters(x.device, programs)
+            partials = torch.empty((tiles.splits, N, tiles.block_m), dtype=torch.float32, device=x.device)
+        _linear_kernel[(programs * tiles.splits,)](
+            rows,
+            rows.stride(0),
+            weight,
+            weight.stride(0),
+            bias,
+            out,
+            partials,
+            counters,
+            M,
+            N,
+            K,
+            tiles.block_m,
+            tiles.block_n,
+            tiles.block_k,
+            tiles.splits,
+            N % tiles.block_n == 0,
+            K % tiles.block_k == 0,
+            activation == "gelu",
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+@functools.cache
+def _multiprocessors(device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# -- counters ----------------------------------------------------------------------------------------------------------
+
+_of_stream = {}  # (device, stream): counters of the calls there, which run one after another
+_of_graphs = {}  # device: (counters of captured calls, a row for each, and the numbers of those calls)
+
+
+def _counters(device, count):
+    """`count` zeros, which the call leaves zero, and which no call that may run at the same time has.
+
+    A graph is replayed on any stream, beside others, so what it captured has counters of its own; after 4,096 captured
+    calls they are handed out again.
+    """
+    if count > COUNTERS:
+        raise ValueError(f"with splits at most {COUNTERS} tiles of the weight's rows are counted, got {count}")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        counters, calls = _of_graphs[device]
+        return counters[next(calls) % CAPTURED_CALLS]
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in _of_stream:
+        _of_stream[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _of_stream[device, stream]
+
+
+def _prepare(device):
+    """Make the counters of captured calls, at the first call that is not captured itself."""
+    if device.type == "cuda" and device not in _of_graphs and not torch.cuda.is_current_stream_capturing():
+        counters = torch.zeros(CAPTURED_CALLS, COUNTERS, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
+        _of_graphs[device] = counters, itertools.count()
+
+
+def can_be_captured(device) -> bool:
+    """Are there counters for a call in a CUDA graph? Zeros that are made in one would be made at every replay."""
+    return device in _of_graphs

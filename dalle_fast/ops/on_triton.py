@@ -1,0 +1,59 @@
+"""Whether Triton's kernels can serve a tensor on this machine: NVIDIA GPUs, and Triton's interpreter on CPU tensors.
+
+Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["interpreted", "why_not"]
+
+
+def why_not(tensor, name) -> list[str]:
+    """Every reason why no Triton kernel can serve `tensor`, an argument of that name; empty if one can."""
+    reasons = []
+    if not _installed():
+        reasons.append("the package triton is not installed")
+    elif interpreted(tensor) and _loop_bounds_broken():
+        reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
+    if interpreted(tensor):
+        if tensor.dtype == torch.bfloat16:
+            reasons.append(f"Triton's interpreter computes bfloat16 wrongly, and {name} is bfloat16")
+    elif tensor.device.type != "cuda":
+        reasons.append(
+            f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), {name} is on {tensor.device}"
+        )
+    elif torch.version.hip is not None:
+        reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
+    else:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        if major < 8:
+            reasons.append(f"compute capability must be at least 8.0, {tensor.device} has {major}.{minor}")
+    return reasons
+
+
+def interpreted(tensor) -> bool:
+    """Does Triton's interpreter serve this tensor?"""
+    switched_on = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return switched_on and tensor.device.type == "cpu"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _loop_bounds_broken() -> bool:
+    """Triton 3.6's interpreter turns a loop bound into an integer in a way that numpy 2.4 refuses."""
+    import importlib.metadata
+
+    def version(package):
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+    return version("triton") < (3, 7) and version("numpy") >= (2, 4)
