@@ -4,6 +4,8 @@ R rows, K in, N out.
 """
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.transformer import Linear
 from dalle_fast.ops import linear as linear_ops
-from dalle_fast.testing import nan_poisoned
+from dalle_fast.testing import assert_as_exact_as_eager, nan_poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 21)  # around the blocks of 8, 4 and 2
@@ -143,10 +145,161 @@ def test_what_cannot_be_served_is_named(change, message):
         F.linear(**arguments)
 
 
+# -- Triton; what it computes is in test_triton_interpreter.py and, on a GPU, below ------------------------------------
+
+
+def test_what_triton_cannot_serve_is_named():
+    x, weight = torch.ones(65, 4), torch.ones(3, 5, requires_grad=True)
+    with pytest.raises(ValueError) as error, torch.autocast("cpu", torch.bfloat16):
+        F.linear(x, weight, torch.ones(2), impl="triton")
+    for part in (
+        "Triton kernels need CUDA tensors",
+        "1 to 64 rows, got 65",
+        "one dtype, float16 or bfloat16, got torch.float32",
+        "autocast is on",
+        "got (65, 4) and (3, 5)",
+        "a contiguous bias (3,), got (2,)",
+        "a gradient is needed",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="one device, got cpu, meta"):
+        F.linear(x[:1].half(), torch.ones(3, 4, dtype=torch.half, device="meta"), impl="triton")
+
+
+def test_only_large_aligned_weights_are_worth_a_kernel():
+    x, weight, bias = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((3, 1024), (1024, 1024), (1024,)))
+    assert linear_ops._is_worth_it(x, weight, bias) and linear_ops._is_worth_it(x, weight, None)
+    assert linear_ops._is_worth_it(x[0], weight, bias)
+    not_worth_it = {
+        "a small weight": (x, weight[:1008], bias[:1008]),
+        "few columns": (x[:, :496], weight.view(-1, 512)[:, :496], None),
+        "odd rows": (x, torch.cat([weight, weight[:8]]), None),
+        "odd columns": (x[:, :1016], torch.cat([weight, weight])[:, :1016], None),
+        "an odd address": (x, torch.cat([weight.flatten(), weight[0]])[1:-1023].view(1024, 1024), bias),
+        "odd strides": (x, torch.cat([weight, weight[:, :1]], 1)[:, :1024], bias),
+        "no matrix": (x, weight[0], None),
+    }
+    for name, arguments in not_worth_it.items():
+        assert not linear_ops._is_worth_it(*arguments), name
+
+
+def test_the_order_of_a_sum_depends_on_the_weight_alone():
+    """And every cut has programs for most of the multiprocessors, splits of 512 columns at least, counters enough."""
+    tiles_for = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton").tiles_for
+    for N, K, multiprocessors in itertools.product((1, 512, 2048, 6144, 8192, 65536), (1, 512, 2048, 8192), (108, 132)):
+        cuts = [tiles_for(M, N, K, multiprocessors) for M in range(1, 65)]
+        assert len({(cut.block_k, cut.splits) for cut in cuts}) == 1
+        for M, cut in enumerate(cuts, 1):
+            tiles = -(-N // cut.block_n)
+            assert cut.block_m >= M and (cut.splits == 1 or (tiles <= 512 and K >= 512 * cut.splits))
+            assert tiles * cut.splits >= 0.9 * multiprocessors or K < 1024 * cut.splits
+
+
+def test_captured_calls_have_counters_of_their_own(monkeypatch):
+    """A graph may be replayed beside another and beside calls on any stream."""
+    module = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton")
+    device, capturing = torch.device("cuda", 0), [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(module, "_of_graphs", {})
+    assert not module.can_be_captured(device)
+    module._of_graphs[device] = torch.zeros(module.CAPTURED_CALLS, module.COUNTERS), itertools.count()
+    assert module.can_be_captured(device)
+    monkeypatch.setattr(module, "_of_stream", {(device, stream): torch.zeros(module.COUNTERS) for stream in (0, 7)})
+    places = []
+    for stream, captured in ((0, False), (7, False), (0, True), (0, True), (7, True), (0, False)):
+        capturing[0] = captured
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, of=stream: SimpleNamespace(cuda_stream=of))
+        places.append(module._counters(device, 32).data_ptr())
+    assert len(set(places)) == 5 and places[0] == places[-1]
+    with pytest.raises(ValueError, match="at most 512 tiles of the weight's rows are counted, got 513"):
+        module._counters(device, 513)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+LAYERS = ((2048, 2048), (6144, 2048), (8192, 2048), (2048, 8192))  # (N, K)
+
+
+def on_gpu(R, N, K, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(R)
+    x, weight, bias = (torch.randn(s, generator=generator, device="cuda") for s in ((R, K), (N, K), (N,)))
+    return x.to(dtype), (weight / K**0.5).to(dtype), bias.to(dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("sizes", [(5, 7), (129, 1001), *LAYERS], ids=str)
+def test_on_a_gpu_it_is_as_exact_as_torch_and_bits_repeat(sizes, activation):
+    for R in (1, 8, 33, 64):
+        x, weight, bias = on_gpu(R, *sizes)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        exact = torch.nn.functional.gelu(exact) if activation else exact
+        with nan_poisoned():
+            ours, *again = (F.linear(x, weight, bias, activation=activation, impl="triton") for _ in range(20))
+        theirs = F.linear(x, weight, bias, activation=activation, impl="reference")
+        assert_as_exact_as_eager("out", ours, theirs, exact, terms=exact.abs())
+        assert all(torch.equal(ours, other) for other in again)
+        for r in (0, R - 1):
+            assert torch.equal(F.linear(x[r], weight, bias, activation=activation, impl="triton"), ours[r])
+
+
+@needs_gpu
+def test_on_a_gpu_few_rows_are_ours(counted):
+    x, weight, bias = on_gpu(64, 2048, 2048)
+    F.linear(x, weight, bias)
+    assert [arguments[-1] for arguments in counted] == ["triton"]
+    F.linear(torch.cat([x, x]), weight, bias)
+    F.linear(x.float(), weight.float(), bias.float())
+    F.linear(x[:, 1:], weight[:, 1:], bias)
+    assert len(counted) == 1
+
+
+@needs_gpu
+def test_on_a_gpu_graphs_and_streams_run_side_by_side():
+    """All of them split their sums, so that a counter in common would show."""
+    layers = [on_gpu(8, 2048, 8192) for _ in range(4)]
+    expected = [F.linear(*layer, impl="triton") for layer in layers]
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in layers[:2]], []
+    for graph, layer in zip(graphs, layers, strict=False):
+        with torch.cuda.graph(graph):
+            outs.append([F.linear(*layer, impl="triton") for _ in range(3)])
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    eager = []
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for layer, stream in zip(layers[2:], streams[2:], strict=True):
+            with torch.cuda.stream(stream):
+                eager.append(F.linear(*layer, impl="triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected[n]) for n, of_graph in enumerate(outs) for out in of_graph)
+    assert all(torch.equal(out, expected[2 + n % 2]) for n, out in enumerate(eager))
+
+
 def test_it_is_a_good_torch_operation():
     x, weight, bias = operands(3, 5, 20)
     for arguments in ((x, weight, bias), (x, weight, None), (x.view(3, 1, 20), weight, bias)):
-        torch.library.opcheck(torch.ops.dalle_fast.linear.default, arguments)
+        torch.library.opcheck(torch.ops.dalle_fast.linear.default, (*arguments, None, "cpu"))
+    torch.library.opcheck(torch.ops.dalle_fast.linear.default, (x, weight, bias, "gelu", "cpu"))
+
+
+def test_gelu_is_torchs_of_the_result(make):
+    x, weight, bias = make((3, 33), count=1)[0], make((50, 33), seed=1, count=1)[0], make((50,), seed=2, count=1)[0]
+    for impl in ("reference", "cpu"):
+        expected = torch.nn.functional.gelu(F.linear(x, weight, bias, impl=impl))
+        assert torch.equal(F.linear(x, weight, bias, activation="gelu", impl=impl), expected)
+        weight.requires_grad_(impl == "cpu")
+    grads = [
+        torch.autograd.grad(out.sum(), weight)[0]
+        for out in (
+            F.linear(x, weight, bias, activation="gelu"),
+            torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)),
+        )
+    ]
+    assert torch.equal(*grads)
+    with pytest.raises(ValueError, match="activation must be None or 'gelu', got 'relu'"):
+        F.linear(x, weight, bias, activation="relu")
 
 
 def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):

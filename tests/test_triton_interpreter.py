@@ -7,7 +7,7 @@ cases run in a process of their own, once; each test here reports its own cases 
 This proves the arithmetic and the addresses in float32 and float16. It proves nothing about bfloat16 (the interpreter
 gets it wrong) nor about the compiled code (see test_triton_compile.py).
 
-B batch, H heads, S sequence, D head size, T text.
+B batch, H heads, S sequence, D head size, T text. For linear layers R rows, K in, N out.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
+from dalle_fast.nn import functional as F
 from dalle_fast.ops import norm as norm_ops
 from dalle_fast.ops.attention import triton as attention
 from dalle_fast.testing import (
@@ -37,12 +38,13 @@ from dalle_fast.testing import (
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
 
-from dalle_fast.ops import norm_triton
+from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import bwd, configs, dec, fwd, launch, primitives
+from dalle_fast.ops.linear_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 161  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 175  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -589,6 +591,111 @@ def test_add_norm_is_a_good_torch_operation():
     x, update, weight, _ = inputs(3, 20)
     for added in (update, None):
         torch.library.opcheck(torch.ops.dalle_fast.add_norm.default, (x, added, weight[0], weight[1], 1e-5))
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+def assert_counters_are_zero():
+    assert all(not counters.any() for counters in linear_triton._of_stream.values())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1), (3, 5, 7), (2, 3, 0), (17, 65, 63), (5, 130, 200), (33, 64, 129), (64, 48, 128), (16, 128, 256)],
+    ids=str,
+)
+def test_linear_is_exact_however_it_is_cut(sizes):
+    """-2 to 2: sums are exact, and so must results be. K smaller than the splits leaves some of them nothing to do."""
+    R, N, K = sizes
+    x, weight, bias = (torch.randint(-2, 3, shape).half() for shape in ((R, K), (N, K), (N,)))
+    exact = x.double() @ weight.double().T
+    block_m = max(16, triton.next_power_of_2(R))
+    cuts = [Tiles(block_m, *cut, 4, 3) for cut in ((16, 32, 1), (64, 16, 2), (32, 64, 3), (64, 32, 8), (128, 16, 17))]
+    for tiles in (None, *cuts):
+        for b, expected in ((None, exact), (bias, exact + bias)):
+            with nan_poisoned():
+                out = linear_triton.linear(x, weight, b, None, tiles)
+            assert torch.equal(out, expected.half()), tiles
+            assert_counters_are_zero()
+
+
+@interpreted
+def test_linear_takes_any_leading_dimensions_and_strides():
+    x, weight, bias = (torch.randint(-2, 3, shape).half() for shape in ((6, 40), (10, 40), (10,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    wide = [torch.full((len(t), 50), torch.nan).half() for t in (x, weight)]
+    for place, t in zip(wide, (x, weight), strict=True):
+        place[:, 3:43] = t
+    for a, b in (
+        (F.linear(x.view(2, 3, 40), weight, bias, impl="triton"), expected.view(2, 3, 10)),
+        (F.linear(x[0], weight, bias, impl="triton"), expected[0]),
+        (F.linear(x.T.contiguous().T, weight, bias, impl="triton"), expected),
+        (F.linear(wide[0][:, 3:43], wide[1][:, 3:43], bias, impl="triton"), expected),
+        (F.linear(x, weight[:0], bias[:0], impl="triton"), expected[:, :0]),
+    ):
+        assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_linear_errs_as_float32_sums_do(activation):
+    """GELU is taken of the sum itself, so it is rounded once. Several splits by the table's own choice."""
+    (R, N, K), generator = (37, 150, 2048), torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((R, K), (N, K), (N,)))
+    x, weight, bias = x.half(), (weight / 32).half(), bias.half()
+    assert linear_triton.tiles_for(R, N, K, 132).splits > 1
+    eager = F.linear(x, weight, bias, activation=activation, impl="reference")
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    with nan_poisoned():
+        first, again = (F.linear(x, weight, bias, activation=activation, impl="triton") for _ in range(2))
+    exact = torch.nn.functional.gelu(exact) if activation else exact
+    assert_as_exact_as_eager("out", first, eager, exact, factor=1.0, terms=exact.abs())
+    assert torch.equal(first, again)
+
+
+@interpreted
+def test_a_row_of_linear_does_not_depend_on_how_many_there_are():
+    """Bit for bit. In each block of 64 columns one product, which numpy cannot get wrong, and sums that their order changes."""
+    K, N, generator = 2048, 5, torch.Generator().manual_seed(0)
+    blocks = K // 64
+    order = torch.randperm(blocks, generator=generator)
+    values = torch.randn(64, blocks, generator=generator)
+    values[:, order[:8]] = 1024 + 64 * values[:, order[:8]]
+    values[:, order[8:16]] = -values[:, order[:8]]  # these cancel, and have swallowed digits of the others
+    factors = torch.rand(N, blocks, generator=generator)
+    factors[:, order[:16]] = 1024.0
+    x, weight = (torch.zeros(len(t), blocks, 64) for t in (values, factors))
+    x[..., 7], weight[..., 7] = values, factors
+    x, weight = x.view(64, K).half(), weight.view(N, K).half()
+    together = F.linear(x, weight, impl="triton")
+    for R in (1, 2, 16, 17, 33):
+        assert torch.equal(F.linear(x[-R:], weight, impl="triton"), together[-R:])
+    tiles = linear_triton.tiles_for(64, N, K, 132)
+    assert tiles.splits > 1
+    assert not torch.equal(linear_triton.linear(x, weight, None, None, tiles._replace(splits=1)), together)
+
+
+@interpreted
+def test_infinity_and_nan_stay_in_their_row_of_linear():
+    x, weight = (torch.randint(-2, 3, shape).half() for shape in ((9, 200), (70, 200)))
+    weight[:, 3] = 1
+    expected = torch.nn.functional.linear(x, weight)
+    x[2, 3], x[5, 3] = torch.nan, torch.inf
+    others = [r for r in range(9) if r not in (2, 5)]
+    for splits in (1, 3):
+        with np.errstate(all="ignore"):
+            out = linear_triton.linear(x, weight, None, None, Tiles(16, 64, 32, splits, 4, 3))
+        assert out[2].isnan().all() and out[5].isinf().all()
+        assert torch.equal(out[others], expected[others])
+
+
+@interpreted
+def test_linear_is_a_good_torch_operation():
+    x, weight, bias = (torch.randint(-2, 3, shape).half() for shape in ((3, 20), (5, 20), (5,)))
+    for arguments in ((x, weight, bias), (x, weight, None), (x.view(3, 1, 20), weight, bias)):
+        torch.library.opcheck(torch.ops.dalle_fast.linear.default, (*arguments, "gelu", "triton"))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
