@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from triton.backends.compiler import GPUTarget
 
-from dalle_fast.ops import norm_triton
+from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import app, bwd, dec, fwd, launch
 
 KERNELS = {
@@ -38,6 +38,7 @@ KERNELS = {
     "decode": dec._attention_decode_kernel,
     "append": app._attention_append_kernel,
     "add_norm": norm_triton._add_norm_kernel,
+    "linear": linear_triton._linear_kernel,
 }
 WITHOUT_PRODUCTS = ("decode", "append", "add_norm")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use, CUDA C++ guide
@@ -247,3 +248,47 @@ def test_add_norm_compiles_well(compile_for, arch, dtype, tmp_path):
         registers, local, _, code = kernel_usage(kernel, tmp_path)
         print(f"sm_{arch} {width} {dtype} update {with_update:1} {registers} registers {local} spilled")
         assert local == 0 and re.search(r"\bLDG\.E\.128", code)
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+LAYERS = ((2048, 2048), (6144, 2048), (8192, 2048), (2048, 8192))  # (N, K) of a model of width 2,048
+LINEAR = [
+    *(
+        (arch, rows, N, K)
+        for arch in SHARED_LIMIT
+        for rows in ((8, 32, 64) if EVERYTHING else (8, 64))
+        for N, K in LAYERS
+    ),
+    *(
+        (arch, rows, *sizes)
+        for arch in SHARED_LIMIT
+        for rows, sizes in ((1, (1, 1)), (3, (1000, 1001)), (64, (33, 2064)))
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_linear_compiles_well(compile_for, tmp_path, case):
+    """Rows of 16 numbers, or multiples, are copied by 16 bytes into shared memory, ahead of the products."""
+    arch, rows, N, K = case
+    activation = "gelu" if N > K else None
+
+    def call(mask, head_size, dtype, text_lengths):
+        x, weight, bias = (torch.zeros(*shape, dtype=dtype) for shape in ((rows, K), (N, K), (N,)))
+        linear_triton.linear(x, weight, bias, activation)
+
+    (kernel,) = compile_for(arch, None, None, "bfloat16", False, call).values()
+    registers, local, shared, code = kernel_usage(kernel, tmp_path)
+    print(
+        f"sm_{arch} {rows:2} rows {N:4} x {K:4} {kernel.metadata.num_warps} warps {registers:3} registers "
+        f"{shared / 1024:5.1f} KiB shared {local} spilled"
+    )
+    assert local == 0
+    # Two programs fit a multiprocessor, which cut N and K for that.
+    assert 2 * (shared + 1024) <= SHARED_LIMIT[arch] + 1024
+    assert re.search(TENSOR_CORE[arch], code)
+    if K % 16 == 0:
+        copies = re.findall(r"\bLDGSTS\S*", code)
+        assert copies and all(".128" in copy for copy in copies)
+    assert ("atom.global.gpu.acq_rel" in kernel.asm["ptx"]) == (linear_triton.tiles_for(rows, N, K, 132).splits > 1)
