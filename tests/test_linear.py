@@ -172,7 +172,7 @@ def test_only_large_aligned_weights_are_worth_a_kernel():
     assert linear_ops._is_worth_it(x[0], weight, bias)
     not_worth_it = {
         "a small weight": (x, weight[:1008], bias[:1008]),
-        "few columns": (x[:, :496], weight.view(-1, 512)[:, :496], None),
+        "few columns": (x[:, :496], weight.repeat(4, 1)[:, :496], None),
         "odd rows": (x, torch.cat([weight, weight[:8]]), None),
         "odd columns": (x[:, :1016], torch.cat([weight, weight])[:, :1016], None),
         "an odd address": (x, torch.cat([weight.flatten(), weight[0]])[1:-1023].view(1024, 1024), bias),
