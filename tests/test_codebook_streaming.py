@@ -142,7 +142,9 @@ def test_sizes_that_are_refused_on_the_host(streaming):
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("N, K, I", [*SIZES, (1000, 8192, 512)])
-def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
+def test_codes_and_losses_on_a_gpu(monkeypatch, N, K, I, dtype):
+    for operation in cuda.SMALL_DIN:
+        monkeypatch.setitem(cuda.SMALL_DIN, operation, "streaming")
     for options in ({}, {"bias": False, "per_row": True}):
         case = make_case(N, K, I, dtype, **options)
         exact, case = true_loss(case), on_gpu(case)

@@ -13,6 +13,9 @@ N rows, K codes, I size of hidden, D size of an embedding.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 
 from dalle_fast import _extension
@@ -92,7 +95,7 @@ def gumbel_codebook_backward(
 
 
 def sample(hidden, weight, bias, temperature, seed, seed_per_row):
-    if streams("sample", hidden, weight):
+    if streams("argmax" if temperature is None else "sample", hidden, weight):
         return sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
     codes = _row_results(hidden, dtype=torch.int64)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=False))
@@ -240,21 +243,40 @@ def _blas():
 
 # -- without logits in memory -----------------------------------------------------------------------------------------
 
-# Who samples and who computes a loss without gradients where both could: "chunked" (the vendor's product, then a kernel,
-# as above) or "streaming" (below). On an H200, 8,192 rows and codes in bfloat16, when Python still launched the chunks:
-# a loss at Din = 128 took 0.288 ms chunked and 0.358 streaming, at Din = 512 0.354 and 0.896; a sample 0.408 and 0.870,
-# and 0.470 and 1.404.
-SMALL_DIN = {"sample": "chunked", "cross_entropy": "chunked"}
+# Who finds the largest logit, samples, and computes a loss without gradients where all could: "chunked" (the vendor's
+# product, then a kernel, as above), "streaming" (below) or "triton" (streaming_triton.py, 16-bit tensors). On an H200,
+# 8,192 rows and codes in bfloat16, when Python still launched the chunks: a loss at Din = 128 took 0.288 ms chunked and
+# 0.358 streaming, at Din = 512 0.354 and 0.896; a sample 0.408 and 0.870, and 0.470 and 1.404.
+SMALL_DIN = {"argmax": "triton", "sample": "chunked", "cross_entropy": "triton"}
 MAX_STREAMED_DIN = 512
 
 
 def streams(operation, hidden, weight):
     """Does `operation` run as one of the two functions below?"""
-    return SMALL_DIN[operation] == "streaming" and can_stream(hidden, weight)
+    if SMALL_DIN[operation] == "streaming":
+        return can_stream(hidden, weight)
+    return _by_triton(operation, hidden, weight)
+
+
+def _by_triton(operation, hidden, weight):
+    return (
+        SMALL_DIN[operation] == "triton" and hidden.is_cuda and _has_triton() and _triton().can_stream(hidden, weight)
+    )
+
+
+@functools.cache
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton():
+    from dalle_fast.ops.codebook import streaming_triton
+
+    return streaming_triton
 
 
 def can_stream(hidden, weight):
-    """Can they take these? 16-bit and contiguous, Din a multiple of 8 and small."""
+    """Can the module's kernels take these? 16-bit and contiguous, Din a multiple of 8 and small."""
     return (
         hidden.dtype in (torch.float16, torch.bfloat16)
         and hidden.shape[1] <= MAX_STREAMED_DIN
@@ -265,6 +287,8 @@ def can_stream(hidden, weight):
 
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
     """Returns codes (N,) as `sample` does."""
+    if _by_triton("argmax" if temperature is None else "sample", hidden, weight):
+        return _triton().sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
     codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
     _extension.native().cuda_codebook_sample_streaming(
         *_streamed(hidden, weight, bias), (*_noise(seed, seed_per_row), 0), _address(temperature), codes.data_ptr(),
@@ -275,6 +299,8 @@ def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
 
 def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
     """Returns loss (N,) as `cross_entropy` does."""
+    if _by_triton("cross_entropy", hidden, weight):
+        return _triton().cross_entropy_streaming(hidden, weight, bias, target, ignore_index)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     _extension.native().cuda_codebook_cross_entropy_streaming(
         *_streamed(hidden, weight, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _stream()

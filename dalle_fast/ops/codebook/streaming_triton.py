@@ -165,7 +165,7 @@ def _take_sum(z, first, largest, total, logit, target):
     base = tl.where(new == float("-inf"), 0.0, new)  # of codes that are all forbidden
     total = total * tl.exp2((largest - base) * LOG2E) + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
     at_target = (target - first)[:, None] == tl.arange(0, z.shape[1])[None, :]
-    return new, total, tl.maximum(logit, tl.max(tl.where(at_target, z, float("-inf")), 1))
+    return new, total, logit + tl.sum(tl.where(at_target, z, 0.0), 1)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _streaming_kernel(
     """What program (row tile, range of range_tiles tiles of codes) leaves of its rows, in row `range` of
 
     partial (S, N), the largest value, and code (S, N), its code or NO_CODE; with LOSS instead partial (3, S, N), the
-    largest logit, the sum, and the target's logit or -inf. hidden and weight are descriptors or addresses.
+    largest logit, the sum, and the target's logit or 0. hidden and weight are descriptors or addresses.
     """
     NOISY: tl.constexpr = temperature_ptr is not None
     first_row = tl.program_id(0) * ROWS
@@ -231,7 +231,7 @@ def _streaming_kernel(
         target = tl.load(target_ptr + row, mask=row < N, other=-1)
         target = tl.where((target >= 0) & (target < K), target, -1).to(tl.int32)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
-        logit = tl.full([ROWS], float("-inf"), tl.float32)
+        logit = tl.zeros([ROWS], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
     else:
         best = tl.full([ROWS, CLASSES], float("-inf"), tl.float32)
@@ -291,7 +291,7 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, N, K, S, ignore_index
     """log of the sum of all ranges - the target's logit; 0 if ignored, NaN for what is no code."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
-    logit = tl.full([ROWS], float("-inf"), tl.float32)
+    logit = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     place = row.to(tl.int64)
     plane = S.to(tl.int64) * N
@@ -303,7 +303,7 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, N, K, S, ignore_index
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2((largest - base) * LOG2E) + total_here * tl.exp2((largest_here - base) * LOG2E)
         largest = new
-        logit = tl.maximum(logit, logit_here)
+        logit += logit_here
         place += N
     target = tl.load(target_ptr + row, mask=row < N, other=0)
     loss = tl.log2(total) * LN2 - (logit - largest)
@@ -330,7 +330,7 @@ def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row, t
     N = hidden.shape[0]
     out = hidden.new_empty(N, dtype=torch.int64)
     if N:
-        S = _splits(tiles := tiles or _tiles(hidden, loss=False), hidden, weight)
+        S = _splits(tiles := tiles or _tiles(hidden, noisy=temperature is not None), hidden, weight)
         partial, code = hidden.new_empty(S, N, dtype=torch.float32), hidden.new_empty(S, N, dtype=torch.int32)
         _launch(tiles, S, hidden, weight, bias, seed, temperature, None, partial, code, seed_per_row)
         _merge_codes_kernel[_merging_grid(N)](partial, code, out, N, S, MERGED_ROWS)
@@ -342,7 +342,7 @@ def cross_entropy_streaming(hidden, weight, bias, target, ignore_index, *, tiles
     N, K = hidden.shape[0], weight.shape[0]
     out = hidden.new_empty(N, dtype=torch.float32)
     if N:
-        S = _splits(tiles := tiles or _tiles(hidden, loss=True), hidden, weight)
+        S = _splits(tiles := tiles or _tiles(hidden, noisy=False), hidden, weight)
         partial = hidden.new_empty(3, S, N, dtype=torch.float32)
         _launch(tiles, S, hidden, weight, bias, None, None, target, partial, None, False)
         _merge_losses_kernel[_merging_grid(N)](partial, target, out, N, K, S, ignore_index, MERGED_ROWS)
@@ -390,11 +390,14 @@ def _merging_grid(N):
     return (-(-N // MERGED_ROWS),)
 
 
-def _tiles(hidden, *, loss):
-    """Not measured yet. Tiles of 128 x 256 have the least traffic of those whose products fit the registers."""
+def _tiles(hidden, *, noisy):
+    """By arithmetic, not measured yet: 128 x 256 has the least traffic of tiles whose products fit the registers.
+
+    Those of noise need as many again.
+    """
     if capability_of(hidden) < (9, 0):
         return Tiles(128, 128, 32, 8, 3, flat=False, described=False)
-    return Tiles(128, 256, 64, 8, 3, flat=True, described=True)
+    return Tiles(128, 128 if noisy else 256, 64, 8, 3, flat=True, described=True)
 
 
 def _splits(tiles, hidden, weight):
