@@ -159,13 +159,23 @@ def _take_codes(z, group, best, best_group, temperature, keys, NOISY: tl.constex
 
 
 @triton.jit
-def _take_sum(z, first, largest, total, logit, target):
-    """Running maximum and sum of exp(z - maximum) of a row, and its target's logit once it came by."""
+def _take_sum(z, largest, total):
+    """A row's running maximum and sum of exp(z - maximum)."""
     new = tl.maximum(largest, tl.max(z, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # of codes that are all forbidden
-    total = total * tl.exp2((largest - base) * LOG2E) + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
-    at_target = (target - first)[:, None] == tl.arange(0, z.shape[1])[None, :]
-    return new, total, logit + tl.sum(tl.where(at_target, z, 0.0), 1)
+    return new, total * tl.exp2((largest - base) * LOG2E) + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
+
+
+@triton.jit
+def _take_targets(z, group, near_target, target_group):
+    """Keep the CLASSES logits around a row's target once they come by: a comparison for all of them, not for each."""
+    if z.shape[1] > CLASSES:
+        left, right = _halves(z)
+        near_target = _take_targets(left, group, near_target, target_group)
+        near_target = _take_targets(right, group + z.shape[1] // 2 // CLASSES, near_target, target_group)
+    else:
+        near_target = tl.where(target_group == group, z, near_target)
+    return near_target
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -231,8 +241,9 @@ def _streaming_kernel(
         target = tl.load(target_ptr + row, mask=row < N, other=-1)
         target = tl.where((target >= 0) & (target < K), target, -1).to(tl.int32)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
-        logit = tl.zeros([ROWS], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        near_target = tl.zeros([ROWS, CLASSES], tl.float32)
+        target_group = (target >> 4)[:, None] + tl.zeros([ROWS, CLASSES], tl.int32)
     else:
         best = tl.full([ROWS, CLASSES], float("-inf"), tl.float32)
         best_group = tl.full([ROWS, CLASSES], NO_CODE // CLASSES, tl.int32)
@@ -251,12 +262,15 @@ def _streaming_kernel(
         elif PADDED:
             z += tl.where(code < K, 0.0, float("-inf"))[None, :]
         if LOSS:
-            largest, total, logit = _take_sum(z, first, largest, total, logit, target)
+            near_target = _take_targets(z, first // CLASSES, near_target, target_group)
+            largest, total = _take_sum(z, largest, total)
         else:
             best, best_group = _take_codes(z, first // CLASSES, best, best_group, temperature, keys, NOISY)
 
     place = split.to(tl.int64) * N + row
     if LOSS:
+        at_target = (target & (CLASSES - 1))[:, None] == tl.arange(0, CLASSES)[None, :]
+        logit = tl.sum(tl.where(at_target, near_target, 0.0), 1)
         plane = tl.num_programs(1).to(tl.int64) * N
         tl.store(partial_ptr + place, largest, mask=row < N)
         tl.store(partial_ptr + plane + place, total, mask=row < N)
