@@ -412,7 +412,9 @@ def _tiles(hidden, *, noisy):
     capability = capability_of(hidden)
     if capability < (9, 0):
         return Tiles(128, 128, 32, 8, 3, flat=False, described=False)
-    return Tiles(128, 256 if capability < (10, 0) and not noisy else 128, 64, 8, 4, flat=True, described=True)
+    if noisy or capability >= (10, 0):
+        return Tiles(128, 128, 64, 8, 3, flat=True, described=True)
+    return Tiles(128, 256, 64, 8, 4, flat=True, described=True)
 
 
 def _splits(tiles, hidden, weight):
