@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
-from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile
+from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile, tile_pointers
 
 __all__ = ["attention_decode"]
 
@@ -27,10 +27,12 @@ TEXT_WARPS = 4
 # In float32, per thread at most. Left to itself ptxas aims at a rounder number and spilled 16 bytes on sm_80 (Triton 3.8,
 # head size 128); this way it takes what it needs.
 FLOAT32_REGISTERS = 240
-IMAGE_BYTES = 8192  # the same of the image keys of one program, which are all that there are of most masks
-# Of 4 warps ptxas makes each thread wait for one load before it issues the next one; 2 have 64 registers with rows of 32
-# keys of 64 x 16 bits, so that 16 programs fit a multiprocessor.
+IMAGE_BYTES = 8192  # of image keys of one program at once, which are all that there are of most masks
+# ptxas saves registers by waiting for some keys before it loads others: with 4 warps always, with 2 in Triton 3.6 only.
+# More registers, and volatile loads before a barrier, make it load earlier.
 IMAGE_WARPS = 2
+IMAGE_REGISTERS = None
+IMAGE_VOLATILE = False
 LOOP_WARPS = 4  # of a program that does not take all keys at once; with 2, ptxas spilled on sm_90 (head size 48)
 MERGE_PARTS = 16  # of the text that a program weighs at once, at most
 
@@ -164,14 +166,24 @@ def _attention_decode_text_kernel(
 
 
 @triton.jit
-def _load_keys(keys, first, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+def _load_keys(
+    keys,
+    first,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    VOLATILE: tl.constexpr,
+):
     """(seen, k, v) of BLOCK of the listed image keys from `first` on, in their own dtype; 0 where not seen."""
     k_base, k_strides, v_base, v_strides, slots_ptr, most, count = keys
     offsets = first + tl.arange(0, BLOCK)
     slots = tl.load(slots_ptr + offsets, mask=offsets < most, other=0)  # does not wait for the count
     seen = offsets < count
-    k = load_tile(k_base, k_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
-    v = load_tile(v_base, v_strides, slots, seen, True, HEAD_DIM, BLOCK_D, WIDE)
+    d = tl.arange(0, BLOCK_D)
+    inside = seen[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(tile_pointers(k_base, k_strides, slots, d, WIDE), mask=inside, other=0.0, volatile=VOLATILE)
+    v = tl.load(tile_pointers(v_base, v_strides, slots, d, WIDE), mask=inside, other=0.0, volatile=VOLATILE)
     return seen, k, v
 
 
@@ -207,6 +219,7 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    VOLATILE: tl.constexpr,
 ):
     """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
 
@@ -233,12 +246,14 @@ def _attention_decode_kernel(
     keys = (k_base, k_strides, v_base, v_strides, slots_ptr, most, count)
     if LOOP:
         for first in range(0, count, BLOCK_V):
-            seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
+            seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE, False)
             acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
     else:
-        seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
+        seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE, VOLATILE)
         if REST > 0:
-            rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE)
+            rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE, VOLATILE)
+        if VOLATILE:
+            tl.debug_barrier()
         acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
         if REST > 0:
             acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), rest_v, acc, row_max, row_sum)
@@ -332,8 +347,10 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             D,
             BLOCK_D,
             launch.wide(image_key, image_value),
+            IMAGE_VOLATILE,
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,
+            maxnreg=None if loop else IMAGE_REGISTERS,
             enable_fp_fusion=True,
         )
     return out
