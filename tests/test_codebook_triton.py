@@ -31,7 +31,7 @@ from dalle_fast.ops.codebook import streaming_triton
 from dalle_fast.ops.codebook.streaming_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-CASES = 26  # that are interpreted; a change of a parameter list changes it, knowingly
+CASES = 27  # that are interpreted; a change of a parameter list changes it, knowingly
 SIZES = [
     (1, 1, 16),
     (3, 2, 16),
@@ -133,6 +133,18 @@ def test_codes_are_those_of_the_reference(N, K, I):
         case = make_case(N, K, I, torch.float16, **options)
         temperature = None if temperature is None else torch.tensor([temperature])
         assert_exact(sample(case, temperature, tiles), expected_codes(case, temperature))
+
+
+@interpreted
+def test_the_first_of_equals_wins():
+    """Also where both are in one class of codes, in one tile, or in different ranges."""
+    for tiles, pair in itertools.product(TILES, ((0, 1), (5, 21), (37, 53), (20, 84), (7, 135), (3, 259), (258, 259))):
+        case = make_case(2, 300, 16, torch.float16)
+        case.hidden[:] = 0
+        case.bias[:] = 0
+        assert sample(case, None, tiles).tolist() == [0] * 2
+        case.bias[list(pair)] = 1
+        assert sample(case, None, tiles).tolist() == [pair[0]] * 2
 
 
 @interpreted

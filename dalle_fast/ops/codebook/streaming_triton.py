@@ -238,8 +238,8 @@ def _streaming_kernel(
         temperature = tl.load(temperature_ptr)
         keys = noise_keys(seed_ptr, row, N, PER_ROW)
     if LOSS:
-        target = tl.load(target_ptr + row, mask=row < N, other=-1)
-        target = tl.where((target >= 0) & (target < K), target, -1).to(tl.int32)
+        # What is no code may become one here: its row is NaN in the end.
+        target = tl.load(target_ptr + row, mask=row < N, other=-1).to(tl.int32)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         near_target = tl.zeros([ROWS, CLASSES], tl.float32)
@@ -343,7 +343,7 @@ def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row, t
     """Returns codes (N,) as `cuda.sample` does, of hidden (N, I) and weight (K, I); `tiles` replaces the choice."""
     N = hidden.shape[0]
     out = hidden.new_empty(N, dtype=torch.int64)
-    if N:
+    if N:  # there are no descriptors of nothing
         S = _splits(tiles := tiles or _tiles(hidden, noisy=temperature is not None), hidden, weight)
         partial, code = hidden.new_empty(S, N, dtype=torch.float32), hidden.new_empty(S, N, dtype=torch.int32)
         _launch(tiles, S, hidden, weight, bias, seed, temperature, None, partial, code, seed_per_row)
