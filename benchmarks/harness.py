@@ -56,7 +56,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
 CUDA_FLUSH_BYTES = 256 * MIB  # written between two timed calls: more than any GPU's L2
-CUDA_FLUSHES = 4  # about 0.3 ms of writing, in which the host can enqueue the next call, so that its cost is hidden
+CUDA_FLUSHES = 48  # about 3 ms of writing, in which the host enqueues the next call: what that costs is told apart
 
 
 class NotRun(Exception):
@@ -72,24 +72,26 @@ class Died(NotRun):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median, the quartiles and how many calls they come from."""
+    """Seconds per call: the median, the quartiles, how many calls they come from, and on CUDA the host's median."""
 
     median: float
     q1: float
     q3: float
     repetitions: int
+    host: float | None
 
     @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-        return cls(median, q1, q3, len(samples))
+    def of(cls, samples: list[tuple[float, float | None]]) -> Timing:
+        seconds, host = ([sample[n] for sample in samples] for n in range(2))
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+        return cls(median, q1, q3, len(samples), None if None in host else statistics.median(host))
 
 
 def time_interleaved(calls: dict, *, device: str, seconds: float, min_rounds: int, tick=lambda fraction: None) -> dict:
     """Time functions in turns: every round calls each once, in an order drawn anew.
 
     The functions must have run before. On CUDA a call's time is the device's, between two events, with the L2 cache
-    overwritten before it and the host running ahead.
+    overwritten before it and the host running ahead; how long the host takes to enqueue the call is measured beside it.
 
     Args:
         calls: name -> function without arguments.
@@ -119,26 +121,28 @@ def time_interleaved(calls: dict, *, device: str, seconds: float, min_rounds: in
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _cpu_seconds(call) -> float:
+def _cpu_seconds(call) -> tuple[float, None]:
     start = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
     del result  # freed outside the measured time, for everyone
-    return seconds
+    return seconds, None
 
 
 def _cuda_timer():
     flush = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
-    def measure(call) -> float:
+    def measure(call) -> tuple[float, float]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         for _ in range(CUDA_FLUSHES):
             flush.zero_()
         begin.record()
+        start = time.perf_counter()
         call()
+        host = time.perf_counter() - start
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3, host
 
     return measure
 
@@ -481,6 +485,8 @@ def finish_case(result: dict, entries: dict, peers, timings: dict) -> dict:
             continue
         entry |= {"median_s": timing.median, "q1_s": timing.q1, "q3_s": timing.q3}
         entry["repetitions"] = timing.repetitions
+        if timing.host is not None:
+            entry["host_s"] = timing.host
         entry["ratio"] = timing.median / ours.median if ours else None
     ratios = {}
     for peer in peers:
@@ -578,7 +584,8 @@ class Progress:
 def case_text(benchmark, result: dict) -> str:
     """One case as a table for people."""
     (first, second), error_cells = benchmark.error_columns(result)
-    header = ["contender", "median ms", "quartiles ms", "runs", "/ ours", first, second, "extra MiB"]
+    host = ["host ms"] if any("host_s" in entry for entry in result["contenders"]) else []
+    header = ["contender", "median ms", "quartiles ms", *host, "runs", "/ ours", first, second, "extra MiB"]
     rows, notes = [], []
     for entry in result["contenders"]:
         if "median_s" not in entry:
@@ -591,6 +598,7 @@ def case_text(benchmark, result: dict) -> str:
                 entry["name"],
                 f"{entry['median_s'] * 1e3:.3f}",
                 f"{entry['q1_s'] * 1e3:.3f} .. {entry['q3_s'] * 1e3:.3f}",
+                *([f"{entry['host_s'] * 1e3:.3f}"] if host else []),
                 str(entry["repetitions"]),
                 f"{entry['ratio']:.2f}x" if entry["ratio"] else "-",
                 *error_cells(entry["error"]),
@@ -624,15 +632,18 @@ def summary_rows(columns: dict, results: list[dict]) -> tuple[list[str], list[li
     """Header and rows of the table of ratios, one row per case; also what the README shows.
 
     Args:
-        columns: header -> function(result, entries), entries by name; they stand between "ours, ms" and "extra MiB".
+        columns: header -> function(result, entries), entries by name; they stand between "ours, ms" (on a GPU with what
+            the host takes to enqueue it) and "extra MiB".
     """
-    header, rows = ["case", "ours, ms", *columns, "extra MiB"], []
+    host = ["host, ms"] if any("host_s" in entry for result in results for entry in result["contenders"]) else []
+    header, rows = ["case", "ours, ms", *host, *columns, "extra MiB"], []
     for result in results:
         entries = {entry["name"]: entry for entry in result["contenders"]}
         ours = entries[OURS]
         cells = [cell(result, entries) for cell in columns.values()]
         time_cell = f"{ours['median_s'] * 1e3:.2f}" if "median_s" in ours else "not run"
-        rows.append([result["name"], time_cell, *cells, extra_mib(ours)])
+        host_cell = [f"{ours['host_s'] * 1e3:.2f}" if "host_s" in ours else "-"] if host else []
+        rows.append([result["name"], time_cell, *host_cell, *cells, extra_mib(ours)])
     return header, rows
 
 

@@ -503,6 +503,24 @@ def test_timing_takes_turns(modules):
     assert timings["slow"].median >= 0.01 > timings["fast"].median and timings["fast"].repetitions == 5
 
 
+def test_what_the_host_takes_stands_beside_a_gpus_time(modules, monkeypatch):
+    harness, attn_bench = modules
+    monkeypatch.setattr(harness, "_cuda_timer", lambda: lambda call: (call(), 7e-3))
+    timings = harness.time_interleaved({"dalle_fast": lambda: 2e-3}, device="cuda", seconds=1e-3, min_rounds=3)
+    entry = {"name": "dalle_fast", "peer": "dalle_fast", "status": "ok", "exact": True, "extra_bytes": 0, "error": {}}
+    result = harness.finish_case({"name": "a case"}, {"dalle_fast": entry}, (), timings)
+    header, (row,) = harness.summary_rows({}, [result])
+    assert dict(zip(header, row, strict=True)) == {
+        "case": "a case", "ours, ms": "2.00", "host, ms": "7.00", "extra MiB": "0.00"
+    }  # fmt: skip
+    entry["error"] = {"out": {"max_abs": 1.0, "rms_relative": 1.0}}
+    monkeypatch.setattr(attn_bench, "case_title", lambda result: result["name"])
+    text = harness.case_text(attn_bench, result)
+    assert "host ms" in text and "7.000" in text
+    del entry["host_s"]
+    assert harness.summary_rows({}, [result])[0] == ["case", "ours, ms", "extra MiB"]
+
+
 def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_path):
     harness, attn_bench = modules
     results = []
