@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_rows
 import pytest
 import torch
 from test_codebook_cuda import EPS, assert_exact, assert_near, needs_gpu, on_gpu
 from test_codebook_streaming import HALVES, make_case, true_loss
 
-from dalle_fast.ops.codebook import chunked, cuda, noise, reference
+from dalle_fast.ops.codebook import cuda, noise, reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
@@ -218,15 +219,12 @@ def test_what_it_takes():
 
 
 @compiled
-def test_a_search_for_the_largest_logit_is_told_from_a_sample():
+def test_a_search_for_the_largest_logit_is_told_from_a_sample(monkeypatch):
     asked = []
-    rows = SimpleNamespace(
-        why_not=None,
-        streams=lambda operation, *_: asked.append(operation) or True,
-        sample_streaming=lambda *_, **__: None,
-    )
+    monkeypatch.setattr(cuda, "streams", lambda operation, *_: asked.append(operation) or True)
+    monkeypatch.setattr(cuda, "sample_streaming", lambda *_, **__: None)
     for temperature in (None, torch.ones(1)):
-        chunked.Chunked(rows).sample(torch.zeros(1, 16), torch.zeros(2, 16), None, temperature, None, False)
+        cuda.sample(torch.zeros(1, 16), torch.zeros(2, 16), None, temperature, None, False)
     assert asked == ["argmax", "sample"] and set(asked) < set(cuda.SMALL_DIN)
 
 
@@ -292,6 +290,6 @@ def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
             for temperature in (None, torch.ones(1, device="cuda")):
                 seed = None if temperature is None else case.seed
                 expected = torch.empty(N, dtype=torch.int64, device="cuda")
-                cuda.sample(case.logits, case.bias, seed, 0, temperature, expected, seed_per_row=case.per_row)
+                cuda_rows.sample(case.logits, case.bias, seed, 0, temperature, expected, seed_per_row=case.per_row)
                 assert_exact(sample(case, temperature, tiles), expected)
             assert_near("loss", loss_of(case, case.target, tiles).cpu(), exact, 1 + exact, 4)

@@ -285,10 +285,11 @@ def test_linear_compiles_well(compile_for, tmp_path, case):
         f"{shared / 1024:5.1f} KiB shared {local} spilled"
     )
     assert local == 0
-    # Two programs fit a multiprocessor, which cut N and K for that.
-    assert 2 * (shared + 1024) <= SHARED_LIMIT[arch] + 1024
+    assert shared <= SHARED_LIMIT[arch]
     assert re.search(TENSOR_CORE[arch], code)
     if K % 16 == 0:
         copies = re.findall(r"\bLDGSTS\S*", code)
         assert copies and all(".128" in copy for copy in copies)
-    assert ("atom.global.gpu.acq_rel" in kernel.asm["ptx"]) == (linear_triton.tiles_for(rows, N, K, 132).splits > 1)
+    assert ("atom.global.gpu.acq_rel" in kernel.asm["ptx"]) == (
+        linear_triton.tiles_for(rows, N, K, 132, 227 << 10).splits > 1
+    )

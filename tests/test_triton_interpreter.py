@@ -645,7 +645,7 @@ def test_linear_errs_as_float32_sums_do(activation):
     (R, N, K), generator = (37, 150, 2048), torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((R, K), (N, K), (N,)))
     x, weight, bias = x.half(), (weight / 32).half(), bias.half()
-    assert linear_triton.tiles_for(R, N, K, 132).splits > 1
+    assert linear_triton.tiles_for(R, N, K, 132, 227 << 10).splits > 1
     eager = F.linear(x, weight, bias, activation=activation, impl="reference")
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     with nan_poisoned():
@@ -657,22 +657,22 @@ def test_linear_errs_as_float32_sums_do(activation):
 
 @interpreted
 def test_a_row_of_linear_does_not_depend_on_how_many_there_are():
-    """Bit for bit. In each block of 64 columns one product, which numpy cannot get wrong, and sums that their order changes."""
-    K, N, generator = 2048, 5, torch.Generator().manual_seed(0)
-    blocks = K // 64
+    """Bit for bit. In each block of 128 columns one product, which numpy cannot get wrong, and sums that their order changes."""
+    K, N, generator = 4096, 5, torch.Generator().manual_seed(0)
+    blocks = K // 128
     order = torch.randperm(blocks, generator=generator)
     values = torch.randn(64, blocks, generator=generator)
     values[:, order[:8]] = 1024 + 64 * values[:, order[:8]]
     values[:, order[8:16]] = -values[:, order[:8]]  # these cancel, and have swallowed digits of the others
     factors = torch.rand(N, blocks, generator=generator)
     factors[:, order[:16]] = 1024.0
-    x, weight = (torch.zeros(len(t), blocks, 64) for t in (values, factors))
+    x, weight = (torch.zeros(len(t), blocks, 128) for t in (values, factors))
     x[..., 7], weight[..., 7] = values, factors
     x, weight = x.view(64, K).half(), weight.view(N, K).half()
     together = F.linear(x, weight, impl="triton")
     for R in (1, 2, 16, 17, 33):
         assert torch.equal(F.linear(x[-R:], weight, impl="triton"), together[-R:])
-    tiles = linear_triton.tiles_for(64, N, K, 132)
+    tiles = linear_triton.tiles_for(64, N, K, 132, 227 << 10)
     assert tiles.splits > 1
     assert not torch.equal(linear_triton.linear(x, weight, None, None, tiles._replace(splits=1)), together)
 

@@ -24,7 +24,7 @@ __all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
 # Counters of one call, one for each BLOCK_N rows of the weight, and calls in CUDA graphs that have some of their own.
 COUNTERS = 512
 CAPTURED_CALLS = 4096
-INTERPRETED_MULTIPROCESSORS = 132
+INTERPRETED_DEVICE = (132, 227 << 10)
 
 
 class Tiles(NamedTuple):
@@ -44,25 +44,25 @@ class Tiles(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def tiles_for(M, N, K, multiprocessors) -> Tiles:
-    """The tiles of a call, chosen by arithmetic and NOT yet tuned on a GPU.
+def tiles_for(M, N, K, multiprocessors, shared_bytes) -> Tiles:
+    """The tiles of a call on a device with so many multiprocessors and so much shared memory for a program.
 
     The order of a sum's terms follows from block_k and splits. They depend on the weight and the device alone, so that
     the bits of a sample do not depend on how many there are.
 
-    About two programs of 64 weight rows to a multiprocessor keep 64 KiB of the weight on their way, and memory needs some
-    33 KiB to be busy (4.3 TB/s for 1 us, by 132). Splits of fewer than 512 columns are not made: at 64 rows the sums
-    that they leave in memory would be half as many bytes as the weight. From 33 rows on x is as large as the weight's
-    tile, so tiles of 128 weight rows, which halve the reads of x, are taken where they leave a program for each
-    multiprocessor.
+    One program of 64 weight rows for each multiprocessor, at most, with 64 KiB of the weight on their way. Tuned on an
+    H200 (2026-11-27, Triton 3.6, bfloat16, weights from memory), microseconds of 8 and of 64 rows, and torch's:
+    2048 -> 6144 9.2 and 9.9 (9.5, 9.9), 2048 -> 2048 5.3 and 7.0 (6.3, 6.5), 2048 -> 8192 10.9 and 12.3 (11.0, 12.3, and
+    about 2 for GELU), 8192 -> 2048 11.5 and 13.5 (13.1, 15.5). Twice as many programs, 128 weight rows or 64 columns at a
+    time were slower.
     """
-    narrow, wide = triton.cdiv(N, 64), triton.cdiv(N, 128)
+    narrow = triton.cdiv(N, 64)
     splits = 1
-    while narrow <= COUNTERS and narrow * splits < 1.8 * multiprocessors and K >= 1024 * splits:
+    while narrow <= COUNTERS and 2 * narrow * splits <= multiprocessors and K >= 1024 * splits:
         splits *= 2
     block_m = max(16, triton.next_power_of_2(M))
-    block_n = 128 if block_m == 64 and wide * splits >= 0.9 * multiprocessors else 64
-    return Tiles(block_m, block_n, 64, splits, block_n // 16, 4)
+    stage = 2 * 128 * (64 + block_m)
+    return Tiles(block_m, 64, 128, splits, 4, max(2, min(4, (shared_bytes - 1024) // stage)))
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def linear(x, weight, bias, activation, tiles=None):
     out = x.new_empty((*x.shape[:-1], N))
     if N == 0:
         return out
-    tiles = tiles or tiles_for(M, N, K, _multiprocessors(x.device))
+    tiles = tiles or tiles_for(M, N, K, *_sizes_of(x.device))
     programs = triton.cdiv(N, tiles.block_n)
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         counters = partials = None
@@ -190,10 +190,12 @@ def linear(x, weight, bias, activation, tiles=None):
 
 
 @functools.cache
-def _multiprocessors(device) -> int:
+def _sizes_of(device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may use."""
     if device.type == "cpu":
-        return INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return INTERPRETED_DEVICE
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 # -- counters ----------------------------------------------------------------------------------------------------------

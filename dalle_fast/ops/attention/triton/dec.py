@@ -19,20 +19,19 @@ from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_ti
 __all__ = ["attention_decode"]
 
 SAMPLES = tl.constexpr(16)
-# Chosen from compiled code (no spills), not tuned on a GPU.
-TEXT_PART = 128  # text keys of one program
-TEXT_STEP = 32  # of them at once, at most
+# Tuned on an H200 (2026-11-27, Triton 3.6; bfloat16, text 256, grid 32, 32 heads of 64) by a script that was not kept.
+# Microseconds of both launches for row masks, for 8 samples and for 64: with these 7.7 and 14.0, with 128 text keys in
+# steps of 32 10.8 and 15.7, with 256 15.2 and 18.8. Of image keys alone, for 64 samples of row and conv 11: with 1 warp
+# 6.9 and 11.1, with 2 8.0 and 12.1, with 4 14.5 and 14.4.
+TEXT_PART = 64  # text keys of one program
+TEXT_STEP = 64  # of them at once, at most
 TEXT_BYTES = 8192  # that these keys, and as many values, take at most
 TEXT_WARPS = 4
 # In float32, per thread at most. Left to itself ptxas aims at a rounder number and spilled 16 bytes on sm_80 (Triton 3.8,
 # head size 128); this way it takes what it needs.
 FLOAT32_REGISTERS = 240
 IMAGE_BYTES = 8192  # of image keys of one program at once, which are all that there are of most masks
-# ptxas saves registers by waiting for some keys before it loads others: with 4 warps always, with 2 in Triton 3.6 only.
-# More registers, and volatile loads before a barrier, make it load earlier.
-IMAGE_WARPS = 2
-IMAGE_REGISTERS = None
-IMAGE_VOLATILE = False
+IMAGE_WARPS = 1
 LOOP_WARPS = 4  # of a program that does not take all keys at once; with 2, ptxas spilled on sm_90 (head size 48)
 MERGE_PARTS = 16  # of the text that a program weighs at once, at most
 
@@ -173,7 +172,6 @@ def _load_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
-    VOLATILE: tl.constexpr,
 ):
     """(seen, k, v) of BLOCK of the listed image keys from `first` on, in their own dtype; 0 where not seen."""
     k_base, k_strides, v_base, v_strides, slots_ptr, most, count = keys
@@ -182,8 +180,8 @@ def _load_keys(
     seen = offsets < count
     d = tl.arange(0, BLOCK_D)
     inside = seen[:, None] & (d < HEAD_DIM)[None, :]
-    k = tl.load(tile_pointers(k_base, k_strides, slots, d, WIDE), mask=inside, other=0.0, volatile=VOLATILE)
-    v = tl.load(tile_pointers(v_base, v_strides, slots, d, WIDE), mask=inside, other=0.0, volatile=VOLATILE)
+    k = tl.load(tile_pointers(k_base, k_strides, slots, d, WIDE), mask=inside, other=0.0)
+    v = tl.load(tile_pointers(v_base, v_strides, slots, d, WIDE), mask=inside, other=0.0)
     return seen, k, v
 
 
@@ -219,7 +217,6 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
-    VOLATILE: tl.constexpr,
 ):
     """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
 
@@ -246,14 +243,12 @@ def _attention_decode_kernel(
     keys = (k_base, k_strides, v_base, v_strides, slots_ptr, most, count)
     if LOOP:
         for first in range(0, count, BLOCK_V):
-            seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE, False)
+            seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
             acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
     else:
-        seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE, VOLATILE)
+        seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
         if REST > 0:
-            rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE, VOLATILE)
-        if VOLATILE:
-            tl.debug_barrier()
+            rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE)
         acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
         if REST > 0:
             acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), rest_v, acc, row_max, row_sum)
@@ -347,10 +342,8 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             D,
             BLOCK_D,
             launch.wide(image_key, image_value),
-            IMAGE_VOLATILE,
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,
-            maxnreg=None if loop else IMAGE_REGISTERS,
             enable_fp_fusion=True,
         )
     return out
