@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cuda_rows
 import pytest
