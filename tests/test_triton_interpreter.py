@@ -44,7 +44,7 @@ from dalle_fast.ops.linear_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 175  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 179  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -154,7 +154,8 @@ def gradient_terms(query, key, value, mask, grad_out, grad_lse, *, scale, text_l
     roundings that eager attention has as well. r is much the same in all of a row, so it does not average out, and
     eager attention, which divides by a sum with the same error, has nothing like it: twice its error is not enough
     (30 draws at scale 3: dV up to 10 times, dQ 6). In dS = P (dP - delta), r multiplies the difference, not the terms
-    it is made of.
+    it is made of. In float32 both kernels divide by the row's sum of P (1 + r), and delta is rowsum(P dP) with the same
+    P (1 + r) and dP, over the same sum: what is left of r is how it differs within a row, and is bounded as before.
     """
     q, k, v, do = (x.detach().double() for x in (query, key, value, grad_out))
     identity = torch.eye(q.shape[-2], dtype=torch.float64).expand(*q.shape[:-1], -1)
@@ -280,6 +281,39 @@ def test_in_float32_an_error_of_lse_does_not_reach_the_gradients(rule):
     actual = bwd.attention_backward(grad_out, None, q, k, v, out, wrong, text_lengths, mask, 0.25, **tiles)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=3e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", ["row", "column"])
+def test_in_float32_a_row_with_one_key_has_no_gradient_of_scores(rule):
+    """Row 0 sees one key: its dS is 0 to the last bit, as eager torch has it, however rowsum(O * dO) was rounded.
+
+    Only row 0 has a gradient here, so all of dQ and dK is what it adds to them. The errors of out and lse stand for
+    roundings that differ between a GPU's kernels; products of whole numbers have none.
+    """
+    mask = every_mask(20, (3, 5))[rule]
+    q, k, v, grad_out = ((4 * x).round() for x in inputs(1, 2, mask.seq_len, 16))
+    grad_out[:, :, 1:] = 0
+    out, lse = fwd.attention_forward(q, k, v, None, mask, 0.01)
+    noise = [1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) for x in (out, lse)]
+    tiles = {"query_tiles": tiny(mask), "key_tiles": tiny(mask)}
+    args = (grad_out, None, q, k, v, out + noise[0], lse + noise[1], None, mask, 0.01)
+    dq, dk, dv = bwd.attention_backward(*args, **tiles)
+    assert torch.all(dq == 0) and torch.all(dk == 0)
+    torch.testing.assert_close(dv[:, :, 0], grad_out[:, :, 0], rtol=1e-6, atol=0)
+    assert torch.all(dv[:, :, 1:] == 0)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_float32_a_row_with_one_key_has_no_gradient_of_its_query(seed):
+    """As above, with out and lse as the forward kernel gives them, and any numbers."""
+    mask = row_mask(20, (3, 5))
+    q, k, v, grad_out = inputs(8, 2, mask.seq_len, 64, seed=seed)
+    out, lse = fwd.attention_forward(q, k, v, None, mask, 0.125, tiles=tiny(mask))
+    tiles = {"query_tiles": tiny(mask), "key_tiles": tiny(mask)}
+    dq, _, _ = bwd.attention_backward(grad_out, None, q, k, v, out, lse, None, mask, 0.125, **tiles)
+    assert torch.all(dq[:, :, 0] == 0) and torch.all(dq[:, :, 1:].abs().amax(-1) > 0)
 
 
 @interpreted
