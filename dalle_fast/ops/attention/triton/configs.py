@@ -80,7 +80,9 @@ class MaskNumbers(NamedTuple):
 # 32. Compiled for head size 128 by Triton 3.6 and 3.8, 32 queries spilled 240 to 344 bytes at 240 registers on every
 # architecture (row, conv), and 128 to 160 with 16 warps of 128 registers. Compiled by 3.6 for sm_80, 32 queries spilled
 # 200 at 255 registers, 16 with 4 warps 240 at 255 registers, and 16 with steps of 32 text keys 256 at 240. These tiles
-# take 180 to 194 and spill none. TF32 has the same entry and did not need it: with 32 queries 165 registers at most.
+# took 180 to 194 and spilled none. TF32 has the same entry and did not need it: with 32 queries 165 registers at most.
+# All that was with one pass over the keys. With two, see bwd.py, these tiles take 196 to 206 in float32 and 171 to 209
+# in TF32, and at head sizes up to 64 182 to 200 and 150 to 170, again without spills (torus, column, row, clip).
 # Before compute capability 9 the forward kernel in 16 bits spilled 8 bytes at 240 registers (axial, text_lengths,
 # Triton 3.6). At 255 it spills none, and a multiprocessor still holds two programs of four warps. No GPU timed either.
 _FLOAT32 = (Tiles(32, 16, 16, 4, 1), Tiles(32, 16, 16, 8, 1), Tiles(32, 16, 16, 4, 1))
