@@ -358,8 +358,13 @@ def _attention_grad_key_value_kernel(
 
     begin, full, end = text_queries(first, tl.where(is_image, 0, text_len), seq_len, BLOCK_K, BLOCK_TEXT)
     q_offsets = tl.arange(0, BLOCK_TEXT)
-    for start in range(begin, full, BLOCK_TEXT):
-        q_pos = start + q_offsets
+    if EXACT:
+        full = (
+            end  # one loop, with masks, from the last queries to the first, whose P is largest: small terms come first
+        )
+    last = begin + tl.maximum(full - begin - 1, 0) // BLOCK_TEXT * BLOCK_TEXT
+    for turn in range(begin, full, BLOCK_TEXT):
+        q_pos = (begin + last - turn if EXACT else turn) + q_offsets
         seen = k_pos[:, None] <= q_pos[None, :]  # the rule between text keys and any query
         grad_k, grad_v = _grad_key_value_step(
             grad_k, grad_v, k, v, q_base, q_strides, grad_out_base, grad_out_strides,
