@@ -20,7 +20,10 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
+// Of a block. A multiprocessor has room for 768 threads with a row kernel's registers. As blocks of 128, a chunk's 512
+// rows of 8,192 codes are all at work at once, 4 on most of 132 multiprocessors; as blocks of 256 a quarter of them would
+// wait for the others and then have the multiprocessors to themselves, too few to hide any latency.
+constexpr int kMaxThreads = 128, kMaxWarps = kMaxThreads / kWarp;
 constexpr size_t kMaxKeptBytes = 40 << 10;  // with the reductions' scratch within the 48 KB that need no opt-in
 constexpr int64_t kMaxK = int64_t(1) << 30, kMaxRows = 0x7fffffff;
 
@@ -284,12 +287,12 @@ __global__ void __launch_bounds__(kMaxThreads) gumbel_softmax_kernel(GumbelSoftm
 
 // -- sums of columns --------------------------------------------------------------------------------------------------
 
-constexpr int kColumns = 64, kColumnThreads = kColumns / kCodes, kSlices = kMaxThreads / kColumnThreads;
+constexpr int kColumns = 64, kColumnThreads = kColumns / kCodes, kSlices = 16, kSumThreads = kSlices * kColumnThreads;
 
 // Blocks of 64 columns would be too few for a GPU, so the rows are dealt out to `count` of them, each with a total of
 // its own: 16 rows to the first, 16 to the next, and so on. A thread has 4 of the columns and one of the 16 rows.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kMaxThreads) add_columns_kernel(ColumnSums a) {
+__global__ void __launch_bounds__(kSumThreads) add_columns_kernel(ColumnSums a) {
     __shared__ float parts[kSlices][kColumns];
     const unsigned K = unsigned(a.K), thread = threadIdx.x % kColumnThreads, slice = threadIdx.x / kColumnThreads;
     const unsigned column_blocks = (K + kColumns - 1) / kColumns, number = blockIdx.x / column_blocks;
@@ -458,7 +461,7 @@ void cuda_add_columns(const ColumnSums& a, void* stream) {
     if (a.count < 1 || blocks > kMaxRows)
         throw std::invalid_argument("count must be at least 1 and not too large, got " + std::to_string(a.count));
     with_type(a.dtype, is_packed(a.K, {a.rows}), [&](auto type, auto packed) {
-        launch("launching add_columns_kernel", add_columns_kernel<decltype(type), packed()>, a, blocks, kMaxThreads, 0,
+        launch("launching add_columns_kernel", add_columns_kernel<decltype(type), packed()>, a, blocks, kSumThreads, 0,
                stream);
     });
 }
