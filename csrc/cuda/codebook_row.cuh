@@ -77,10 +77,28 @@ struct Row {
     unsigned K;
 };
 
+// Are all codes of the item in the row? Then its loads or stores share an address and have no conditions; only the last 4
+// items of a row can have fewer.
+template <class T, bool kPacked>
+__device__ bool has_all_of(const Row<T, kPacked>& row, unsigned item) {
+    return code_of_item(item, kItemCodes - 1) < row.K;
+}
+
 // Codes past the end of the row are `padding`.
 template <class T, bool kPacked>
 __device__ Item load_item(const Row<T, kPacked>& row, unsigned item, float padding) {
     Item x;
+    if constexpr (kPacked) {
+        if (has_all_of(row, item)) {
+            const auto packs = reinterpret_cast<const Pack<T>*>(row.codes + first_code(item, 0));
+#pragma unroll
+            for (int four = 0; four < kItemFours; ++four) {
+                const Pack<T> pack = packs[four * kNoiseLanes / kCodes];
+                for (int n = 0; n < kCodes; ++n) x.of[four * kCodes + n] = to_float(pack.of[n]);
+            }
+            return x;
+        }
+    }
 #pragma unroll
     for (int four = 0; four < kItemFours; ++four) {
         const unsigned code = first_code(item, four);
@@ -101,6 +119,18 @@ __device__ Item load_item(const Row<T, kPacked>& row, unsigned item, float paddi
 
 template <class T, bool kPacked>
 __device__ void store_item(const Row<T, kPacked>& row, unsigned item, const Item& x) {
+    if constexpr (kPacked) {
+        if (has_all_of(row, item)) {
+            const auto packs = reinterpret_cast<Pack<T>*>(row.codes + first_code(item, 0));
+#pragma unroll
+            for (int four = 0; four < kItemFours; ++four) {
+                Pack<T> pack;
+                for (int n = 0; n < kCodes; ++n) to_type(pack.of + n, x.of[four * kCodes + n]);
+                packs[four * kNoiseLanes / kCodes] = pack;
+            }
+            return;
+        }
+    }
 #pragma unroll
     for (int four = 0; four < kItemFours; ++four) {
         const unsigned code = first_code(item, four);
