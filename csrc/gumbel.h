@@ -1,8 +1,8 @@
 // Gumbel noise from 32 random bits: g = -log(-log1p(-u)), finite for every word, correct to a few units in the last
 // place. One text for scalars on host and device and for vectors on the CPU.
 //
-// u is the same number everywhere. In the rest the compiler may fuse products with sums, and a GPU has a logarithm of its
-// own for the outer one: implementations differ in the last places.
+// u is the same number everywhere. In the rest the compiler may fuse products with sums, and a GPU has its own logarithms:
+// implementations differ in the last places.
 #pragma once
 
 #include <cstdint>
@@ -66,18 +66,46 @@ DALLE_FAST_INLINE typename Lanes::Float log_of(const Split<Lanes>& x) {
     return exponent * larger + (f + (exponent * smaller + (p * f - 0.5f) * (f * f)));
 }
 
-// log(x) of a positive normal number, for those whom an absolute error of 2^-22 max(1, |log(x)|) does not hurt.
-//
-// PTX promises of the hardware's log2 an absolute error of 2^-22 for x from 1/2 to 2 and a relative one of 2^-22 outside.
-// Were it always as wrong as that, noise would be within 4.3 units of 2^-23 max(1, |noise|), by the polynomial it is within
-// 2.2 (emulated on a CPU for 12 million words). The product is rounded before anything is added to it: a word's noise is
-// the same in all kernels, whatever the compiler would fuse.
-template <class Lanes>
-DALLE_FAST_INLINE typename Lanes::Float coarse_log(typename Lanes::Float x) {
+// A GPU has a logarithm of its own. PTX promises of lg2.approx an absolute error of 2^-22 for x from 1/2 to 2 and a relative
+// one of 2^-22 outside. Were it always as wrong as that, noise would be within 5.6 units of 2^-23 max(1, |noise|), were it
+// exact within 1.6 (emulated on a CPU for 12 million words). The product is rounded before anything is added to it: a
+// word's noise is the same in all kernels, whatever the compiler would fuse.
 #if defined(__CUDA_ARCH__)
+DALLE_FAST_INLINE float log_of_gpu(float x) {
     float log2;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(x));
     return __fmul_rn(log2, 0.693147181f);
+}
+#endif
+
+// log(1 - u) of u from 2^-33 to 1 - 2^-24, correct to its last places however small it is: its logarithm comes next, which
+// makes an absolute error of a relative one.
+template <class Lanes>
+DALLE_FAST_INLINE typename Lanes::Float log_of_rest(typename Lanes::Float u) {
+#if defined(__CUDA_ARCH__)
+    // -u + u^2 P(u) up to 1/2, P of degree 7 for the least relative error, 2^-25.
+    float p = -1.41454756f * u + 1.63958895f;
+    p = p * u - 1.20871317f;
+    p = p * u + 0.180951878f;
+    p = p * u - 0.263690829f;
+    p = p * u - 0.243682623f;
+    p = p * u - 0.333632112f;
+    p = p * u - 0.499995232f;
+    const float of_small = p * (u * u) - u, of_large = log_of_gpu(1.0f - u);
+    return u <= 0.5f ? of_small : of_large;
+#else
+    Split<Lanes> parts = split<Lanes>(1.0f - u);
+    // For small u the difference has lost digits of u, but there the fraction is -u.
+    parts.fraction = Lanes::where_zero(parts.exponent, -u, parts.fraction);
+    return log_of<Lanes>(parts);
+#endif
+}
+
+// log(x) of a positive normal number, where an absolute error is enough as long as the logarithm is not large.
+template <class Lanes>
+DALLE_FAST_INLINE typename Lanes::Float coarse_log(typename Lanes::Float x) {
+#if defined(__CUDA_ARCH__)
+    return log_of_gpu(x);
 #else
     return log_of<Lanes>(split<Lanes>(x));
 #endif
@@ -88,12 +116,7 @@ DALLE_FAST_INLINE typename Lanes::Float gumbel_noise(typename Lanes::Word word) 
     typedef typename Lanes::Float Float;
     // The middle of the word's interval, so never 0. The largest ones would be rounded to 1.
     const Float middle = Lanes::from_word(word) * 0x1p-32f + 0x1p-33f, u = Lanes::smaller(middle, Float() + (1.0f - 0x1p-24f));
-    Split<Lanes> parts = split<Lanes>(1.0f - u);
-    // For small u the difference has lost digits of u, but there the fraction is -u.
-    parts.fraction = Lanes::where_zero(parts.exponent, -u, parts.fraction);
-    // From 2^-33 to 17, so the noise is finite. The inner logarithm's relative error becomes an absolute one, so however
-    // small it is, it has to be correct to its last places; noise is used in sums and needs no more than an absolute error.
-    return -coarse_log<Lanes>(-log_of<Lanes>(parts));
+    return -coarse_log<Lanes>(-log_of_rest<Lanes>(u));  // of 2^-33 to 17, so finite
 }
 
 }  // namespace dalle_fast

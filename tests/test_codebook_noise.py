@@ -137,8 +137,8 @@ def test_kernels_noise_is_the_definitions(serve, K):
         for found, word in zip((probe(serve, K, seed), probe(serve, K, per_row)), words, strict=True):
             scalar = torch.from_numpy(_extension.native().gumbel_noise(word.numpy().astype(np.uint32)))
             ulp = 2.0**-23 * scalar.abs().clamp(min=1)
-            # The row kernels' outer logarithm is the GPU's, see csrc/gumbel.h: 4.0 is the most that PTX lets it differ.
-            assert ((found - scalar).abs() <= (4.5 if serve.impl == "cuda" else 2) * ulp).all()
+            # The row kernels have a GPU's logarithms, see csrc/gumbel.h: 6.0 is the most that PTX lets them differ.
+            assert ((found - scalar).abs() <= (6.5 if serve.impl == "cuda" else 2) * ulp).all()
 
 
 def test_kernels_noise_on_a_million_words(serve):
