@@ -110,8 +110,9 @@ __global__ void __launch_bounds__(kMaxThreads) gumbel_forward_kernel(GumbelForwa
 
 // -- backward ---------------------------------------------------------------------------------------------------------
 
+// Of rows that are not packed ptxas is told of fewer blocks than it would aim at: for 8 of them on sm_100 it spills.
 template <class T, bool kPacked, bool kKept>
-__global__ void __launch_bounds__(kMaxThreads) gumbel_backward_kernel(GumbelBackward a) {
+__global__ void __launch_bounds__(kMaxThreads, kPacked ? 0 : 5) gumbel_backward_kernel(GumbelBackward a) {
     __shared__ float dot_scratch[kMaxWarps];
     DALLE_FAST_DYNAMIC_SHARED(Four, kept);  // y times its sum
     const int64_t row = blockIdx.x;
