@@ -298,7 +298,7 @@ def _implementation(name):
     if name == "reference":
         return reference
     if name == "triton":
-        return ['there are no Triton kernels for the codebook; impl="cuda" serves CUDA tensors']
+        return ['there are no Triton kernels for all of the codebook; impl="cuda" takes those that there are']
     implementation = importlib.import_module(f"dalle_fast.ops.codebook.{name}")
     return chunked.Chunked(implementation) if name == "cpu" else implementation
 
