@@ -59,7 +59,7 @@ step info 30 "$python" -m dalle_fast info
 
 parallel=()
 "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 8)
-OMP_NUM_THREADS=2 step tests 200 "$python" -m pytest tests -v "${parallel[@]}" -p no:cacheprovider --tb=short \
+OMP_NUM_THREADS=2 step tests 260 "$python" -m pytest tests -v "${parallel[@]}" -p no:cacheprovider --tb=short \
     -k "(cuda or triton or gpu) and not host" --ignore=tests/test_benchmark.py --ignore=tests/test_build.py \
     --ignore=tests/test_triton_compile.py --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_cover.py \
     --ignore=tests/test_triton_interpreter.py --ignore=tests/test_codebook_cuda_host.py &
