@@ -51,7 +51,7 @@ class OnGpu(torch.Tensor):
 def served(monkeypatch):
     """Calls that the kernel would serve, on a machine without a GPU."""
     calls = []
-    monkeypatch.setattr(norm_ops, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(norm_ops.on_triton, "why_not", lambda tensor, name: [])
     monkeypatch.setattr(norm_ops, "_add_norm_op", lambda *tensors: calls.append(tensors) or tensors[:2])
     return calls
 

@@ -22,6 +22,7 @@ import torch
 from test_codebook_cuda import EPS, assert_exact, assert_near, needs_gpu, on_gpu
 from test_codebook_streaming import HALVES, make_case, true_loss
 
+from dalle_fast.ops import on_triton
 from dalle_fast.ops.codebook import cuda, noise, reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -70,6 +71,7 @@ def expected_codes(case, temperature):
 
 
 @compiled
+@pytest.mark.skipif(on_triton.loop_bounds_broken(), reason="the interpreter of Triton 3.6 needs numpy before 2.4")
 def test_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"],

@@ -8,15 +8,13 @@ R rows, W width.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch.autograd import forward_ad
 
+from dalle_fast.ops import on_triton
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is in the registers of one program
-OLDEST_GPU = (8, 0)
 
 
 def add_norm(x, update, norm, *, impl="auto"):
@@ -47,13 +45,7 @@ def _is_served(x, update, norm):
     if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in tensors):
         return False
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not needs_gradient and _has_kernels(x.device)
-
-
-@functools.cache
-def _has_kernels(device):
-    here = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return here and torch.cuda.get_device_capability(device) >= OLDEST_GPU
+    return not needs_gradient and not on_triton.why_not(x, "x")
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import os
 
 import torch
 
-__all__ = ["interpreted", "why_not"]
+__all__ = ["interpreted", "loop_bounds_broken", "why_not"]
 
 
 def why_not(tensor, name) -> list[str]:
@@ -19,7 +19,7 @@ def why_not(tensor, name) -> list[str]:
     reasons = []
     if not _installed():
         reasons.append("the package triton is not installed")
-    elif interpreted(tensor) and _loop_bounds_broken():
+    elif interpreted(tensor) and loop_bounds_broken():
         reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
     if interpreted(tensor):
         if tensor.dtype == torch.bfloat16:
@@ -49,7 +49,7 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _loop_bounds_broken() -> bool:
+def loop_bounds_broken() -> bool:
     """Triton 3.6's interpreter turns a loop bound into an integer in a way that numpy 2.4 refuses."""
     import importlib.metadata
 

@@ -13,12 +13,10 @@ N rows, K codes, I size of hidden, D size of an embedding.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 
 from dalle_fast import _extension
+from dalle_fast.ops import on_triton
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 MAX_DIN, MAX_D = 4096, 1024  # what was promised and is tested, not what the kernels could do
@@ -245,8 +243,8 @@ def _blas():
 
 # Who finds the largest logit, samples, and computes a loss without gradients where all could: "chunked" (the vendor's
 # product, then a kernel, as above), "streaming" (below) or "triton" (streaming_triton.py, 16-bit tensors). On an H200,
-# 8,192 rows and codes in bfloat16, Din = 512, milliseconds by CUDA graphs: the largest logit 0.25 chunked and 0.11 by
-# Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. By streaming a loss took 0.90 and a sample 1.40, at Din = 128
+# 8,192 rows and codes in bfloat16, Din = 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit
+# 0.25 chunked and 0.11 by Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. By streaming a loss took 0.90 and a sample 1.40, at Din = 128
 # 0.36 and 0.87, where chunked, when Python still launched the chunks, took 0.29 and 0.41.
 SMALL_DIN = {"argmax": "triton", "sample": "chunked", "cross_entropy": "triton"}
 MAX_STREAMED_DIN = 512
@@ -260,14 +258,8 @@ def streams(operation, hidden, weight):
 
 
 def _by_triton(operation, hidden, weight):
-    return (
-        SMALL_DIN[operation] == "triton" and hidden.is_cuda and _has_triton() and _triton().can_stream(hidden, weight)
-    )
-
-
-@functools.cache
-def _has_triton():
-    return importlib.util.find_spec("triton") is not None
+    wanted = SMALL_DIN[operation] == "triton" and hidden.is_cuda and not on_triton.why_not(hidden, "hidden")
+    return wanted and _triton().can_stream(hidden, weight)
 
 
 def _triton():
