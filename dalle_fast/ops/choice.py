@@ -14,13 +14,13 @@ def check_impl(impl):
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
 
 
-def choose(operation, impl, device, load, automatic, *tensors):
+def choose(operation, impl, device_type, load, automatic, *tensors):
     """The implementation that serves: the named one or none, or for "auto" the fastest that can.
 
     Args:
         operation: the operation's name and what it costs on the reference, for the warning when "auto" lands there.
         impl: one of IMPLS.
-        device: the tensors' device.
+        device_type: of the tensors' device.
         load: from a name to the implementation, whose `why_not(*tensors)` lists every reason why it cannot serve; or
             to a list of reasons, where there is no such implementation.
         automatic: by device type, the names that "auto" tries, the fastest first. The reference comes after them.
@@ -34,12 +34,12 @@ def choose(operation, impl, device, load, automatic, *tensors):
             raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
         return serving
     refusals = []
-    for name in automatic.get(device.type, ()):
+    for name in automatic.get(device_type, ()):
         serving, reasons = _try(load, name, tensors)
         if not reasons:
             return serving
         refusals.append(f"{name}: {'; '.join(reasons)}")
-    _warn_once(*operation, " | ".join(refusals) or f"no faster implementation for {device.type} tensors")
+    _warn_once(*operation, " | ".join(refusals) or f"no faster implementation for {device_type} tensors")
     return load("reference")
 
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
+from dalle_fast.ops.calls import autocast_dtype, needs_grad
 
 IMPLS = ("auto", "reference", "cpu", "triton")
 ACTIVATIONS = (None, "gelu")
@@ -62,9 +63,9 @@ def _automatic(x, weight, bias):
     if torch.compiler.is_compiling() or x.dim() == 0:  # compilers have their own ways
         return "reference"
     rows = math.prod(x.shape[:-1])
-    if x.device.type == "cpu" and rows in _rows()[x.dtype != torch.float32]:
+    if x.is_cpu and rows in _rows()[x.dtype != torch.float32]:
         impl = "cpu"
-    elif x.device.type == "cuda" and rows in TRITON_ROWS and _is_worth_it(x, weight, bias):
+    elif x.is_cuda and rows in TRITON_ROWS and _is_worth_it(x, weight, bias):
         impl = "triton"
     else:
         return "reference"
@@ -93,7 +94,7 @@ def _why_not(impl, x, weight, bias) -> list[str]:
     dtypes = tuple(DTYPES)
     reasons = []
     if impl == "cpu":
-        if any(tensor.device.type != "cpu" for tensor in tensors):
+        if not all(tensor.is_cpu for tensor in tensors):
             reasons.append("it needs CPU tensors")
     else:
         reasons += on_triton.why_not(x, "x")
@@ -102,13 +103,13 @@ def _why_not(impl, x, weight, bias) -> list[str]:
             reasons.append(f"it needs one device, got {', '.join(str(tensor.device) for tensor in tensors)}")
         if (rows := math.prod(x.shape[:-1])) not in TRITON_ROWS:
             reasons.append(f"it needs 1 to {TRITON_ROWS[-1]} rows, got {rows}")
-        if x.device.type == "cuda" and not reasons and _is_captured_too_early(x.device):
+        if x.is_cuda and not reasons and _is_captured_too_early(x.device):
             reasons.append("the first call on a device must not be captured in a CUDA graph")
     if x.dtype not in dtypes or any(tensor.dtype != x.dtype for tensor in tensors):
         kinds = ", ".join(str(tensor.dtype) for tensor in tensors)
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         reasons.append(f"it computes in one dtype, {', '.join(names[:-1])} or {names[-1]}, got {kinds}")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x):
         reasons.append("autocast is on")
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
@@ -117,7 +118,7 @@ def _why_not(impl, x, weight, bias) -> list[str]:
         reasons.append("it needs weights whose rows lie side by side")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
         reasons.append(f"it needs a contiguous bias ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_grad(tensors):
         reasons.append("a gradient is needed")
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         reasons.append("a transformation of functions is active")

@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from dalle_fast.ops import on_triton
+from dalle_fast.ops.calls import needs_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is in the registers of one program
@@ -44,8 +45,7 @@ def _is_served(x, update, norm):
     tensors = rows + columns
     if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in tensors):
         return False
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not needs_gradient and not on_triton.why_not(x, "x")
+    return not needs_grad(tensors) and not on_triton.why_not(x, "x")
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------

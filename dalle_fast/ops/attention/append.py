@@ -12,6 +12,7 @@ import torch
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.op import TAGS, implementation, library
+from dalle_fast.ops.calls import needs_grad
 
 
 def attention_append(image_key, image_value, key, value, mask, position):
@@ -38,7 +39,7 @@ def _is_served(image_key, image_value, key, value, mask):
         return False
     if any(tensor.dtype != key.dtype or tensor.device != key.device for tensor in tensors):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_grad(tensors):
         return False
     return not implementation("triton").why_not(key, image_key, image_value, mask)
 

@@ -18,7 +18,7 @@ MAX_HEAD_DIM = 128
 def why_not(query, key, value, mask) -> list[str]:
     """Every reason why this implementation cannot serve these tensors here; empty if it can."""
     reasons = []
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         reasons.append(f"it needs CPU tensors, got {query.device}")
     if query.dtype not in DTYPES:
         reasons.append(f"it computes in float32, float16 or bfloat16, got {query.dtype}")
@@ -35,8 +35,8 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
     Only bfloat16 on Intel's matrix unit has another lse without `exact_lse`: off by up to 3e-3, and sooner made.
     """
     B, H, S, D = query.shape
-    out = torch.empty((B, H, S, D), dtype=query.dtype)
-    lse = torch.empty((B, H, S), dtype=torch.float32)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = out.new_empty((B, H, S), dtype=torch.float32)
     _extension.native().attention_forward(
         _layout(mask, S),
         (B, H, D),

@@ -25,6 +25,7 @@ from dalle_fast.ops.attention.op import (
     implementation,
     library,
 )
+from dalle_fast.ops.calls import device_type, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
 
 _NAME_AND_COST = ("sparse_attention_decode", "copies the keys and values that it looks at")
@@ -47,7 +48,7 @@ def sparse_attention_decode(
     tensors = (query, text_key, text_value, image_key, image_value)
     scale = _check(*tensors, mask, text_lengths, scale, impl)
     position = _as_tensor(position, mask, query.device)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if needs_grad(tensors):
         raise RuntimeError(
             "sparse_attention_decode has no gradient: call it under torch.no_grad(), or sparse_attention to train"
         )
@@ -126,9 +127,9 @@ _decode_op = torch.ops.dalle_fast.sparse_attention_decode.default
 def _decode_kernel(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
-    if position.device.type == "cpu":
+    if position.is_cpu:
         _check_range(int(position), mask)
-    serving = choose(_NAME_AND_COST, impl, query.device, implementation, AUTO, query, text_key, text_value, mask)
+    serving = choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, text_key, text_value, mask)
     with current_device(query):
         return serving.decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
 

@@ -25,6 +25,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention import reference
+from dalle_fast.ops.calls import autocast_dtype, device_type, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
 
 MAX_HEAD_DIM = 128
@@ -38,21 +39,13 @@ _NAME_AND_COST = ("sparse_attention", "holds S x S logits in memory")
 def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
     """See `dalle_fast.nn.functional.sparse_attention`, the public name of this function."""
     scale = _check(query, key, value, mask, scale, text_lengths, impl)
-    if dtype := _autocast_dtype(query):
+    if dtype := autocast_dtype(query):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
         out, lse = reference.forward(query, key, value, canonical_lengths(text_lengths, mask.text_len), mask, scale)
     else:
         out, lse = _forward(query, key, value, text_lengths, mask.encode(), scale, bool(return_lse), impl)
     return (out, lse) if return_lse else out
-
-
-def _autocast_dtype(query):
-    """The dtype that autocast asks for here, or None; as torch's own operations, it leaves float64 alone."""
-    device_type = query.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return None if query.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -70,7 +63,7 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise ValueError(f"{name} must have shape {tuple(query.shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype and (tensor.dtype == torch.float64 or _autocast_dtype(query) is None):
+        if tensor.dtype != query.dtype and (tensor.dtype == torch.float64 or autocast_dtype(query) is None):
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
@@ -122,7 +115,7 @@ def canonical_lengths(text_lengths, T):
     """int32, contiguous, in [0, T]: checked on a CPU, clamped elsewhere, where a look would wait for the device."""
     if text_lengths is None:
         return None
-    if text_lengths.device.type != "cpu":
+    if not text_lengths.is_cpu:
         return text_lengths.clamp(0, T).to(torch.int32).contiguous()
     if text_lengths.numel():
         low, high = (int(x) for x in torch.aminmax(text_lengths))
@@ -143,7 +136,7 @@ def implementation(name):
 
 
 def _choose(impl, query, key, value, mask):
-    return choose(_NAME_AND_COST, impl, query.device, implementation, AUTO, query, key, value, mask)
+    return choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, key, value, mask)
 
 
 # -- the operations ----------------------------------------------------------------------------------------------------
@@ -263,7 +256,7 @@ def _with_autograd(op, function, tensors):
             raise NotImplementedError(
                 f'sparse_attention has forward-mode derivatives with impl="reference" only, got impl={args[-1]!r}'
             )
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:tensors]):
+        if needs_grad(args[:tensors]):
             if not torch._C._are_functorch_transforms_active():
                 return function.apply(*args)
             with enable_single_level_autograd_function():
@@ -278,15 +271,14 @@ def _has_tangent(x):
     return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
-def _directly(op, autograd_kernel):
-    """`op` by a shorter way: with plain tensors, its call first takes 3 us to find `autograd_kernel`, and no more."""
+def _directly(op, kernel, function, tensors):
+    """`op` by a shorter way, where nothing stands in it: see `is_plain`."""
 
     def call(*args):
-        if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor:
+        given = tuple(x for x in args[:tensors] if x is not None)
+        if not is_plain(given):
             return op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return op(*args)
-        return autograd_kernel(*args)
+        return function.apply(*args) if needs_grad(given) else kernel(*args)
 
     return call
 
@@ -317,7 +309,7 @@ def _register(op, kernel, fake, function, tensors):
     library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
-    return _directly(op, autograd_kernel)
+    return _directly(op, kernel, function, tensors)
 
 
 _forward = _register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_fast.ops.calls import autocast_dtype, device_type
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.codebook import chunked, reference
 
@@ -148,7 +149,7 @@ def _check_product(hidden, weight, bias, impl, **codebook):
         _check_tensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
-        if tensor.dtype != hidden.dtype and (tensor.dtype == torch.float64 or _autocast_dtype(hidden) is None):
+        if tensor.dtype != hidden.dtype and (tensor.dtype == torch.float64 or autocast_dtype(hidden) is None):
             raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
     if hidden.dim() == 0:
         raise ValueError("hidden must have shape (..., Din), got a tensor without dimensions")
@@ -267,16 +268,8 @@ def _seed(seed, hidden, per_row=True):
     return torch.full((1,), int(seed), dtype=torch.int64, device=device), False
 
 
-def _autocast_dtype(tensor):
-    """The dtype that autocast asks for here, or None; as torch's own operations, it leaves float64 alone."""
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-
-
 def _autocast(hidden, *others):
-    dtype = _autocast_dtype(hidden)
+    dtype = autocast_dtype(hidden)
     if dtype is None:
         return hidden, *others
     return tuple(None if x is None else x.to(dtype) for x in (hidden, *others))
@@ -305,7 +298,7 @@ def _implementation(name):
 
 def _serving(operation, impl, **tensors):
     first = next(iter(tensors.values()))
-    return choose((operation, _COST), impl, first.device, _implementation, _AUTO, tensors)
+    return choose((operation, _COST), impl, device_type(first), _implementation, _AUTO, tensors)
 
 
 def _current_device(tensor):

@@ -1,0 +1,137 @@
+"""A call goes past torch's dispatcher where nothing looks on, and only there.
+
+B batch, H heads, S sequence, D head size.
+"""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalle_fast.masks import row_mask
+from dalle_fast.nn.functional import sparse_attention
+from dalle_fast.ops.calls import is_plain
+
+MASK = row_mask(5, (3, 7))
+B, H, S, D = 2, 3, MASK.seq_len, 16
+OPERATION = "dalle_fast.sparse_attention.default"
+
+
+@pytest.fixture
+def qkv(make):
+    return make((B, H, S, D), torch.float32, "cpu", count=3)
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+def test_plain():
+    x = torch.zeros(2)
+    with torch.inference_mode():
+        inferred = torch.zeros(2)
+        assert is_plain((x, inferred))
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert is_plain((x, inferred))
+    assert is_plain((x.bfloat16(), x.double()[::2], torch.nn.Parameter(x), x.clone().requires_grad_() * 2, inferred))
+    assert is_plain(())
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        lambda x: torch._neg_view(x),
+        lambda x: torch._efficientzerotensor(2),
+        lambda x: x.as_subclass(_Subclass),
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+        lambda x: torch.zeros(2, dtype=torch.complex64).conj(),
+        lambda x: FakeTensorMode().from_tensor(x),
+        lambda x: torch._to_functional_tensor(x),
+    ],
+    ids="negative zero subclass meta sparse conjugate fake functional".split(),
+)
+def test_special_tensors_are_not_plain(special):
+    x = torch.ones(2)
+    assert is_plain((x,))
+    assert not is_plain((x, special(x)))
+
+
+@pytest.mark.parametrize(
+    "context", [_Functions, _Operations, FakeTensorMode, torch.autograd.profiler.profile, forward_ad.dual_level]
+)
+def test_nothing_is_plain_where_something_looks_on(context):
+    x = torch.zeros(2)
+    with context():
+        assert not is_plain((x,))
+    assert is_plain((x,))
+
+
+def test_nothing_is_plain_in_a_transform_or_a_trace():
+    answers = []
+
+    def function(x):
+        answers.append(is_plain((x,)))
+        return x.sum()
+
+    x = torch.zeros(2)
+    torch.func.grad(function)(x)
+    torch.vmap(function)(x[None])
+    torch.func.functionalize(function)(x)
+    torch.jit.trace(function, x, check_trace=False)
+    assert answers == [False] * 4
+    assert torch.compile(lambda x: x + is_plain((x,)), fullgraph=True, backend="eager")(x).sum() == 0
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_modes_see_attention(qkv, requires_grad):
+    qkv = [x.requires_grad_(requires_grad) for x in qkv]
+    expected = sparse_attention(*qkv, MASK)
+    for mode in (_Functions(), _Operations()):
+        with mode:
+            assert torch.equal(sparse_attention(*qkv, MASK), expected)
+        assert mode.seen.count(OPERATION) == 1
+
+
+def test_profiler_sees_attention(qkv):
+    with torch.profiler.profile() as profile:
+        sparse_attention(*qkv, MASK)
+    assert "dalle_fast::sparse_attention" in [event.key for event in profile.key_averages()]
+
+
+def test_lazy_signs_are_heeded(qkv):
+    query, key, value = qkv
+    expected = sparse_attention(-query, key, -value, MASK)
+    assert torch.equal(sparse_attention(torch._neg_view(query), key, torch._neg_view(value), MASK), expected)
+
+
+def test_ordinary_calls_are_plain(qkv, monkeypatch):
+    """Else the tests above say little."""
+    from dalle_fast.ops.attention import op
+
+    asked = []
+    monkeypatch.setattr(op, "is_plain", lambda tensors: asked.append(is_plain(tensors)) or asked[-1])
+    sparse_attention(*qkv, MASK)
+    with torch.inference_mode():
+        sparse_attention(*qkv, MASK)
+    assert asked == [True, True]
