@@ -20,10 +20,14 @@ void run(Kernel kernel, const AttentionArgs& a, const std::vector<AttentionTask>
     // Waking threads costs more than a few tiles do.
     if (a.B * a.H * a.layout.num_tiles * a.D < kSerialWork) threads = 1;
     for_each(count, threads, scratch_bytes, [&](int64_t x, void* scratch) {
-        AttentionTask task = per_head[size_t(x % int64_t(per_head.size()))];
-        const int64_t head = x / int64_t(per_head.size());
+        const int64_t parts = int64_t(per_head.size()), head = x / parts, next = x + threads;
+        AttentionTask task = per_head[size_t(x % parts)];
         task.batch = head / a.H;
         task.head = head % a.H;
+        if (next < count && next % parts == x % parts) {
+            task.next_batch = next / parts / a.H;
+            task.next_head = next / parts % a.H;
+        }
         kernel(a, task, static_cast<char*>(scratch));
     });
 }

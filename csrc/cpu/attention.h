@@ -67,7 +67,7 @@ struct AttentionArgs {
     DType dtype;
     const int32_t* text_lengths;  // (B,) or null
     bool exact_lse;               // or the logarithm of the sum that out was divided by, where this is sooner made
-    Strided query, key, value, out, lse;
+    Strided query, key, value, out, lse;  // lse.data may be null in the forward pass
     // The rest is for the backward pass. grad_lse.data may be null.
     Strided grad_out, grad_lse, grad_query, grad_key, grad_value;
 };
@@ -77,6 +77,7 @@ struct AttentionTask {
     int64_t batch, head;
     int32_t block_begin, block_end, panel_begin, panel_end;
     bool for_query, for_key;  // backward: which gradients to make
+    int64_t next_batch = 0, next_head = -1;  // where the thread most likely goes on, with the same part; -1 for nowhere
 };
 
 struct AttentionKernels {

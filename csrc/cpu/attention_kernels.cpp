@@ -391,7 +391,7 @@ void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch)
                 for (int64_t d = 0; d < Dp; ++d) s.out[r * Dp + d] = 0;
             store_row(s.out + r * Dp, sum[r] == 0 ? 0 : 1 / sum[r], row_of<T>(a.out, t.batch, t.head, tokens[r]),
                       a.out.stride_d, a.D);
-            *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
+            if (a.lse.data) *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
         }
     }
 }

@@ -17,21 +17,36 @@ constexpr int kGroupsAwake = 4;  // whose exponentials take less time than the u
 
 // Two vectors as bfloat16, halves rounded away from 0. NaN stays NaN: bfloat16 ones and those that arithmetic makes have
 // no lower bits that could overflow.
-DF_INLINE void store_as_bfloat16(uint16_t* p, Vec a, Vec b) {
+DF_INLINE Shorts as_bfloat16(Vec a, Vec b) {
     Shorts upper;
     for (int x = 0; x < 32; ++x) upper[x] = int16_t(2 * x + 1);
     const WordVec half = WordVec{} + 0x8000u;
-    const Shorts halves = __builtin_shuffle((Shorts)((WordVec)a + half), (Shorts)((WordVec)b + half), upper);
-    std::memcpy(p, &halves, sizeof(halves));
+    return __builtin_shuffle((Shorts)((WordVec)a + half), (Shorts)((WordVec)b + half), upper);
 }
 
-// As store_row, 32 elements at once.
-DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int64_t stride, int64_t D) {
-    int64_t d = 0;
-    if (stride == 1)
-        for (; d + kDepth <= D; d += kDepth)
-            store_as_bfloat16(reinterpret_cast<uint16_t*>(p + d), load(x + d) * scale, load(x + d + VW) * scale);
-    store_row(x + d, scale, p + d * stride, stride, D - d);
+// Of results in bfloat16: whether all are finite. Asked of what is stored, it takes two instructions for 32.
+struct FiniteResults {
+    __m512i largest = _mm512_setzero_si512();  // twice the bits: without their signs
+    DF_INLINE_MEMBER void see(Shorts results) {
+        largest = _mm512_max_epu16(largest, _mm512_slli_epi16((__m512i)results, 1));
+    }
+    explicit operator bool() const { return !_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(int16_t(0xff00))); }
+};
+
+// x (padded D) * scale -> a row of D elements.
+DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int64_t stride, int64_t D,
+                                  FiniteResults& finite) {
+    for (int64_t d = 0; d < D; d += kDepth) {
+        const Shorts pairs = as_bfloat16(load(x + d) * scale, load(x + d + VW) * scale);
+        finite.see(pairs);
+        if (stride == 1 && D - d >= kDepth) {
+            std::memcpy(p + d, &pairs, sizeof(pairs));
+        } else {
+            BFloat16 each[kDepth];
+            std::memcpy(each, &pairs, sizeof(pairs));
+            for (int64_t i = 0; i < kDepth && d + i < D; ++i) p[(d + i) * stride] = each[i];
+        }
+    }
 }
 
 DF_INLINE bool is_finite_row(const float* x, int64_t Dp) {
@@ -53,8 +68,10 @@ struct UnitForward : UnitHead<T> {
     float *scores, *out;  // (group of a chunk, 2, tiles_of_scores, 16, 16); (32, Dp)
     float* totals;        // (32, 16) of bfloat16 probabilities: each in all columns
     Word *query, *minus_ones;
-    T* out_rows;  // of the head
-    const T *query_rows, *key_rows, *value_rows;
+    struct Head {
+        T* out;
+        const T *query, *key, *value;
+    } here, next;
 
     UnitForward(const AttentionArgs& args, const AttentionTask& task, Arena& arena)
         : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), scale(a.scale > 0 ? a.scale * LOG2E : 1) {
@@ -67,10 +84,12 @@ struct UnitForward : UnitHead<T> {
         totals = arena.take<float>(kUnitQueries * kUnit);
         query = arena.take<Word>(this->words());
         minus_ones = arena.take<Word>(kTile);
-        out_rows = row_of<T>(a.out, t.batch, t.head, 0);
-        query_rows = row_of<const T>(a.query, t.batch, t.head, 0);
-        key_rows = row_of<const T>(a.key, t.batch, t.head, 0);
-        value_rows = row_of<const T>(a.value, t.batch, t.head, 0);
+        here = rows_of_head(t.batch, t.head);
+        next = t.next_head < 0 ? here : rows_of_head(t.next_batch, t.next_head);
+    }
+    Head rows_of_head(int64_t batch, int64_t head) const {
+        return {row_of<T>(a.out, batch, head, 0), row_of<const T>(a.query, batch, head, 0),
+                row_of<const T>(a.key, batch, head, 0), row_of<const T>(a.value, batch, head, 0)};
     }
 
     void pack(int32_t group, int64_t slot) {
@@ -109,16 +128,27 @@ struct UnitForward : UnitHead<T> {
         return count;
     }
 
-    // Begins to fetch a share of what the next unit reads and writes: of 16 rows, for one of `count` groups.
+    // Begins to fetch a share of what the next unit reads and writes: of 16 rows, for one of `count` groups. Behind the last
+    // unit comes the first one of another head.
     void prefetch_share(int32_t unit, int which, int32_t group, int32_t count) {
-        const int32_t begin = layout.unit_block[unit + 1] * kBlock + which * kUnit;
-        const int32_t end = layout.num_blocks * kBlock, stop = begin + (group + 1) * kUnit / count;
-        for (int32_t r = begin + group * kUnit / count; r < stop && r < end; ++r)
-            if (const int32_t token = layout.query_token[r]; token >= 0) {
-                prefetch_row_for_write(out_rows + token * a.out.stride_s, a.out.stride_d, a.D);
-                prefetch_row(query_rows + token * a.query.stride_s, a.query.stride_d, a.D);
-                prefetch_row(key_rows + token * a.key.stride_s, a.key.stride_d, a.D);
-                prefetch_row(value_rows + token * a.value.stride_s, a.value.stride_d, a.D);
+        const bool is_last = layout.unit_block[unit + 1] >= t.block_end;
+        if (is_last && t.next_head < 0) return;
+        const int32_t block = is_last ? t.block_begin : layout.unit_block[unit + 1];
+        const int32_t begin = block * kBlock + which * kUnit, end = layout.num_blocks * kBlock;
+        const int32_t first = std::min(begin + group * kUnit / count, end);
+        const int32_t stop = std::min(begin + (group + 1) * kUnit / count, end);
+        const Head& head = is_last ? next : here;
+        if (a.D == 64) prefetch_rows(head, first, stop, std::integral_constant<int64_t, 64>());  // half of the instructions
+        else prefetch_rows(head, first, stop, a.D);
+    }
+    template <class Size>
+    void prefetch_rows(const Head& head, int32_t query, int32_t stop, Size D) {
+        for (; query < stop; ++query)
+            if (const int32_t token = layout.query_token[query]; token >= 0) {
+                prefetch_row_for_write(head.out + token * a.out.stride_s, a.out.stride_d, D);
+                prefetch_row(head.query + token * a.query.stride_s, a.query.stride_d, D);
+                prefetch_row(head.key + token * a.key.stride_s, a.key.stride_d, D);
+                prefetch_row(head.value + token * a.value.stride_s, a.value.stride_d, D);
             }
     }
 
@@ -132,17 +162,19 @@ struct UnitForward : UnitHead<T> {
 
     // Adds up what a unit attends to, in `out`.
     //
-    // In bfloat16 the shift is the first chunk's, which is nearly always near enough and saves reading most scores twice. With
-    // `again`, and in the other dtypes always, it is set again for each chunk.
+    // In bfloat16 the shift is the first group's if all queries see all of it, else the first chunk's, which is nearly always
+    // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is set again for each
+    // chunk.
     void attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
         for (int32_t x = 0; x == 0 || x < count; x += kAtOnce) {
             const int32_t some = count - x < kAtOnce ? count - x : kAtOnce;
             const Chunk chunks[2] = {{groups + x, some, 0, scores}, {groups + x, some, 1, scores + kQueryScores}};
             make_scores(groups + x, some);
             if (x == 0 || again || kParts > 1) {
+                const bool is_enough = kParts == 1 && !again && !groups[0].bits;  // the first group
                 float factors[kUnitQueries];
                 for (int which = 0; which < 2; ++which) {
-                    const Vec factor = softmax[which].raise<kParts>(chunks[which], scale);
+                    const Vec factor = softmax[which].raise<kParts>(chunks[which].first(is_enough ? 1 : some), scale);
                     softmax[which].total *= factor;
                     softmax[which].exact *= factor;
                     store(factors + which * kUnit, factor);
@@ -170,7 +202,11 @@ struct UnitForward : UnitHead<T> {
             sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0);
             if constexpr (kParts == 1) sum_rows(factors, some, kQueryScores, minus_ones, totals, x > 0);
         }
-        for (int r = 0; kParts == 1 && r < kUnitQueries; ++r) softmax[r / kUnit].total[r % kUnit] = totals[r * kUnit];
+        for (int which = 0; kParts == 1 && which < 2; ++which) {
+            const float* of = totals + which * kTile;
+            Vec& total = softmax[which].total;
+            for (int r = 0; r < kUnit; ++r) total = (Vec)_mm512_mask_loadu_ps((__m512)total, __mmask16(1 << r), of + r * kUnit);
+        }
     }
 
     void rescale(const float* factors) {
@@ -187,36 +223,47 @@ struct UnitForward : UnitHead<T> {
         const int32_t count = activate_groups(unit);
         RunningSoftmax softmax[2];
         attend(unit, count, false, softmax);
-        const uint32_t left = kParts == 1 ? out_of_range(softmax) : 0;
-        write(unit, ~left, softmax);
+        const bool finite = write(unit, ~0u, softmax);
+        const uint32_t left = kParts == 1 ? out_of_range(softmax, finite) : 0;
         if (!left) return;
         softmax[0] = softmax[1] = RunningSoftmax();
         attend(unit, count, true, softmax);
         write(unit, left, softmax);
     }
 
-    uint32_t out_of_range(const RunningSoftmax (&softmax)[2]) const {
+    uint32_t out_of_range(const RunningSoftmax (&softmax)[2], bool finite) const {
         uint32_t queries = softmax[0].out_of_range() | uint32_t(softmax[1].out_of_range()) << kUnit;
-        for (int r = 0; r < kUnitQueries; ++r) queries |= uint32_t(!is_finite_row(out + r * Dp, Dp)) << r;  // large values
+        for (int r = 0; !finite && r < kUnitQueries; ++r)  // as where values are large
+            queries |= uint32_t(!is_finite_row(out + r * Dp, Dp)) << r;
         return queries;
     }
 
-    // The results of some of a unit's queries.
-    void write(int32_t unit, uint32_t queries, const RunningSoftmax (&softmax)[2]) {
+    // The results of some of a unit's queries. Returns whether those in bfloat16 are finite.
+    bool write(int32_t unit, uint32_t queries, const RunningSoftmax (&softmax)[2]) {
         const int32_t* tokens = this->tokens_of_unit(unit);
-        float inverse[kUnitQueries], lse[kUnitQueries];
-        for (int which = 0; which < 2; ++which) {
+        float inverse[kUnitQueries];
+        FiniteResults finite;
+        for (int which = 0; which < 2; ++which)
             store(inverse + which * kUnit, kParts == 1 ? -softmax[which].inverse() : softmax[which].inverse());
+        for (int r = 0; r < this->queries_of_unit(unit); ++r) {
+            if (tokens[r] < 0 || !(queries >> r & 1)) continue;
+            T* row = here.out + tokens[r] * a.out.stride_s;
+            if constexpr (kParts == 1) store_row_of_pairs(out + r * Dp, inverse[r], row, a.out.stride_d, a.D, finite);
+            else store_row(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
+        }
+        if (a.lse.data) write_lse(unit, queries, softmax);
+        return bool(finite);
+    }
+
+    void write_lse(int32_t unit, uint32_t queries, const RunningSoftmax (&softmax)[2]) {
+        const int32_t* tokens = this->tokens_of_unit(unit);
+        float lse[kUnitQueries];
+        for (int which = 0; which < 2; ++which) {
             const bool is_rounded = kParts == 1 && a.exact_lse;
             store(lse + which * kUnit, softmax[which].lse(is_rounded ? softmax[which].exact : softmax[which].total));
         }
-        for (int r = 0; r < this->queries_of_unit(unit); ++r) {
-            if (tokens[r] < 0 || !(queries >> r & 1)) continue;
-            T* row = row_of<T>(a.out, t.batch, t.head, tokens[r]);
-            if constexpr (kParts == 1) store_row_of_pairs(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
-            else store_row(out + r * Dp, inverse[r], row, a.out.stride_d, a.D);
-            *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
-        }
+        for (int r = 0; r < this->queries_of_unit(unit); ++r)
+            if (tokens[r] >= 0 && queries >> r & 1) *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];
     }
 
     void run() {

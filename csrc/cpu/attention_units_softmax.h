@@ -11,7 +11,7 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 constexpr float kLargestPower = 8;  // of a probability, where the shift is set again for each chunk
-constexpr float kSmallestTotal = 0.5f, kLargestTotal = 0x1p40f;  // where it is the first chunk's
+constexpr float kSmallestTotal = 0.5f, kLargestTotal = 0x1p64f;  // where it is that of the first keys
 
 // Registers in which 16 queries have a group's scores, and then the parts of its probabilities.
 constexpr int tiles_of_scores(int parts) { return parts > kGroupPanels ? parts : kGroupPanels; }
@@ -29,6 +29,7 @@ struct Chunk {
     int which;
     float* scores;
 
+    Chunk first(int32_t some) const { return {groups, some, which, scores}; }
     template <int parts>
     float* scores_of(int32_t x) const { return scores + int64_t(x) * 2 * tiles_of_scores(parts) * kTile; }
     const uint16_t (*bits_of(int32_t x) const)[kUnit] { return groups[x].bits ? (*groups[x].bits)[which] : nullptr; }

@@ -38,14 +38,16 @@ struct TokenRows {
     }
     // Of those below `count` and `end`; what else there is, and slots without a token, are zeros.
     void find(const Strided& x, const AttentionTask& t, const int32_t* tokens, int count, int64_t end) {
-        const T* const first = row_of<const T>(x, t.batch, t.head, 0);
-        const int64_t stride = x.stride_s;
         if (!cleared) std::fill_n(zeros, D, T{});
         cleared = true;
-        for (int r = 0; r < N; ++r) {
-            const int64_t token = r < count ? tokens[r] : -1;
-            row[r] = token < 0 || token >= end ? zeros : first + token * stride;
+        // As numbers, which are computed side by side.
+        const uintptr_t first = uintptr_t(row_of<const T>(x, t.batch, t.head, 0)), nothing = uintptr_t(zeros);
+        const int64_t stride = x.stride_s * int64_t(sizeof(T));
+        for (int r = 0; r < count; ++r) {
+            const int64_t token = tokens[r];
+            row[r] = reinterpret_cast<const T*>(token < 0 || token >= end ? nothing : first + uintptr_t(token * stride));
         }
+        for (int r = count; r < N; ++r) row[r] = zeros;
         for (int r = 0; x.stride_d != 1 && r < N; ++r) {
             if (row[r] == zeros) continue;
             T* copy = copies + r * D;

@@ -27,7 +27,8 @@ constexpr int kProductsOfParts[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {
 // Adds the product of a (32, 32) and b (32, 32) to the registers 0 to 3: its upper left, upper right, lower left and lower
 // right quarter. Each part of a half of a, 16 rows, and of b, 16 columns, is a register's words, and the next part's are
 // behind them. With `begins` the registers begin at 0, and what they had is stored at `upper` and `lower`, two registers each,
-// if these are not null: between the products, which then do not wait.
+// if these are not null: between the products, which then do not wait. What comes from b passes the first-level cache by, which
+// it is too large for.
 template <int parts_a, int parts_b>
 DF_INLINE void add_products(const Word* upper_a, const Word* lower_a, const Word* left_b, const Word* right_b,
                             bool begins = false, float* upper = nullptr, float* lower = nullptr) {
@@ -39,11 +40,11 @@ DF_INLINE void add_products(const Word* upper_a, const Word* lower_a, const Word
         loaded_a = product[0];
         loaded_b = product[1];
         if (load_a) _tile_loadd(4, upper_a + loaded_a * kTile, kUnit * 4);
-        if (load_b) _tile_loadd(6, left_b + loaded_b * kTile, kUnit * 4);
+        if (load_b) _tile_stream_loadd(6, left_b + loaded_b * kTile, kUnit * 4);
         if (begins && upper) _tile_stored(0, upper, kUnit * 4);
         if (begins) _tile_zero(0);
         _tile_dpbf16ps(0, 4, 6);
-        if (load_b) _tile_loadd(7, right_b + loaded_b * kTile, kUnit * 4);
+        if (load_b) _tile_stream_loadd(7, right_b + loaded_b * kTile, kUnit * 4);
         if (begins && upper) _tile_stored(1, upper + kTile, kUnit * 4);
         if (begins) _tile_zero(1);
         _tile_dpbf16ps(1, 4, 7);

@@ -32,18 +32,19 @@ def why_not(query, key, value, mask) -> list[str]:
 def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
     """Returns (out, lse): out (B, H, S, D) in query's dtype, lse (B, H, S) float32, both fresh and contiguous.
 
-    Only bfloat16 on Intel's matrix unit has another lse without `exact_lse`: off by up to 3e-3, and sooner made.
+    Only bfloat16 on Intel's matrix unit has another lse without `exact_lse`: off by up to 3e-3, and sooner made. Where
+    `exact_lse` is None there is none: None.
     """
     B, H, S, D = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = out.new_empty((B, H, S), dtype=torch.float32)
+    lse = None if exact_lse is None else out.new_empty((B, H, S), dtype=torch.float32)
     _extension.native().attention_forward(
         _layout(mask, S),
         (B, H, D),
         DTYPES[query.dtype],
         scale,
         0 if text_lengths is None else text_lengths.data_ptr(),
-        exact_lse,
+        bool(exact_lse),
         [_numbers(x) for x in (query, key, value, out, lse)],
         torch.get_num_threads(),
     )

@@ -4,8 +4,9 @@
 Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
 compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
 
-The forward pass makes lse in any case, as the backward pass takes it; `exact_lse` is for callers who see it. Without,
-it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded.
+The backward pass takes lse, so that the forward operation makes it in any case; `exact_lse` is for callers who see it. Without,
+it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded. An implementation is
+also given None where nobody sees it: then it may leave it out.
 
 B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 """
@@ -164,6 +165,11 @@ def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, imp
     return serving.forward(query, key, value, text_lengths, mask, scale, exact_lse)
 
 
+def _forward_alone(query, key, value, text_lengths, mask, scale, exact_lse, impl):
+    """Without a backward pass."""
+    return _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse or None, impl)
+
+
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
@@ -271,14 +277,14 @@ def _has_tangent(x):
     return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
-def _directly(op, kernel, function, tensors):
-    """`op` by a shorter way, where nothing stands in it: see `is_plain`."""
+def _directly(op, alone, function, tensors):
+    """`op` by a shorter way, where nothing stands in it: see `is_plain`. `alone` is the kernel where no gradient follows."""
 
     def call(*args):
         given = tuple(x for x in args[:tensors] if x is not None)
         if not is_plain(given):
             return op(*args)
-        return function.apply(*args) if needs_grad(given) else kernel(*args)
+        return function.apply(*args) if needs_grad(given) else alone(*args)
 
     return call
 
@@ -298,7 +304,7 @@ def _vmapped(op, tensors):
     return rule
 
 
-def _register(op, kernel, fake, function, tensors):
+def _register(op, kernel, alone, fake, function, tensors):
     """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last.
 
     Returns the function to call the operation by.
@@ -309,8 +315,8 @@ def _register(op, kernel, fake, function, tensors):
     library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
-    return _directly(op, kernel, function, tensors)
+    return _directly(op, alone, function, tensors)
 
 
-_forward = _register(_forward_op, _forward_kernel, _forward_fake, _Attention, tensors=4)
-_backward = _register(_backward_op, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)
+_forward = _register(_forward_op, _forward_kernel, _forward_alone, _forward_fake, _Attention, tensors=4)
+_backward = _register(_backward_op, _backward_kernel, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)
