@@ -51,7 +51,7 @@ def is_plain(tensors) -> bool:
 
     It does where a compiler or a tracer, a transform, a mode or a profiler looks on, and for subclasses and lazy signs.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # a constant for Dynamo, as what follows is not
         return False
     return (
         not profiler._is_profiler_enabled
