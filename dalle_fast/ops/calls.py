@@ -1,8 +1,8 @@
 """What every operation asks about a call, asked so that it costs little.
 
-After work that has emptied the caches, each of torch's functions takes some microseconds to be found, a device's name and
-a tensor's dispatch keys 20, the dispatcher's way from Python to Python 0.1 ms: as much as a tenth of attention over 1,280
-tokens.
+After work that has emptied the caches, each of torch's functions takes some microseconds to be found, a device's name
+and a tensor's dispatch keys 20, the dispatcher's way from Python to Python 0.1 ms: as much as a tenth of attention over
+1,280 tokens.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
 compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
 
-The backward pass takes lse, so that the forward operation makes it in any case; `exact_lse` is for callers who see it. Without,
-it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded. An implementation is
-also given None where nobody sees it: then it may leave it out.
+The backward pass takes lse, so that the forward operation makes it in any case; `exact_lse` is for callers who see it.
+Without, it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded. An
+implementation is also given None where nobody sees it: then it may leave it out.
 
 B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 """
@@ -278,7 +278,7 @@ def _has_tangent(x):
 
 
 def _directly(op, alone, function, tensors):
-    """`op` by a shorter way, where nothing stands in it: see `is_plain`. `alone` is the kernel where no gradient follows."""
+    """`op` by a shorter way, where nothing stands in it: see `is_plain`."""
 
     def call(*args):
         given = tuple(x for x in args[:tensors] if x is not None)
@@ -307,6 +307,7 @@ def _vmapped(op, tensors):
 def _register(op, kernel, alone, fake, function, tensors):
     """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last.
 
+    `alone` is the kernel for plain calls without a gradient: it may leave out what only a backward pass would take.
     Returns the function to call the operation by.
     """
     name = op._schema.name
