@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,22 +25,24 @@ def qkv(make):
     return make((B, H, S, D), torch.float32, "cpu", count=3)
 
 
-class _Functions(TorchFunctionMode):
+class _Seeing:
+    """A mode that lists what is called."""
+
     def __init__(self):
+        super().__init__()
         self.seen = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def _see(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self):
-        self.seen = []
+class _Functions(_Seeing, TorchFunctionMode):
+    __torch_function__ = _Seeing._see
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class _Operations(_Seeing, TorchDispatchMode):
+    __torch_dispatch__ = _Seeing._see
 
 
 class _Subclass(torch.Tensor):
@@ -69,7 +72,7 @@ def test_plain():
         lambda x: FakeTensorMode().from_tensor(x),
         lambda x: torch._to_functional_tensor(x),
     ],
-    ids="negative zero subclass meta sparse conjugate fake functional".split(),
+    ids=["negative", "zero", "subclass", "meta", "sparse", "conjugate", "fake", "functional"],
 )
 def test_special_tensors_are_not_plain(special):
     x = torch.ones(2)
@@ -111,6 +114,15 @@ def test_modes_see_attention(qkv, requires_grad):
         with mode:
             assert torch.equal(sparse_attention(*qkv, MASK), expected)
         assert mode.seen.count(OPERATION) == 1
+
+
+def test_traces_hold_attention(qkv):
+    def attend(*qkv):
+        return sparse_attention(*qkv, MASK)
+
+    graphs = [make_fx(attend, tracing_mode=mode)(*qkv).graph for mode in ("real", "fake", "symbolic")]
+    for graph in graphs:
+        assert [str(node.target) for node in graph.nodes].count(OPERATION) == 1
 
 
 def test_profiler_sees_attention(qkv):

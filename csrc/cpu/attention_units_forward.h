@@ -203,9 +203,10 @@ struct UnitForward : UnitHead<T> {
             if constexpr (kParts == 1) sum_rows(factors, some, kQueryScores, minus_ones, totals, x > 0);
         }
         for (int which = 0; kParts == 1 && which < 2; ++which) {
-            const float* of = totals + which * kTile;
-            Vec& total = softmax[which].total;
-            for (int r = 0; r < kUnit; ++r) total = (Vec)_mm512_mask_loadu_ps((__m512)total, __mmask16(1 << r), of + r * kUnit);
+            __m512 total = _mm512_setzero_ps();
+            for (int r = 0; r < kUnit; ++r)
+                total = _mm512_mask_loadu_ps(total, __mmask16(1 << r), totals + which * kTile + r * kUnit);
+            softmax[which].total = (Vec)total;
         }
     }
 

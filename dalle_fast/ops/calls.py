@@ -50,6 +50,7 @@ def is_plain(tensors) -> bool:
     """Whether such a call means its kernel and nothing else, but perhaps gradients: then it needs no dispatcher.
 
     It does where a compiler or a tracer, a transform, a mode or a profiler looks on, and for subclasses and lazy signs.
+    An observer that no profiler has started (torch.profiler.ExecutionTraceObserver alone) is not noticed, and sees nothing.
     """
     if torch.compiler.is_dynamo_compiling():  # a constant for Dynamo, as what follows is not
         return False

@@ -244,8 +244,8 @@ def _blas():
 # Who finds the largest logit, samples, and computes a loss without gradients where all could: "chunked" (the vendor's
 # product, then a kernel, as above), "streaming" (below) or "triton" (streaming_triton.py, 16-bit tensors). On an H200,
 # 8,192 rows and codes in bfloat16, Din = 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit
-# 0.25 chunked and 0.11 by Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. By streaming a loss took 0.90 and a sample 1.40, at Din = 128
-# 0.36 and 0.87, where chunked, when Python still launched the chunks, took 0.29 and 0.41.
+# 0.25 chunked and 0.11 by Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. By streaming a loss took 0.90 and a
+# sample 1.40, at Din = 128 0.36 and 0.87, where chunked, when Python still launched the chunks, took 0.29 and 0.41.
 SMALL_DIN = {"argmax": "triton", "sample": "chunked", "cross_entropy": "triton"}
 MAX_STREAMED_DIN = 512
 
