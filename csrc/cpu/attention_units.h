@@ -52,13 +52,13 @@ DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 4, 6); }
 // Factors of 32 rows and of 32 columns or more, packed: registers (.., 2, part, 16, 16) of a's rows, (.., part, 16, 16) of b's
 // columns.
 struct Factors { const Word *a, *b; };
+enum class Side { a, b };
 
 // For each of the factors a (Dp / 32, 2, part, 16, 16) @ b (2, Dp / 32, part, 16, 16) -> out (factors, 2, 2, 16, 16), with
 // `distance` floats between the upper and the lower rows. Registers are stored when the next ones need them: so the products
 // do not wait.
 template <int parts>
-DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
-    if (count == 0) return;
+DF_NOINLINE void products_of_any(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
     float* previous = nullptr;
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     for (int32_t x = 0; x < count; ++x) {
@@ -78,6 +78,57 @@ DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t D
     _tile_stored(1, previous + kTile, kUnit * 4);
     _tile_stored(2, previous + distance, kUnit * 4);
     _tile_stored(3, previous + distance + kTile, kUnit * 4);
+}
+
+// The same for one part, where all factors have a or b in common and Dp is 32 or 64: that side's registers stay loaded.
+template <Side common, int depths>
+DF_NOINLINE void products_with_common(const Factors* factors, int32_t count, int64_t distance, float* out) {
+    constexpr bool rows = common == Side::a;
+    const Word* kept = rows ? factors[0].a : factors[0].b;
+    constexpr int64_t half_of_kept = rows ? kTile : depths * kTile, depth_of_kept = rows ? 2 * kTile : kTile;
+    constexpr int64_t half_of_other = rows ? depths * kTile : kTile, depth_of_other = rows ? kTile : 2 * kTile;
+    const int64_t between = rows ? distance : kTile, to_next = rows ? kTile : distance;  // results: of kept halves, of others
+    float* previous = nullptr;
+    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
+    _tile_loadd(4, kept, kUnit * 4);
+    _tile_loadd(5, kept + half_of_kept, kUnit * 4);
+    if constexpr (depths == 2) {
+        _tile_loadd(6, kept + depth_of_kept, kUnit * 4);
+        _tile_loadd(7, kept + depth_of_kept + half_of_kept, kUnit * 4);
+    }
+    for (int32_t x = 0; x < count; ++x)
+        for (int half = 0; half < 2; ++half) {
+            const Word* other = (rows ? factors[x].b : factors[x].a) + half * half_of_other;
+            _tile_stream_loadd(2, other, kUnit * 4);
+            if constexpr (depths == 2) _tile_stream_loadd(3, other + depth_of_other, kUnit * 4);
+            if (previous) _tile_stored(0, previous, kUnit * 4);
+            _tile_zero(0);
+            if constexpr (rows) _tile_dpbf16ps(0, 4, 2);
+            else _tile_dpbf16ps(0, 2, 4);
+            if (previous) _tile_stored(1, previous + between, kUnit * 4);
+            _tile_zero(1);
+            if constexpr (rows) _tile_dpbf16ps(1, 5, 2);
+            else _tile_dpbf16ps(1, 2, 5);
+            if constexpr (depths == 2 && rows) {
+                _tile_dpbf16ps(0, 6, 3);
+                _tile_dpbf16ps(1, 7, 3);
+            } else if constexpr (depths == 2) {
+                _tile_dpbf16ps(0, 3, 6);
+                _tile_dpbf16ps(1, 3, 7);
+            }
+            previous = out + int64_t(x) * 2 * distance + half * to_next;
+        }
+    _tile_stored(0, previous, kUnit * 4);
+    _tile_stored(1, previous + between, kUnit * 4);
+}
+
+// The products of factors that have a or b in common.
+template <int parts, Side common>
+DF_INLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
+    if (count == 0) return;
+    if (parts == 1 && Dp == kDepth) products_with_common<common, 1>(factors, count, distance, out);
+    else if (parts == 1 && Dp == 2 * kDepth) products_with_common<common, 2>(factors, count, distance, out);
+    else products_of_any<parts>(factors, count, Dp, distance, out);
 }
 
 // out (32, columns) = or += the sum of the factors' products a (2, part, 16, 16) @ b (columns / 16, part, 16, 16), with

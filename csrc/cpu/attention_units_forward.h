@@ -12,7 +12,7 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 // Groups of a chunk. In bfloat16 all that a chunk takes stays in the first-level cache.
-constexpr int groups_at_once(int parts) { return parts == 1 ? 3 : 12; }
+constexpr int groups_at_once(int parts) { return parts == 1 ? 5 : 12; }
 constexpr int kGroupsAwake = 4;  // whose exponentials take less time than the unit needs to fall asleep
 
 // Two vectors as bfloat16, halves rounded away from 0. NaN stays NaN: bfloat16 ones and those that arithmetic makes have
@@ -155,7 +155,7 @@ struct UnitForward : UnitHead<T> {
     void make_scores(const ActiveGroup* some, int32_t count) {
         Factors factors[kAtOnce];
         for (int32_t x = 0; x < count; ++x) factors[x] = {query, some[x].keys};
-        chunk_products<kParts>(factors, count, Dp, kQueryScores, scores);
+        chunk_products<kParts, Side::a>(factors, count, Dp, kQueryScores, scores);
         for (int64_t i = 0; !(a.scale > 0) && i < int64_t(count) * 2 * kQueryScores; i += VW)  // rare, as in the other kernels
             store(scores + i, load(scores + i) * (a.scale * LOG2E));
     }
@@ -166,8 +166,11 @@ struct UnitForward : UnitHead<T> {
     // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is set again for each
     // chunk.
     void attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
-        for (int32_t x = 0; x == 0 || x < count; x += kAtOnce) {
-            const int32_t some = count - x < kAtOnce ? count - x : kAtOnce;
+        for (int which = 0; which < 2; ++which) softmax[which].seeing = queries_seeing(Chunk{groups, count, which, nullptr});
+        const int32_t num_chunks = (count + kAtOnce - 1) / kAtOnce;
+        const int32_t most = count > 0 ? (count + num_chunks - 1) / num_chunks : 1;  // of a chunk: all are nearly as large
+        for (int32_t x = 0; x == 0 || x < count; x += most) {
+            const int32_t some = std::min(count - x, most);
             const Chunk chunks[2] = {{groups + x, some, 0, scores}, {groups + x, some, 1, scores + kQueryScores}};
             make_scores(groups + x, some);
             if (x == 0 || again || kParts > 1) {
@@ -184,7 +187,7 @@ struct UnitForward : UnitHead<T> {
             for (int which = 0; which < 2; ++which) {
                 const auto ahead = [&](int32_t y) {
                     prefetch_share(unit, which, x + y, count);
-                    if (kAtOnce > kGroupsAwake && y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
+                    if (y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
                 };
                 const Vec shift = softmax[which].shift;
                 if constexpr (kParts == 1) {
@@ -193,8 +196,7 @@ struct UnitForward : UnitHead<T> {
                 } else {
                     softmax[which].total += chunk_probabilities<kParts>(chunks[which], scale, shift, ahead);
                 }
-                if (kAtOnce > kGroupsAwake) keep_awake();
-                softmax[which].see(chunks[which]);
+                keep_awake();
             }
             Factors factors[kAtOnce];
             for (int32_t y = 0; y < some; ++y)

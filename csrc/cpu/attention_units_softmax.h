@@ -199,6 +199,16 @@ DF_INLINE __mmask16 rows_with_bits(const uint16_t (*bits)[kUnit]) {
     return _mm256_test_epi16_mask(any, any);
 }
 
+// Which queries attend to any key.
+inline __mmask16 queries_seeing(const Chunk& chunk) {
+    __mmask16 seeing = 0;
+    for (int32_t x = 0; x < chunk.count && seeing != 0xffff; ++x) {
+        const auto* bits = chunk.bits_of(x);
+        seeing |= bits ? rows_with_bits(bits) : 0xffff;
+    }
+    return seeing;
+}
+
 struct VecLanes {
     typedef Vec Float;
     typedef IntVec Int;
@@ -220,12 +230,6 @@ struct RunningSoftmax {
         raised = highest > raised + kLargestPower ? highest : raised;
         shift = raised == minus_infinity() ? Vec{} : raised;  // keeps infinity from infinity
         return exp2(before - shift);
-    }
-    void see(const Chunk& chunk) {
-        for (int32_t x = 0; x < chunk.count; ++x) {
-            const auto* bits = chunk.bits_of(x);
-            seeing |= bits ? rows_with_bits(bits) : 0xffff;
-        }
     }
 
     // Which queries' probabilities are NaN, or too large or too small to be added up.
