@@ -10,26 +10,47 @@ namespace dalle_fast {
 namespace {
 
 constexpr int64_t kSerialWork = 1 << 14;  // tiles x head size: some 20 microseconds of one core
+constexpr int32_t kPartsOfLastHeads = 4;
 
 using Kernel = void (*)(const AttentionArgs&, const AttentionTask&, char*);
 
-void run(Kernel kernel, const AttentionArgs& a, const std::vector<AttentionTask>& per_head, size_t scratch_bytes,
-         int threads) {
-    const int64_t count = a.B * a.H * int64_t(per_head.size());
+// The tasks of each of the first heads, then those of each of the last ones.
+struct Tasks {
+    int64_t num_first, num_last;
+    std::vector<AttentionTask> of_first, of_last;
+
+    int64_t count() const { return num_first * int64_t(of_first.size()) + num_last * int64_t(of_last.size()); }
+    AttentionTask at(int64_t x, int64_t H) const {
+        const int64_t behind_first = x - num_first * int64_t(of_first.size());
+        const bool is_last = behind_first >= 0;
+        const std::vector<AttentionTask>& tasks = is_last ? of_last : of_first;
+        const int64_t y = is_last ? behind_first : x, parts = int64_t(tasks.size());
+        const int64_t head = y / parts + (is_last ? num_first : 0);
+        AttentionTask task = tasks[size_t(y % parts)];
+        task.batch = head / H;
+        task.head = head % H;
+        return task;
+    }
+};
+
+void run(Kernel kernel, const AttentionArgs& a, const Tasks& tasks, size_t scratch_bytes, int threads) {
+    const int64_t count = tasks.count();
     if (count == 0 || a.layout.seq_len == 0) return;
-    // Waking threads costs more than a few tiles do.
-    if (a.B * a.H * a.layout.num_tiles * a.D < kSerialWork) threads = 1;
     for_each(count, threads, scratch_bytes, [&](int64_t x, void* scratch) {
-        const int64_t parts = int64_t(per_head.size()), head = x / parts, next = x + threads;
-        AttentionTask task = per_head[size_t(x % parts)];
-        task.batch = head / a.H;
-        task.head = head % a.H;
-        if (next < count && next % parts == x % parts) {
-            task.next_batch = next / parts / a.H;
-            task.next_head = next / parts % a.H;
+        AttentionTask task = tasks.at(x, a.H);
+        if (x + threads < count) {
+            const AttentionTask next = tasks.at(x + threads, a.H);
+            task.next_batch = next.batch;
+            task.next_head = next.head;
+            task.next_block = next.block_begin;
         }
         kernel(a, task, static_cast<char*>(scratch));
     });
+}
+
+// Waking threads costs more than a few tiles do.
+int threads_for(const AttentionArgs& a, int threads) {
+    return a.B * a.H * a.layout.num_tiles * a.D < kSerialWork ? 1 : threads;
 }
 
 // Into how many parts to cut a head, so that threads have enough to share.
@@ -51,25 +72,30 @@ void append_parts(std::vector<AttentionTask>& tasks, AttentionTask whole, int32_
 
 }  // namespace
 
+// Threads do not begin at once, nor are they equally fast: cut, the last heads let all of them end together.
 void attention_forward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
+    threads = threads_for(a, threads);
     const AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, false, false};
-    std::vector<AttentionTask> tasks;
-    append_parts(tasks, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts_of_head(a, threads));
+    const int64_t heads = a.B * a.H, num_cut = threads > 1 ? std::min<int64_t>(heads, threads) : 0;
+    Tasks tasks{heads - num_cut, num_cut, {whole}, {}};
+    append_parts(tasks.of_last, whole, &AttentionTask::block_begin, &AttentionTask::block_end,
+                 std::max(kPartsOfLastHeads, parts_of_head(a, threads)));
     run(kernels.forward, a, tasks, kernels.forward_scratch(a), threads);
 }
 
 void attention_backward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
+    threads = threads_for(a, threads);
     AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, true, true};
-    std::vector<AttentionTask> tasks;
+    Tasks tasks{a.B * a.H, 0, {}, {}};
     const int32_t parts = parts_of_head(a, threads);
     if (parts == 1) {
-        tasks.push_back(whole);
+        tasks.of_first.push_back(whole);
     } else {  // Each gradient is made by one task alone, at the price of computing the scores twice.
         whole.for_query = false;
-        append_parts(tasks, whole, &AttentionTask::panel_begin, &AttentionTask::panel_end, 2 * parts);
+        append_parts(tasks.of_first, whole, &AttentionTask::panel_begin, &AttentionTask::panel_end, 2 * parts);
         whole.for_query = true;
         whole.for_key = false;
-        append_parts(tasks, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts);
+        append_parts(tasks.of_first, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts);
     }
     run(kernels.backward, a, tasks, kernels.backward_scratch(a), threads);
 }

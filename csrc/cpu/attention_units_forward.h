@@ -129,11 +129,11 @@ struct UnitForward : UnitHead<T> {
     }
 
     // Begins to fetch a share of what the next unit reads and writes: of 16 rows, for one of `count` groups. Behind the last
-    // unit comes the first one of another head.
+    // unit comes the first one of the next task.
     void prefetch_share(int32_t unit, int which, int32_t group, int32_t count) {
         const bool is_last = layout.unit_block[unit + 1] >= t.block_end;
         if (is_last && t.next_head < 0) return;
-        const int32_t block = is_last ? t.block_begin : layout.unit_block[unit + 1];
+        const int32_t block = is_last ? t.next_block : layout.unit_block[unit + 1];
         const int32_t begin = block * kBlock + which * kUnit, end = layout.num_blocks * kBlock;
         const int32_t first = std::min(begin + group * kUnit / count, end);
         const int32_t stop = std::min(begin + (group + 1) * kUnit / count, end);
