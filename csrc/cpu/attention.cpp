@@ -52,7 +52,7 @@ int threads_for(const AttentionArgs& a, int threads) {
     return a.B * a.H * a.layout.num_tiles * a.D < kSerialWork ? 1 : threads;
 }
 
-// Into how many parts to cut a head, so that threads have enough to share.
+// Into how many parts to cut each head, so that threads have enough to share.
 int32_t parts_of_head(const AttentionArgs& a, int threads) {
     const int64_t heads = std::max<int64_t>(1, a.B * a.H);
     return heads >= threads ? 1 : int32_t((2 * threads + heads - 1) / heads);

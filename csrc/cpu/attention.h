@@ -78,7 +78,7 @@ struct AttentionTask {
     int32_t block_begin, block_end, panel_begin, panel_end;
     bool for_query, for_key;  // backward: which gradients to make
     int64_t next_batch = 0, next_head = -1;  // where the thread most likely goes on; -1 for nowhere
-    int32_t next_block = 0;
+    int32_t next_block = 0;                  // and with which block
 };
 
 struct AttentionKernels {
