@@ -52,15 +52,8 @@ int threads_for(const AttentionArgs& a, int threads) {
     return a.B * a.H * a.layout.num_tiles * a.D < kSerialWork ? 1 : threads;
 }
 
-// Into how many parts to cut each head, so that threads have enough to share.
-int32_t parts_of_head(const AttentionArgs& a, int threads) {
-    const int64_t heads = std::max<int64_t>(1, a.B * a.H);
-    return heads >= threads ? 1 : int32_t((2 * threads + heads - 1) / heads);
-}
-
-// Forward: cut, the last heads let all threads end together, which do not begin at once, nor are equally fast. But each part
-// packs the text's keys anew: measured, four parts take a fifth longer than a head in one.
-int32_t parts_of_last_heads(int64_t heads, int threads) { return heads % threads ? 4 : heads >= 4 * threads ? 2 : 1; }
+// Into how many parts to cut each of fewer heads than threads, so that all have enough to share.
+int32_t parts_of_few(int64_t heads, int threads) { return heads == 0 ? 0 : int32_t((2 * threads + heads - 1) / heads); }
 
 void append_parts(std::vector<AttentionTask>& tasks, AttentionTask whole, int32_t AttentionTask::*begin,
                   int32_t AttentionTask::*end, int32_t parts) {
@@ -78,19 +71,20 @@ void append_parts(std::vector<AttentionTask>& tasks, AttentionTask whole, int32_
 void attention_forward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
     threads = threads_for(a, threads);
     const AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, false, false};
-    const int64_t heads = a.B * a.H, num_cut = threads > 1 ? std::min<int64_t>(heads, threads) : 0;
-    Tasks tasks{heads - num_cut, num_cut, {whole}, {}};
-    append_parts(tasks.of_last, whole, &AttentionTask::block_begin, &AttentionTask::block_end,
-                 std::max(parts_of_last_heads(heads, threads), parts_of_head(a, threads)));
+    // The heads that are left when all threads have had as many are cut. No others: each part packs the text's keys anew.
+    const int64_t heads = a.B * a.H, left = heads % threads;
+    Tasks tasks{heads - left, left, {whole}, {}};
+    append_parts(tasks.of_last, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts_of_few(left, threads));
     run(kernels.forward, a, tasks, kernels.forward_scratch(a), threads);
 }
 
 void attention_backward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
     threads = threads_for(a, threads);
     AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, true, true};
-    Tasks tasks{a.B * a.H, 0, {}, {}};
-    const int32_t parts = parts_of_head(a, threads);
-    if (parts == 1) {
+    const int64_t heads = a.B * a.H;
+    const int32_t parts = parts_of_few(heads, threads);
+    Tasks tasks{heads, 0, {}, {}};
+    if (heads >= threads) {
         tasks.of_first.push_back(whole);
     } else {  // Each gradient is made by one task alone, at the price of computing the scores twice.
         whole.for_query = false;
