@@ -189,7 +189,7 @@ def build_flex(case, device, *, block, tuned=False, backend=None):
     return functools.partial(compiled, block_mask=block_mask, kernel_options=options or None)
 
 
-def make_contenders(device: str, impl: str, flex_blocks: list[int]) -> list[Contender]:
+def make_contenders(device: str, impl: str, flex_blocks: list[int], autotune: bool = False) -> list[Contender]:
     """Ours first, then the peers."""
     found = [Contender(OURS, OURS, functools.partial(build_ours, impl=impl))]
 
@@ -209,7 +209,7 @@ def make_contenders(device: str, impl: str, flex_blocks: list[int]) -> list[Cont
         name = f"FlexAttention, block {block}"
         if device == "cpu" or block != 128:  # 128 is the default
             flex(name, block=block)
-        if device == "cuda":
+        if device == "cuda" and autotune:
             flex(f"{name}, autotuned", block=block, tuned=True)
     if device == "cuda":
         flex("FlexAttention, FLASH", block=128, backend="FLASH")
@@ -219,7 +219,7 @@ def make_contenders(device: str, impl: str, flex_blocks: list[int]) -> list[Cont
 
 def contenders_of(case: Case, args) -> list[Contender]:
     """The same for every case."""
-    return make_contenders(args.device, args.impl, args.flex_block)
+    return make_contenders(args.device, args.impl, args.flex_block, args.flex_autotune)
 
 
 def make_inputs(case: Case, device: str):
@@ -397,6 +397,8 @@ def make_parser() -> argparse.ArgumentParser:
         f"conv[:KERNEL[:EDGES[:DILATION]]]; repeatable (default: {', '.join(DEFAULT_MASKS)})")  # fmt: skip
     add("--flex-block", type=harness.integer(16), action="append", metavar="N", help="FlexAttention block size to try; "
         "repeatable (default: 64 and 128, or 128 with --quick)")  # fmt: skip
+    add("--flex-autotune", action="store_true", help="on a GPU also FlexAttention with the tiles that inductor's tuner "
+        "picks, which takes it half a minute for a case with its backward pass")  # fmt: skip
     dtypes = "float32 and bfloat16 on a CPU, the latter forward only; bfloat16 on a GPU"
     harness.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
     return parser
@@ -407,6 +409,8 @@ def parse(argv: list[str]):
     args = parser.parse_args(argv)
     harness.settle_shared_flags(parser, args, SECONDS)
     args.flex_block = args.flex_block or ([128] if args.quick else [64, 128])
+    if args.flex_autotune and args.device == "cpu":
+        parser.error("argument --flex-autotune: inductor has no tuner for FlexAttention on a CPU")
     try:
         args.cases = make_cases(args, args.device)
     except ValueError as error:  # sizes that are right one by one

@@ -8,7 +8,11 @@
 # side. What compiles or checks comes first, all at once, and fills the compilers' caches; then each benchmark has the GPU
 # to itself. A step that fails or takes too long does not stop the others; the last lines say how each ended, and the exit
 # status is the number of those that failed or were not run. SECONDS_ALLOWED and STEPS (a regular expression of names)
-# shorten it: on an H200 (2026-11-26) the first six steps took 250 s, of which the tests had done three quarters by then.
+# shorten it. On an H200 with 16 cores (2026-11-27) the tests, 12 at a time beside two compiling benchmarks, had done 994
+# of 1,001 in 248 s; where a machine is lent for less than all steps take, these two calls go well together:
+#
+#     STEPS='^(info|tests|attn_32|generate)$' benchmarks/gpu_run.sh
+#     STEPS='^(attn_64|train|codebook)$' benchmarks/gpu_run.sh
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=$(realpath -m "${1:-benchmarks/results/gpu}")
@@ -41,7 +45,10 @@ step() {
 announce() { names+=("$@"); }
 
 # warm NAME COMMAND...: the same benchmark with next to no timing, for what it compiles
-warm() { step "warm_$1" 170 "${@:2}" --seconds 0.01; }
+warm() {
+    [[ $1 =~ $wanted ]] || return 0
+    wanted=. step "warm_$1" 170 "${@:2}" --seconds 0.01
+}
 
 paper=(--dtype bfloat16 --batch 16 --heads 16)
 large=("${paper[@]}" --mask row --mask conv:11 --flex-block 128)
@@ -58,8 +65,8 @@ step build 150 "$python" -m pip install -q -e . --no-build-isolation --no-deps
 step info 30 "$python" -m dalle_fast info
 
 parallel=()
-"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 8)
-OMP_NUM_THREADS=2 step tests 260 "$python" -m pytest tests -v "${parallel[@]}" -p no:cacheprovider --tb=short \
+"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 12)
+OMP_NUM_THREADS=2 step tests 280 "$python" -m pytest tests -v "${parallel[@]}" -p no:cacheprovider --tb=short \
     -k "(cuda or triton or gpu) and not host" --ignore=tests/test_benchmark.py --ignore=tests/test_build.py \
     --ignore=tests/test_triton_compile.py --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_cover.py \
     --ignore=tests/test_triton_interpreter.py --ignore=tests/test_codebook_cuda_host.py &
