@@ -293,3 +293,42 @@ def test_linear_compiles_well(compile_for, tmp_path, case):
     assert ("atom.global.gpu.acq_rel" in kernel.asm["ptx"]) == (
         linear_triton.tiles_for(rows, N, K, 132, 227 << 10).splits > 1
     )
+
+
+# -- launches that overlap ---------------------------------------------------------------------------------------------
+
+MEMORY = r"\b(?:ld|st|red|atom)\.(?:\w+\.)*global\b|\bcp\.async\.c[ag]\b"  # in PTX: what reads or writes it
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_nothing_is_read_or_written_before_the_launch_before_has_ended(compile_for, monkeypatch, tmp_path, arch, dtype):
+    def step(mask, head_size, dtype, text_lengths):
+        decode(mask, head_size, dtype, text_lengths)
+        x, weight, row = (torch.zeros(*shape, dtype=dtype) for shape in ((64, 2048), (2048, 2048), (2048,)))
+        norm_triton.add_norm(x, x, row, row, 1e-5)
+        if dtype != torch.float32:
+            linear_triton.linear(x, weight, row, None)
+
+    for module in (app, dec, linear_triton, norm_triton):
+        monkeypatch.setattr(module, "overlaps", lambda tensor: True)
+    for mask in ("row", "causal"):  # all image keys at once, and some at a time
+        kernels = compile_for(arch, MASKS[mask], 64, dtype, True, step)
+        assert len(kernels) == (5 if dtype == "bfloat16" else 4)
+        for name, kernel in kernels.items():
+            assert kernel.metadata.launch_pdl, name
+            before, waits, after = kernel.asm["ptx"].partition("griddepcontrol.wait")
+            assert waits and "griddepcontrol.launch_dependents" in before and "griddepcontrol" not in after, name
+            assert re.search(MEMORY, after) and not re.search(MEMORY, before), name
+            assert ("cp.async.bulk.prefetch.L2" in before) == (name == "linear"), name
+            _, local, _, code = kernel_usage(kernel, tmp_path)
+            before, waits, after = code.partition("ACQBULK")
+            assert waits and "PREEXIT" in before and "ACQBULK" not in after, name
+            assert not re.search(r"\b(?:LDG|LD|STG|ST|LDGSTS|ATOM|ATOMG|RED|REDG|UTMALDG|UBLKCP)\b", before), name
+            assert local == 0, name
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_launches_do_not_overlap_unless_asked(compile_for, arch):
+    for name, kernel in compile_for(arch, MASKS["row"], 64, "bfloat16", True, decode).items():
+        assert not kernel.metadata.launch_pdl and "griddepcontrol" not in kernel.asm["ptx"], name
