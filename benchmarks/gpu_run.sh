@@ -12,7 +12,7 @@
 # of 1,001 in 248 s; where a machine is lent for less than all steps take, these two calls go well together:
 #
 #     STEPS='^(info|tests|attn_32|generate)$' benchmarks/gpu_run.sh
-#     STEPS='^(overlap|overlap_tests|attn_64|train|codebook)$' benchmarks/gpu_run.sh
+#     STEPS='^(attn_64|train|codebook)$' benchmarks/gpu_run.sh
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=$(realpath -m "${1:-benchmarks/results/gpu}")
@@ -57,11 +57,10 @@ attn_64=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 64 --seconds 2)
 attn_128=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 128 --pass forward --seconds 3)
 codebook=("$python" benchmarks/codebook_bench.py)
 generate=("$python" benchmarks/generate_bench.py --preset 1b --batch 64 --batch 8 --batch 1 --seconds 2)
-overlap=(env DALLE_FAST_OVERLAP=1 "$python" benchmarks/generate_bench.py --preset 1b --batch 64 --quick --seconds 1)
 train=("$python" benchmarks/train_bench.py --grid 32 --grid 64 --seconds 3)
-benchmarks=(attn_32 attn_64 attn_128 codebook generate overlap train)
+benchmarks=(attn_32 attn_64 attn_128 codebook generate train)
 
-announce build info tests overlap_tests memcheck racecheck verify "${benchmarks[@]}"
+announce build info tests memcheck racecheck verify "${benchmarks[@]}"
 step build 150 "$python" -m pip install -q -e . --no-build-isolation --no-deps
 step info 30 "$python" -m dalle_fast info
 
@@ -71,8 +70,6 @@ OMP_NUM_THREADS=2 step tests 280 "$python" -m pytest tests -v "${parallel[@]}" -
     -k "(cuda or triton or gpu) and not host" --ignore=tests/test_benchmark.py --ignore=tests/test_build.py \
     --ignore=tests/test_triton_compile.py --ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_cover.py \
     --ignore=tests/test_triton_interpreter.py --ignore=tests/test_codebook_cuda_host.py &
-DALLE_FAST_OVERLAP=1 OMP_NUM_THREADS=2 step overlap_tests 120 "$python" -m pytest -v -p no:cacheprovider --tb=short \
-    tests/test_linear.py tests/test_add_norm.py tests/test_append.py tests/test_gpu.py -k "cuda or triton or gpu" &
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 170 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$python" -m dalle_fast.verify.worker diff cuda 0 16 &
 step verify 200 "$python" -m dalle_fast verify gpu --gpu --budget 170 --restart --out "$results/verify_gpu.json" &

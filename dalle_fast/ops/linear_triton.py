@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_fast.ops.overlap_triton import fetch_rows, let_next_begin, options, overlaps, wait_for_previous
-
 __all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
 
 # Counters of one call, one for each BLOCK_N rows of the weight, and calls in CUDA graphs that have some of their own.
@@ -99,16 +97,12 @@ def _linear_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     GELU: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
     """x (M, K) and weight (N, K), of contiguous rows, and bias (N,) or None -> out (M, N), contiguous.
 
     Programs: cdiv(N, BLOCK_N) * SPLITS. EVEN_N, EVEN_K: N and K are multiples of their blocks. partials: float32
-    (SPLITS, N, BLOCK_M), of any content; counters: int32, zero before and after. FETCH: while the launch before this one
-    runs, fetch the weight, of which N and K are even and every row begins at a multiple of 16 bytes.
+    (SPLITS, N, BLOCK_M), of any content; counters: int32, zero before and after.
     """
-    let_next_begin(OVERLAP)
     program = tl.program_id(0)
     split = program % SPLITS
     tile = program // SPLITS
@@ -118,12 +112,6 @@ def _linear_kernel(
     weight_rows = weight_ptr + n.to(tl.int64)[:, None] * weight_stride + k[None, :]
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     columns = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-    if FETCH:
-        PIECES: tl.constexpr = 2  # of 64 rows: one instruction for each of 128 threads
-        width: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-        starts = weight_ptr + n.to(tl.int64) * weight_stride + split * columns
-        fetch_rows(starts, (min(K, (split + 1) * columns) - split * columns) * width, PIECES)
-    wait_for_previous(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for first in range(split * columns, min(K, (split + 1) * columns), BLOCK_K):
         x_mask = (m < M)[:, None]
@@ -170,9 +158,6 @@ def linear(x, weight, bias, activation, tiles=None):
         return out
     tiles = tiles or tiles_for(M, N, K, *_sizes_of(x.device))
     programs = triton.cdiv(N, tiles.block_n)
-    even_n, even_k = N % tiles.block_n == 0, K % tiles.block_k == 0
-    overlap = overlaps(x)
-    aligned = not (weight.data_ptr() % 16 or weight.stride(0) * weight.element_size() % 16)
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         counters = partials = None
         _prepare(x.device)
@@ -195,15 +180,12 @@ def linear(x, weight, bias, activation, tiles=None):
             tiles.block_n,
             tiles.block_k,
             tiles.splits,
-            even_n,
-            even_k,
+            N % tiles.block_n == 0,
+            K % tiles.block_k == 0,
             activation == "gelu",
-            overlap,
-            overlap and even_n and even_k and aligned,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             enable_fp_fusion=True,
-            **options(overlap),
         )
     return out
 

@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_fast.ops.overlap_triton import let_next_begin, options, overlaps, wait_for_previous
-
 __all__ = ["add_norm"]
 
 # 16 bytes of 16 bits: a row's loads are then all under way at once, and a thread has few of its numbers to add up. Not
@@ -21,20 +19,9 @@ MAX_WARPS = 16
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr,
-    update_ptr,
-    weight_ptr,
-    bias_ptr,
-    sum_ptr,
-    out_ptr,
-    eps,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x_ptr, update_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, eps, W: tl.constexpr, BLOCK: tl.constexpr
 ):
     """x, update (R, W) -> sum and out (R, W), all contiguous. Programs: R."""
-    let_next_begin(OVERLAP)
-    wait_for_previous(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * W
     columns = tl.arange(0, BLOCK)
     inside = columns < W
@@ -60,22 +47,9 @@ def add_norm(x, update, weight, bias, eps):
     if R == 0:
         return total, out
     BLOCK = triton.next_power_of_2(W)
-    overlap = overlaps(x)
     warps = min(max(1, BLOCK // (32 * THREAD_ELEMENTS)), MAX_WARPS)
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         _add_norm_kernel[(R,)](
-            x,
-            update,
-            weight,
-            bias,
-            total,
-            out,
-            eps,
-            W,
-            BLOCK,
-            overlap,
-            num_warps=warps,
-            enable_fp_fusion=True,
-            **options(overlap),
+            x, update, weight, bias, total, out, eps, W, BLOCK, num_warps=warps, enable_fp_fusion=True
         )
     return total, out

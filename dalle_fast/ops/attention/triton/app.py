@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
-from dalle_fast.ops.overlap_triton import let_next_begin, options, overlaps, wait_for_previous
 
 __all__ = ["attention_append"]
 
@@ -42,14 +41,11 @@ def _attention_append_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """The port of AttentionMask.cache_slot: a ring of SLOTS, or columns of COLUMN_LEN where that is not None.
 
     Programs: cdiv(num_rows, BLOCK_ROWS), num_rows is B * H.
     """
-    let_next_begin(OVERLAP)
-    wait_for_previous(OVERLAP)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     samples = rows // num_heads
     heads = rows % num_heads
@@ -74,7 +70,6 @@ def attention_append(image_key, image_value, key, value, position, mask):
     B, H, D = key.shape
     if B * H == 0:
         return
-    overlap = overlaps(key)
     with launch.device_guard(key):
         _attention_append_kernel[(triton.cdiv(B * H, HEADS),)](
             key,
@@ -94,7 +89,5 @@ def attention_append(image_key, image_value, key, value, position, mask):
             D,
             launch.padded_head_size(D),
             HEADS,
-            overlap,
             num_warps=WARPS,
-            **options(overlap),
         )

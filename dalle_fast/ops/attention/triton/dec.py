@@ -15,7 +15,6 @@ import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile, tile_pointers
-from dalle_fast.ops.overlap_triton import let_next_begin, options, overlaps, wait_for_previous
 
 __all__ = ["attention_decode"]
 
@@ -125,14 +124,11 @@ def _attention_decode_text_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Parts of the text -> out (B, H, PARTS, BLOCK_D) float32, 0 without keys, and lse (B, H, PARTS) in units of log2.
 
     Programs: P * H * PARTS * cdiv(N, 16). num_samples is N.
     """
-    let_next_begin(OVERLAP)
-    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     groups = (num_samples + SAMPLES - 1) // SAMPLES
     part = program // groups % PARTS
@@ -221,15 +217,12 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
 
     Of the image BLOCK_V keys are taken at a time where LOOP, else BLOCK_V + REST, which is V or more, at once: then the
     loads that wait for others are three deep, the position; the count and the slots; keys and values. most is V.
     """
-    let_next_begin(OVERLAP)
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     sample = row // num_heads
     head = row % num_heads
@@ -295,7 +288,6 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     text_parts = triton.cdiv(T, TEXT_PART)
     parts = torch.empty((B, H, text_parts, BLOCK_D), dtype=torch.float32, device=query.device)
     lse = torch.empty((B, H, text_parts), dtype=torch.float32, device=query.device)
-    overlap = overlaps(query)
     with launch.device_guard(query):
         if T:
             _attention_decode_text_kernel[(P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),)](
@@ -319,12 +311,10 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 BLOCK_D,
                 launch.wide(text_key, text_value),
                 launch.input_precision(query.dtype),
-                overlap,
                 num_warps=TEXT_WARPS,
                 num_stages=2,
                 maxnreg=FLOAT32_REGISTERS if query.dtype == torch.float32 else None,
                 enable_fp_fusion=True,
-                **options(overlap),
             )
         _attention_decode_kernel[(B * H,)](
             query,
@@ -352,10 +342,8 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             D,
             BLOCK_D,
             launch.wide(image_key, image_value),
-            overlap,
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,
             enable_fp_fusion=True,
-            **options(overlap),
         )
     return out
