@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_fast.ops.launches_triton import Launches
+
 __all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
 
 # Counters of one call, one for each BLOCK_N rows of the weight, and calls in CUDA graphs that have some of their own.
@@ -146,6 +148,9 @@ def _linear_kernel(
             _store_result(total, n, m, bias_ptr, out_ptr, M, N, GELU)
 
 
+_launch = Launches(_linear_kernel)
+
+
 def linear(x, weight, bias, activation, tiles=None):
     """x (..., K), of 1 to 64 rows, and weight (N, K) with contiguous rows -> (..., N). tiles: instead of `tiles_for`."""
     N, K = weight.shape
@@ -164,7 +169,8 @@ def linear(x, weight, bias, activation, tiles=None):
         if tiles.splits > 1:
             counters = _counters(x.device, programs)
             partials = torch.empty((tiles.splits, N, tiles.block_m), dtype=torch.float32, device=x.device)
-        _linear_kernel[(programs * tiles.splits,)](
+        _launch(
+            (programs * tiles.splits,),
             rows,
             rows.stride(0),
             weight,

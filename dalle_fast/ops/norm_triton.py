@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_fast.ops.launches_triton import Launches
+
 __all__ = ["add_norm"]
 
 # 16 bytes of 16 bits: a row's loads are then all under way at once, and a thread has few of its numbers to add up. Not
@@ -40,6 +42,9 @@ def _add_norm_kernel(
     tl.store(out_ptr + start + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+_launch = Launches(_add_norm_kernel)
+
+
 def add_norm(x, update, weight, bias, eps):
     """(x + update, its layer norm) of contiguous tensors of one dtype: x and update (R, W), update or None."""
     total, out = torch.empty_like(x), torch.empty_like(x)
@@ -49,7 +54,5 @@ def add_norm(x, update, weight, bias, eps):
     BLOCK = triton.next_power_of_2(W)
     warps = min(max(1, BLOCK // (32 * THREAD_ELEMENTS)), MAX_WARPS)
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
-        _add_norm_kernel[(R,)](
-            x, update, weight, bias, total, out, eps, W, BLOCK, num_warps=warps, enable_fp_fusion=True
-        )
+        _launch((R,), x, update, weight, bias, total, out, eps, W, BLOCK, num_warps=warps, enable_fp_fusion=True)
     return total, out

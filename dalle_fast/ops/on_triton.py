@@ -11,7 +11,9 @@ import os
 
 import torch
 
-__all__ = ["interpreted", "loop_bounds_broken", "why_not"]
+__all__ = ["MIN_CAPABILITY", "capability_of", "interpreted", "loop_bounds_broken", "why_not"]
+
+MIN_CAPABILITY = (8, 0)
 
 
 def why_not(tensor, name) -> list[str]:
@@ -19,28 +21,38 @@ def why_not(tensor, name) -> list[str]:
     reasons = []
     if not _installed():
         reasons.append("the package triton is not installed")
-    elif interpreted(tensor) and loop_bounds_broken():
-        reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
-    if interpreted(tensor):
+    if tensor.is_cuda:
+        if torch.version.hip is not None:
+            reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
+        elif (capability := capability_of(tensor)) < MIN_CAPABILITY:
+            least, got = (".".join(map(str, numbers)) for numbers in (MIN_CAPABILITY, capability))
+            reasons.append(f"compute capability must be at least {least}, {tensor.device} has {got}")
+    elif interpreted(tensor):
+        if not reasons and loop_bounds_broken():
+            reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
         if tensor.dtype == torch.bfloat16:
             reasons.append(f"Triton's interpreter computes bfloat16 wrongly, and {name} is bfloat16")
-    elif tensor.device.type != "cuda":
+    else:
         reasons.append(
             f"Triton kernels need CUDA tensors (or CPU tensors under TRITON_INTERPRET=1), {name} is on {tensor.device}"
         )
-    elif torch.version.hip is not None:
-        reasons.append("the kernels are for NVIDIA GPUs, and this torch is built for ROCm")
-    else:
-        major, minor = torch.cuda.get_device_capability(tensor.device)
-        if major < 8:
-            reasons.append(f"compute capability must be at least 8.0, {tensor.device} has {major}.{minor}")
     return reasons
+
+
+def capability_of(tensor) -> tuple[int, int]:
+    """(major, minor) compute capability of the tensor's device; the interpreter's is the lowest supported."""
+    return _capability(tensor.device) if tensor.is_cuda else MIN_CAPABILITY
+
+
+@functools.cache  # torch goes through several functions to look it up
+def _capability(device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreted(tensor) -> bool:
     """Does Triton's interpreter serve this tensor?"""
     switched_on = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    return switched_on and tensor.device.type == "cpu"
+    return switched_on and tensor.is_cpu
 
 
 @functools.cache

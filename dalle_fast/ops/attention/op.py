@@ -209,9 +209,11 @@ def _below_autograd(op, *args):
 
 
 class _Attention(_SingleLevelFunction):
+    """`compute` is the operation without its autograd, or the kernel alone."""
+
     @staticmethod
-    def forward(ctx, query, key, value, text_lengths, mask, scale, exact_lse, impl):
-        out, lse = _below_autograd(_forward_op, query, key, value, text_lengths, mask, scale, exact_lse, impl)
+    def forward(ctx, compute, query, key, value, text_lengths, mask, scale, exact_lse, impl):
+        out, lse = compute(query, key, value, text_lengths, mask, scale, exact_lse, impl)
         ctx.save_for_backward(query, key, value, out, lse, text_lengths)
         ctx.set_materialize_grads(False)
         ctx.rest = mask, scale, impl
@@ -220,21 +222,20 @@ class _Attention(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return (None,) * 8
+            return (None,) * 9
         query, key, value, out, lse, text_lengths = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, *ctx.rest)
-        return *grads, *(None,) * 5
+        return None, *grads, *(None,) * 5
 
 
 class _AttentionBackward(_SingleLevelFunction):
     """The backward operation, itself differentiable: the second derivative goes through the dense reference."""
 
     @staticmethod
-    def forward(ctx, grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
-        args = grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl
-        grads = _below_autograd(_backward_op, *args)
+    def forward(ctx, compute, grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
+        grads = compute(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl)
         ctx.save_for_backward(grad_out, grad_lse, query, key, value, text_lengths)
         ctx.rest = mask, scale
         return grads
@@ -251,11 +252,12 @@ class _AttentionBackward(_SingleLevelFunction):
         inputs = (grad_out, query, key, value) if grad_lse is None else (grad_out, query, key, value, grad_lse)
         of_grad_out, of_query, of_key, of_value, *of_grad_lse = torch.func.vjp(gradients, *inputs)[1](grad_grads)
         # out and lse get none: they are functions of query, key and value, through which everything has been counted.
-        return of_grad_out, *(of_grad_lse or [None]), of_query, of_key, of_value, *(None,) * 6
+        return None, of_grad_out, *(of_grad_lse or [None]), of_query, of_key, of_value, *(None,) * 6
 
 
 def _with_autograd(op, function, tensors):
     """The kernel at the autograd key: `function` where a gradient is needed, straight to `op` elsewhere."""
+    compute = functools.partial(_below_autograd, op)
 
     def autograd_kernel(*args):
         if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args[:tensors]):
@@ -264,9 +266,9 @@ def _with_autograd(op, function, tensors):
             )
         if needs_grad(args[:tensors]):
             if not torch._C._are_functorch_transforms_active():
-                return function.apply(*args)
+                return function.apply(compute, *args)
             with enable_single_level_autograd_function():
-                return function.apply(*args)
+                return function.apply(compute, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -277,14 +279,14 @@ def _has_tangent(x):
     return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
-def _directly(op, alone, function, tensors):
+def _directly(op, kernel, alone, function, tensors):
     """`op` by a shorter way, where nothing stands in it: see `is_plain`."""
 
     def call(*args):
         given = tuple(x for x in args[:tensors] if x is not None)
         if not is_plain(given):
             return op(*args)
-        return function.apply(*args) if needs_grad(given) else alone(*args)
+        return function.apply(kernel, *args) if needs_grad(given) else alone(*args)
 
     return call
 
@@ -316,7 +318,7 @@ def _register(op, kernel, alone, fake, function, tensors):
     library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(name, fake, lib=library)
     torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
-    return _directly(op, alone, function, tensors)
+    return _directly(op, kernel, alone, function, tensors)
 
 
 _forward = _register(_forward_op, _forward_kernel, _forward_alone, _forward_fake, _Attention, tensors=4)

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_fast.ops.on_triton import capability_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOISE_BLOCK = tl.constexpr(64)  # as in noise.py: the codes that 16 counters of 4 words serve
@@ -435,11 +437,6 @@ def best_splits(row_tiles, code_tiles, processors):
 
 def _code_tiles(tiles, K):
     return -(-K // tiles.codes)
-
-
-def capability_of(tensor):
-    """(major, minor) compute capability of the tensor's device; the interpreter's is the lowest supported."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
 
 
 def processors_of(tensor):

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
+from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_append"]
 
@@ -65,13 +66,17 @@ def _attention_append_kernel(
     tl.store(_vectors(image_v_ptr + slot * c, b, h, d, samples, heads, BLOCK_D), value, mask=inside)
 
 
+_launch = Launches(_attention_append_kernel)
+
+
 def attention_append(image_key, image_value, key, value, position, mask):
     """The contract's append."""
     B, H, D = key.shape
     if B * H == 0:
         return
     with launch.device_guard(key):
-        _attention_append_kernel[(triton.cdiv(B * H, HEADS),)](
+        _launch(
+            (triton.cdiv(B * H, HEADS),),
             key,
             key.stride(),
             value,

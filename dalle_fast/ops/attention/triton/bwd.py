@@ -23,6 +23,8 @@ as good, but left one key a dS of an eps of dP in a draw of twelve. No GPU has m
 `gradient_terms` in tests/test_triton_interpreter.py derives the whole bound.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     window,
     window_allows,
 )
+from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_backward"]
 
@@ -397,6 +400,10 @@ def _attention_grad_key_value_kernel(
     store_tile(grad_v_ptr + first_row * HEAD_DIM, k_pos, k_valid, grad_v, HEAD_DIM, BLOCK_D, WIDE)
 
 
+_launch_query = Launches(_attention_grad_query_kernel)
+_launch_key_value = Launches(_attention_grad_key_value_kernel)
+
+
 def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, *, query_tiles=None, key_tiles=None
 ):
@@ -409,14 +416,17 @@ def attention_backward(
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     exact = query.dtype == torch.float32
     correction = torch.empty_like(lse) if exact else lse2  # not looked at
-    sizes = D, launch.padded_head_size(D), launch.wide(query, key, value, grad_out)
+    tensors = query, key, value, grad_out
+    strides = [x.stride() for x in tensors]
+    sizes = D, launch.padded_head_size(D), launch.wide(S, D, *strides)
     precision = launch.input_precision(query.dtype)
     # Rounded to float32 once, as the forward kernel had it: lse belongs to those scores, to the last bit of the factor.
     scale_log2 = scale * LOG2E.value
-    inputs = (query, query.stride(), key, key.stride(), value, value.stride(), grad_out, grad_out.stride())
+    inputs = tuple(itertools.chain(*zip(tensors, strides)))
     with launch.device_guard(query):
         cut, numbers = query_tiles or launch.chosen_tiles("grad_query", query, mask)
-        _attention_grad_query_kernel[launch.query_grid(B * H, S, numbers, cut)](
+        _launch_query(
+            launch.query_grid(B * H, S, numbers, cut),
             *inputs,
             out.contiguous(),
             lse,
@@ -441,7 +451,8 @@ def attention_backward(
         )
         cut, numbers = key_tiles or launch.chosen_tiles("grad_key_value", query, mask)
         text_programs, image_programs = launch.key_programs(B * H, S, numbers, cut)
-        _attention_grad_key_value_kernel[(text_programs + image_programs,)](
+        _launch_key_value(
+            (text_programs + image_programs,),
             *inputs,
             lse2,
             delta,

@@ -19,7 +19,6 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.triton import primitives
 
 __all__ = [
-    "MIN_CAPABILITY",
     "MaskNumbers",
     "Tiles",
     "cover",
@@ -28,7 +27,6 @@ __all__ = [
     "tiles_for",
 ]
 
-MIN_CAPABILITY = (8, 0)
 WALKS = ("raster", "column", "patch")  # the order is that of the numbers in primitives.py
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile, tile_pointers
+from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_decode"]
 
@@ -260,6 +261,10 @@ def _attention_decode_kernel(
     tl.store(out_ptr + row * HEAD_DIM + d, (acc / row_sum).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
+_launch_text = Launches(_attention_decode_text_kernel)
+_launch_image = Launches(_attention_decode_kernel)
+
+
 def image_blocks(most, limit):
     """(BLOCK_V, REST, LOOP) for V = most keys: at once, if BLOCK_V is at most `limit`.
 
@@ -282,6 +287,8 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     P, T = len(text_key), mask.text_len
     BLOCK_D = launch.padded_head_size(D)
     row_bytes = BLOCK_D * query.element_size()
+    text_strides = text_key.stride(), text_value.stride()
+    image_strides = image_key.stride(), image_value.stride()
     slots, counts = mask.visible_slots(query.device)
     most = slots.shape[1]
     block, rest, loop = image_blocks(most, IMAGE_BYTES // row_bytes)
@@ -290,13 +297,14 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     lse = torch.empty((B, H, text_parts), dtype=torch.float32, device=query.device)
     with launch.device_guard(query):
         if T:
-            _attention_decode_text_kernel[(P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),)](
+            _launch_text(
+                (P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),),
                 query,
                 query.stride(),
                 text_key,
-                text_key.stride(),
+                text_strides[0],
                 text_value,
-                text_value.stride(),
+                text_strides[1],
                 parts,
                 lse,
                 text_lengths,
@@ -309,20 +317,21 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 min(TEXT_STEP, TEXT_BYTES // row_bytes),
                 D,
                 BLOCK_D,
-                launch.wide(text_key, text_value),
+                launch.wide(T, D, *text_strides),
                 launch.input_precision(query.dtype),
                 num_warps=TEXT_WARPS,
                 num_stages=2,
                 maxnreg=FLOAT32_REGISTERS if query.dtype == torch.float32 else None,
                 enable_fp_fusion=True,
             )
-        _attention_decode_kernel[(B * H,)](
+        _launch_image(
+            (B * H,),
             query,
             query.stride(),
             image_key,
-            image_key.stride(),
+            image_strides[0],
             image_value,
-            image_value.stride(),
+            image_strides[1],
             parts,
             lse,
             out,
@@ -341,7 +350,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             loop,
             D,
             BLOCK_D,
-            launch.wide(image_key, image_value),
+            launch.wide(image_key.shape[2], D, *image_strides),
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,
             enable_fp_fusion=True,

@@ -24,6 +24,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     window,
     window_allows,
 )
+from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_forward"]
 
@@ -125,6 +126,9 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + first_row + q_pos, lse, mask=q_valid)
 
 
+_launch = Launches(_attention_fwd_kernel)
+
+
 def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=None):
     """The contract's forward; `tiles` = (Tiles, MaskNumbers) replaces the table's choice (tests)."""
     B, H, S, D = query.shape
@@ -133,14 +137,16 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
     if B * H * S == 0:
         return out, lse
     cut, numbers = tiles or launch.chosen_tiles("forward", query, mask)
+    strides = query.stride(), key.stride(), value.stride()
     with launch.device_guard(query):
-        _attention_fwd_kernel[launch.query_grid(B * H, S, numbers, cut)](
+        _launch(
+            launch.query_grid(B * H, S, numbers, cut),
             query,
-            query.stride(),
+            strides[0],
             key,
-            key.stride(),
+            strides[1],
             value,
-            value.stride(),
+            strides[2],
             out,
             lse,
             text_lengths,
@@ -150,7 +156,7 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
             numbers,
             D,
             launch.padded_head_size(D),
-            launch.wide(query, key, value),
+            launch.wide(S, D, *strides),
             cut.own,
             cut.text,
             cut.image,

@@ -8,6 +8,7 @@ import torch
 from dalle_fast.ops.attention.triton import configs
 from dalle_fast.ops.attention.triton.configs import padded_head_size
 from dalle_fast.ops.attention.triton.primitives import image_count, tile_counts
+from dalle_fast.ops.on_triton import capability_of
 
 __all__ = [
     "chosen_tiles",
@@ -31,11 +32,6 @@ def chosen_tiles(kernel: str, query, mask):
     return configs.tiles_for(kernel, mask, capability_of(query), query.shape[-1], query.element_size())
 
 
-def capability_of(tensor) -> tuple[int, int]:
-    """(major, minor) compute capability of the tensor's device; the interpreter's is the lowest supported."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else configs.MIN_CAPABILITY
-
-
 def options(cut) -> dict:
     # enable_fp_fusion is named because its default flips in Triton 3.10.
     return {
@@ -46,9 +42,9 @@ def options(cut) -> dict:
     }
 
 
-def wide(*tensors) -> bool:
-    """Do some of these (.., S, D) have elements of one head that lie 2**31 elements apart or more?"""
-    return any((x.shape[-2] - 1) * x.stride(-2) + (x.shape[-1] - 1) * x.stride(-1) >= 1 << 31 for x in tensors)
+def wide(S, D, *strides) -> bool:
+    """Do some tensors (.., S, D) of these strides have elements of one head that lie 2**31 elements apart or more?"""
+    return any((S - 1) * of_rows + (D - 1) * of_columns >= 1 << 31 for *_, of_rows, of_columns in strides)
 
 
 def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:
