@@ -18,7 +18,7 @@ install:
 	$(PYTHON) -m pip install -e '.[test]'
 
 test:
-	$(PYTHON) -m pytest tests -q
+	$(PYTHON) -m pytest tests -q -n 2
 
 bench:
 	$(PYTHON) benchmarks/attn_bench.py --quick

@@ -11,10 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for work must not keep the other processes from theirs
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from dalle_fast import _extension
 from dalle_fast.nn import functional as F
+
+
+def pytest_configure(config):
+    if config.getoption("dist", None) == "load":  # `-n` alone: as the tests' marks want it
+        config.option.dist = "loadgroup"
+
 
 TESTS = Path(__file__).resolve().parent
 GOLDENS = TESTS.parents[1] / "shared" / "goldens"
