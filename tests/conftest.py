@@ -21,9 +21,31 @@ from dalle_fast import _extension
 from dalle_fast.nn import functional as F
 
 
-def pytest_configure(config):
-    if config.getoption("dist", None) == "load":  # `-n` alone: as the tests' marks want it
-        config.option.dist = "loadgroup"
+# Their fixtures compile CUDA for the host or a GPU, or run another process with all their cases.
+TOGETHER = (
+    "test_codebook_cuda",
+    "test_codebook_cuda_host",
+    "test_codebook_streaming",
+    "test_cuda_compile",
+    "test_masks_cuda",
+    "test_triton_interpreter",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, any process runs any test, but one process all tests of a file that share what takes long to make.
+
+    xdist_group, which pytest-xdist has for that, is not heeded with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 TESTS = Path(__file__).resolve().parent

@@ -19,8 +19,6 @@ from simt_host import Same, serve_on_host  # noqa: F401 (a fixture)
 from dalle_fast import _extension
 from dalle_fast.ops.codebook import cuda, noise
 
-pytestmark = pytest.mark.xdist_group("codebook_cuda")  # they share what is compiled for them
-
 EPS = torch.finfo(torch.float32).eps
 DTYPES = cuda.DTYPES
 # Also for codes that are loaded one by one and 4 at a time; the last two are too long to be kept in shared memory.

@@ -20,8 +20,6 @@ import torch
 
 from dalle_fast.ops.codebook import cuda, reference
 
-pytestmark = pytest.mark.xdist_group("cuda_host")  # they share what is compiled for them
-
 ROOT = pathlib.Path(__file__).parent.parent
 N, K, I, D = 37, 200, 24, 12
 ALL = (True,) * 4

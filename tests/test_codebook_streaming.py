@@ -17,8 +17,6 @@ from test_codebook_cuda import DTYPES, HUGE_ROW, assert_exact, assert_near, need
 
 from dalle_fast.ops.codebook import cuda
 
-pytestmark = pytest.mark.xdist_group("codebook_streaming")  # they share what is compiled for them
-
 SIZES = [
     (1, 1, 8),
     (3, 2, 16),

@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("cuda_compile")  # they share what is compiled for them
-
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

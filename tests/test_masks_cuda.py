@@ -12,8 +12,6 @@ import torch
 from dalle_fast import _extension
 from dalle_fast.masks import RULES, AttentionMask
 
-pytestmark = pytest.mark.xdist_group("masks_cuda")  # they share what is compiled for them
-
 HERE = pathlib.Path(__file__).parent
 SHAPES = ((0, (3, 5), 3, 1), (7, (5, 7), 5, 1), (2, (8, 4), 3, 2), (3, (1, 6), 5, 1), (4, (6, 1), 3, 3))
 MASKS = [

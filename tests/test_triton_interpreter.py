@@ -43,7 +43,6 @@ from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import bwd, configs, dec, fwd, launch, primitives
 from dalle_fast.ops.linear_triton import Tiles
 
-pytestmark = pytest.mark.xdist_group("interpreter")  # one process has all the cases
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 MINUTES = 20  # until the process with the cases counts as hung
 CASES = 179  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
