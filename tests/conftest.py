@@ -20,7 +20,6 @@ import torch
 from dalle_fast import _extension
 from dalle_fast.nn import functional as F
 
-
 # Their fixtures compile CUDA for the host or a GPU, or run another process with all their cases.
 TOGETHER = (
     "test_codebook_cuda",
