@@ -83,7 +83,7 @@ wait
 
 for name in "${benchmarks[@]}"; do
     declare -n command=$name
-    step "$name" 90 "${command[@]}" --json "$results/$name.json" --plot "$results/$name.png"
+    step "$name" 120 "${command[@]}" --json "$results/$name.json" --plot "$results/$name.png"
 done
 
 for name in "${names[@]}"; do

@@ -365,6 +365,10 @@ def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
     "flags, message",
     [
         (["--grid", "0x3"], "argument --grid: expected ROWSxCOLUMNS or one integer, such as 32x48 or 32, got '0x3'"),
+        (
+            ["--flex-autotune", "--device", "cpu"],
+            "argument --flex-autotune: inductor has no tuner for FlexAttention on a CPU",
+        ),
         (["--grid", "4x4x4"], "argument --grid: expected ROWSxCOLUMNS"),
         (["--grid", "50000"], "argument --grid, --text-len or --mask: text_len + rows * columns must be below 2**31"),
         (["--text-len", "-1"], "argument --text-len: expected an integer of at least 0, got '-1'"),
