@@ -164,28 +164,6 @@ DF_NOINLINE void sum_products(const Factors* factors, int32_t count, int64_t col
     }
 }
 
-// totals (32, 16) = or += the sums of the rows of bfloat16 factors a, each in all columns: times `ones`, a register of ones or
-// minus ones.
-DF_NOINLINE void sum_rows(const Factors* factors, int32_t count, int64_t distance, const Word* ones, float* totals, bool add) {
-    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
-    if (add) {
-        _tile_loadd(0, totals, kUnit * 4);
-        _tile_loadd(1, totals + kTile, kUnit * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-    }
-    _tile_loadd(6, ones, kUnit * 4);
-    for (int32_t x = 0; x < count; ++x) {
-        _tile_loadd(4, factors[x].a, kUnit * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, factors[x].a + distance, kUnit * 4);
-        _tile_dpbf16ps(1, 5, 6);
-    }
-    _tile_stored(0, totals, kUnit * 4);
-    _tile_stored(1, totals + kTile, kUnit * 4);
-}
-
 // -- a head's units and groups ------------------------------------------------------------------------------------------
 
 // Groups of the text have a slot each, those of the image share a ring: none leaves it that a later unit visits.

@@ -15,15 +15,6 @@ namespace {
 constexpr int groups_at_once(int parts) { return parts == 1 ? 5 : 12; }
 constexpr int kGroupsAwake = 4;  // whose exponentials take less time than the unit needs to fall asleep
 
-// Two vectors as bfloat16, halves rounded away from 0. NaN stays NaN: bfloat16 ones and those that arithmetic makes have
-// no lower bits that could overflow.
-DF_INLINE Shorts as_bfloat16(Vec a, Vec b) {
-    Shorts upper;
-    for (int x = 0; x < 32; ++x) upper[x] = int16_t(2 * x + 1);
-    const WordVec half = WordVec{} + 0x8000u;
-    return __builtin_shuffle((Shorts)((WordVec)a + half), (Shorts)((WordVec)b + half), upper);
-}
-
 // Of results in bfloat16: whether all are finite. Asked of what is stored, it takes two instructions for 32.
 struct FiniteResults {
     __m512i largest = _mm512_setzero_si512();  // twice the bits: without their signs
@@ -37,7 +28,7 @@ struct FiniteResults {
 DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int64_t stride, int64_t D,
                                   FiniteResults& finite) {
     for (int64_t d = 0; d < D; d += kDepth) {
-        const Shorts pairs = as_bfloat16(load(x + d) * scale, load(x + d + VW) * scale);
+        const Shorts pairs = (Shorts)_mm512_cvtne2ps_pbh((__m512)(load(x + d + VW) * scale), (__m512)(load(x + d) * scale));
         finite.see(pairs);
         if (stride == 1 && D - d >= kDepth) {
             std::memcpy(p + d, &pairs, sizeof(pairs));
@@ -66,12 +57,15 @@ struct UnitForward : UnitHead<T> {
     int32_t* packed;      // (slot) which group is packed there, or -1
     ActiveGroup* groups;
     float *scores, *out;  // (group of a chunk, 2, tiles_of_scores, 16, 16); (32, Dp)
-    float* totals;        // (32, 16) of bfloat16 probabilities: each in all columns
-    Word *query, *minus_ones;
+    Word* query;
     struct Head {
         T* out;
         const T *query, *key, *value;
     } here, next;
+    struct {
+        const Head* head;
+        int32_t query, end, rows;
+    } fetch;  // what is still to be fetched, and how much at a time
 
     UnitForward(const AttentionArgs& args, const AttentionTask& task, Arena& arena)
         : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), scale(a.scale > 0 ? a.scale * LOG2E : 1) {
@@ -81,9 +75,7 @@ struct UnitForward : UnitHead<T> {
         groups = arena.take<ActiveGroup>(layout.num_groups);
         scores = arena.take<float>(kAtOnce * 2 * kQueryScores);
         out = arena.take<float>(kUnitQueries * Dp);
-        totals = arena.take<float>(kUnitQueries * kUnit);
         query = arena.take<Word>(this->words());
-        minus_ones = arena.take<Word>(kTile);
         here = rows_of_head(t.batch, t.head);
         next = t.next_head < 0 ? here : rows_of_head(t.next_batch, t.next_head);
     }
@@ -128,18 +120,21 @@ struct UnitForward : UnitHead<T> {
         return count;
     }
 
-    // Begins to fetch a share of what the next unit reads and writes: of 16 rows, for one of `count` groups. Behind the last
-    // unit comes the first one of the next task.
-    void prefetch_share(int32_t unit, int which, int32_t group, int32_t count) {
+    // What the next unit reads and writes is fetched a few rows at a time, beside the `count` groups of this one, for each half
+    // of its queries. Behind the last unit comes the first one of the next task.
+    void plan_prefetches(int32_t unit, int32_t count) {
         const bool is_last = layout.unit_block[unit + 1] >= t.block_end;
-        if (is_last && t.next_head < 0) return;
         const int32_t block = is_last ? t.next_block : layout.unit_block[unit + 1];
-        const int32_t begin = block * kBlock + which * kUnit, end = layout.num_blocks * kBlock;
-        const int32_t first = std::min(begin + group * kUnit / count, end);
-        const int32_t stop = std::min(begin + (group + 1) * kUnit / count, end);
-        const Head& head = is_last ? next : here;
-        if (a.D == 64) prefetch_rows(head, first, stop, std::integral_constant<int64_t, 64>());  // half of the instructions
-        else prefetch_rows(head, first, stop, a.D);
+        fetch.head = is_last ? &next : &here;
+        fetch.query = block * kBlock;
+        fetch.end = is_last && t.next_head < 0 ? 0 : std::min(fetch.query + kUnitQueries, layout.num_blocks * kBlock);
+        fetch.rows = count > 0 ? (kUnit + count - 1) / count : 0;
+    }
+    void prefetch_some() {
+        const int32_t begin = fetch.query, end = std::min(begin + fetch.rows, fetch.end);
+        fetch.query = std::max(begin, end);
+        if (a.D == 64) prefetch_rows(*fetch.head, begin, end, std::integral_constant<int64_t, 64>());  // half the instructions
+        else prefetch_rows(*fetch.head, begin, end, a.D);
     }
     template <class Size>
     void prefetch_rows(const Head& head, int32_t query, int32_t stop, Size D) {
@@ -167,6 +162,7 @@ struct UnitForward : UnitHead<T> {
     // chunk.
     void attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
         for (int which = 0; which < 2; ++which) softmax[which].seeing = queries_seeing(Chunk{groups, count, which, nullptr});
+        Vec totals[2][kUnit] = {};  // of bfloat16 probabilities, for each query: the lanes' sum
         const int32_t num_chunks = (count + kAtOnce - 1) / kAtOnce;
         const int32_t most = count > 0 ? (count + num_chunks - 1) / num_chunks : 1;  // of a chunk: all are nearly as large
         for (int32_t x = 0; x == 0 || x < count; x += most) {
@@ -182,17 +178,17 @@ struct UnitForward : UnitHead<T> {
                     softmax[which].exact *= factor;
                     store(factors + which * kUnit, factor);
                 }
-                if (x > 0) rescale(factors);
+                if (x > 0) rescale(factors, totals);
             }
             for (int which = 0; which < 2; ++which) {
                 const auto ahead = [&](int32_t y) {
-                    prefetch_share(unit, which, x + y, count);
+                    prefetch_some();
                     if (y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
                 };
                 const Vec shift = softmax[which].shift;
                 if constexpr (kParts == 1) {
                     if (a.exact_lse) softmax[which].exact += chunk_sums(chunks[which], scale, shift);
-                    chunk_of_bfloat16(chunks[which], scale, shift, ahead);
+                    chunk_of_bfloat16(chunks[which], scale, shift, totals[which], ahead);
                 } else {
                     softmax[which].total += chunk_probabilities<kParts>(chunks[which], scale, shift, ahead);
                 }
@@ -202,20 +198,14 @@ struct UnitForward : UnitHead<T> {
             for (int32_t y = 0; y < some; ++y)
                 factors[y] = {reinterpret_cast<const Word*>(scores) + y * 2 * kQueryScores, groups[x + y].values};
             sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0);
-            if constexpr (kParts == 1) sum_rows(factors, some, kQueryScores, minus_ones, totals, x > 0);
         }
-        for (int which = 0; kParts == 1 && which < 2; ++which) {
-            __m512 total = _mm512_setzero_ps();
-            for (int r = 0; r < kUnit; ++r)
-                total = _mm512_mask_loadu_ps(total, __mmask16(1 << r), totals + which * kTile + r * kUnit);
-            softmax[which].total = (Vec)total;
-        }
+        for (int which = 0; kParts == 1 && which < 2; ++which) softmax[which].total = join_lanes<Sum>(totals[which]);
     }
 
-    void rescale(const float* factors) {
+    void rescale(const float* factors, Vec (&totals)[2][kUnit]) {
         for (int r = 0; r < kUnitQueries; ++r) {
             for (int64_t d = 0; d < Dp; d += VW) store(out + r * Dp + d, load(out + r * Dp + d) * factors[r]);
-            if (kParts == 1) store(totals + r * kUnit, load(totals + r * kUnit) * factors[r]);
+            if (kParts == 1) totals[r / kUnit][r % kUnit] *= factors[r];
         }
     }
 
@@ -225,6 +215,7 @@ struct UnitForward : UnitHead<T> {
         keep_awake();
         const int32_t count = activate_groups(unit);
         RunningSoftmax softmax[2];
+        plan_prefetches(unit, count);
         attend(unit, count, false, softmax);
         const bool finite = write(unit, ~0u, softmax);
         const uint32_t left = kParts == 1 ? out_of_range(softmax, finite) : 0;
@@ -271,7 +262,6 @@ struct UnitForward : UnitHead<T> {
 
     void run() {
         for (int64_t slot = 0; slot < num_slots; ++slot) packed[slot] = -1;
-        for (int x = 0; x < kTile; ++x) minus_ones[x] = kPairOfMinusOnes;
         // Units are the same for every task, and so are the groups by which sums are taken.
         for (int32_t unit = 0; unit < layout.num_units; ++unit)
             if (layout.unit_block[unit] >= t.block_begin && layout.unit_block[unit] < t.block_end) run(unit);

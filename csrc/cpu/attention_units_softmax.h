@@ -158,12 +158,16 @@ DF_NOINLINE Vec chunk_sums(const Chunk& chunk, float scale, Vec shift) {
 }
 
 // Scores of 16 queries -> bfloat16(-exp2(scores * scale - shift)), where the scores were: pairs of neighbouring keys, in the
-// order of _mm512_packus_epi32. `ahead` is called for each group.
+// order of _mm512_packus_epi32. Their sums are those of `totals`' lanes. `ahead` is called for each group.
 template <class Ahead>
-DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, const Ahead& ahead) {
+DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, Vec (&totals)[kUnit], const Ahead& ahead) {
     alignas(64) static constexpr MantissaTable table = mantissa_table();
     const __m512i rest = _mm512_load_si512(&table), all = _mm512_set1_epi32(-1);
     const __m512 steps_per_score = _mm512_set1_ps(scale * kStepsPerPower), largest = _mm512_set1_ps(kLargestSteps);
+    const __m512bh minus_ones = (__m512bh)_mm512_set1_epi32(kPairOfMinusOnes);
+    Vec total[kUnit];
+#pragma GCC unroll 16
+    for (int r = 0; r < kUnit; ++r) total[r] = totals[r];
     float offset[kUnit];
     store(offset, kStepsOfOne + 0.5f - shift * kStepsPerPower);  // halves of steps are rounded up as often as down
     const auto steps_of = [&](const float* s, __mmask16 seen, float at) DF_INLINE_LAMBDA {
@@ -179,7 +183,9 @@ DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, c
                                                       steps_of(s + kTile + r * kUnit, second, offset[r]));
             const __m512i index = _mm512_srli_epi16(steps, 2);
             const __m512i less = _mm512_mask_permutexvar_epi8(all, 0x5555555555555555, index, rest);
-            _mm512_storeu_si512(s + r * kUnit, _mm512_avg_epu16(steps, less));  // (2^16 + steps - less) / 2
+            const __m512i pairs = _mm512_avg_epu16(steps, less);  // (2^16 + steps - less) / 2
+            _mm512_storeu_si512(s + r * kUnit, pairs);
+            total[r] = (Vec)_mm512_dpbf16_ps((__m512)total[r], (__m512bh)pairs, minus_ones);
         };
         if (!bits) {
 #pragma GCC unroll 16
@@ -189,6 +195,8 @@ DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, c
             for (int r = 0; r < kUnit; ++r) row(r, bits[0][r], bits[1][r]);
         }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < kUnit; ++r) totals[r] = total[r];
 }
 
 // -- 16 queries ---------------------------------------------------------------------------------------------------------
