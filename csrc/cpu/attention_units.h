@@ -5,8 +5,8 @@
 // probabilities and values. So every register that is loaded is used twice. A unit goes through its groups by chunks
 // whose scores stay near. All of it is in float32, but the products' factors.
 //
-// Products and exponentials take turns chunk by chunk: for a while after each product other wide arithmetic is slower, so
-// that mixing them gains little (measured on Sapphire Rapids, see CONTRIBUTING.md).
+// Products and exponentials take turns chunk by chunk: while the unit works, wide floating point has half of its rate, so
+// that mixing them gains nothing (measured on Sapphire Rapids, see benchmarks/NOTES.md).
 //
 // A word of a factor is a pair: of keys or queries x and x + 16 of 32, and of elements x and x + 16 of 32 of a head, or, as
 // they lie in memory, 2 x and 2 x + 1 where they are bfloat16.

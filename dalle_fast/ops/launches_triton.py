@@ -1,7 +1,7 @@
 """Launching a Triton kernel again by a shorter way than the first time.
 
 Triton looks at all arguments in Python and C++, makes a text of its options and compares every constant that the kernel
-knows from outside, each time: twice what a launch takes without (CONTRIBUTING.md), where a GPU waits for its host.
+knows from outside, each time: twice what a launch takes without (benchmarks/NOTES.md), where a GPU waits for its host.
 """
 
 import torch
