@@ -36,7 +36,7 @@ class Driver:
     BEFORE_ARGUMENTS = 9  # grid, stream, function, packed metadata, what is told about the launch, hooks
 
     def __init__(self):
-        self.launched, self.utils = [], self
+        self.launched, self.utils, self.device = [], self, 0
 
     def launcher_cls(self, source, metadata):
         def write_down(*args):
@@ -47,7 +47,7 @@ class Driver:
         return write_down
 
     def load_binary(self, name, kernel, shared, device):
-        return object(), name, 0, 0, 1024  # module, function, registers, spills, threads
+        return object(), (name, device), 0, 0, 1024  # module, function, registers, spills, threads
 
     def unload_module(self, module):
         pass
@@ -56,7 +56,7 @@ class Driver:
         return {"max_shared_mem": 227 << 10}
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return 7
@@ -72,6 +72,7 @@ DRIVER = Driver()
 def driver(monkeypatch, tmp_path):
     driver = DRIVER
     driver.launched.clear()
+    monkeypatch.setattr(driver, "device", 0)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(launch, "capability_of", lambda tensor: (9, 0))
@@ -128,6 +129,16 @@ def test_what_is_compiled_anew(scale, driver, other):
     assert len(times) == 2
     kernel[(1,)](*arguments, **options)
     assert driver.launched[1] == driver.launched[2] != driver.launched[0]
+
+
+def test_each_device_has_a_kernel_of_its_own(scale, driver, monkeypatch):
+    launches, _, times = scale
+    x = torch.zeros(32)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: driver.device)
+    for driver.device in (0, 1, 0, 1):
+        launches((1,), x, (1,), 5, 0.5, 3)
+    functions = [next(x for x in launch if isinstance(x, tuple)) for launch in driver.launched]
+    assert [device for _, device in functions] == [0, 1, 0, 1] and len(times) == 2
 
 
 def test_hooks_on_launches_are_called(scale, driver, monkeypatch):
