@@ -24,7 +24,7 @@ struct FiniteResults {
     explicit operator bool() const { return !_mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(int16_t(0xff00))); }
 };
 
-// x (padded D) * scale -> a row of D elements.
+// x (padded D) * scale -> a row of D elements. Results below 2^-126 are 0, as the unit takes such factors to be.
 DF_INLINE void store_row_of_pairs(const float* x, float scale, BFloat16* p, int64_t stride, int64_t D,
                                   FiniteResults& finite) {
     for (int64_t d = 0; d < D; d += kDepth) {
