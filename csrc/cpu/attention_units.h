@@ -2,8 +2,8 @@
 // is not bfloat16.
 //
 // A unit is 32 queries, two registers' rows, and a group is 32 keys: two panels, and the depth of a product of
-// probabilities and values. So every register that is loaded is used twice. A unit goes through its groups by chunks
-// whose scores stay near. All of it is in float32, but the products' factors.
+// probabilities and values. A unit goes through its groups by chunks whose scores stay near. All of it is in float32, but
+// the products' factors.
 //
 // Products and exponentials take turns chunk by chunk: while the unit works, wide floating point has half of its rate, so
 // that mixing them gains nothing (measured on Sapphire Rapids, see benchmarks/NOTES.md).
@@ -45,91 +45,41 @@ DF_INLINE Vec load_some(const BFloat16* p, int64_t d, int64_t D) {
 
 // The unit falls asleep after half a microsecond without a product, and takes a quarter of one to wake up (measured on
 // Sapphire Rapids). This product's result is not used.
-DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 4, 6); }
+DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 2, 3); }
 
 // -- products -----------------------------------------------------------------------------------------------------------
 
 // Factors of 32 rows and of 32 columns or more, packed: registers (.., 2, part, 16, 16) of a's rows, (.., part, 16, 16) of b's
 // columns.
 struct Factors { const Word *a, *b; };
-enum class Side { a, b };
 
 // For each of the factors a (Dp / 32, 2, part, 16, 16) @ b (2, Dp / 32, part, 16, 16) -> out (factors, 2, 2, 16, 16), with
-// `distance` floats between the upper and the lower rows. Registers are stored when the next ones need them: so the products
-// do not wait.
+// `distance` floats between the upper and the lower rows. Sums are stored when the next ones need their registers: so the
+// products do not wait.
 template <int parts>
-DF_NOINLINE void products_of_any(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
-    float* previous = nullptr;
+DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
+    float* previous = nullptr;
+    zero_sums();
     for (int32_t x = 0; x < count; ++x) {
-        const Word* a = factors[x].a;
-        const Word* first = factors[x].b;
-        const Word* second = first + parts * kUnit * Dp / 2;
-        for (int64_t d = 0; d < Dp; d += kDepth) {
-            add_products<parts, parts>(a, a + parts * kTile, first, second, d == 0, previous,
-                                       previous ? previous + distance : nullptr);
-            a += 2 * parts * kTile;
-            first += parts * kTile;
-            second += parts * kTile;
-        }
-        previous = out + int64_t(x) * 2 * distance;
-    }
-    _tile_stored(0, previous, kUnit * 4);
-    _tile_stored(1, previous + kTile, kUnit * 4);
-    _tile_stored(2, previous + distance, kUnit * 4);
-    _tile_stored(3, previous + distance + kTile, kUnit * 4);
-}
-
-// The same for one part, where all factors have a or b in common and Dp is 32 or 64: that side's registers stay loaded.
-// That writes fewer registers, which takes a tenth less time, and a quarter less beside a busy thread of the same core.
-template <Side common, int depths>
-DF_NOINLINE void products_with_common(const Factors* factors, int32_t count, int64_t distance, float* out) {
-    constexpr bool rows = common == Side::a;
-    const Word* kept = rows ? factors[0].a : factors[0].b;
-    constexpr int64_t half_of_kept = rows ? kTile : depths * kTile, depth_of_kept = rows ? 2 * kTile : kTile;
-    constexpr int64_t half_of_other = rows ? depths * kTile : kTile, depth_of_other = rows ? kTile : 2 * kTile;
-    const int64_t between = rows ? distance : kTile, to_next = rows ? kTile : distance;  // results: of kept halves, of others
-    float* previous = nullptr;
-    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
-    _tile_loadd(4, kept, kUnit * 4);
-    _tile_loadd(5, kept + half_of_kept, kUnit * 4);
-    if constexpr (depths == 2) {
-        _tile_loadd(6, kept + depth_of_kept, kUnit * 4);
-        _tile_loadd(7, kept + depth_of_kept + half_of_kept, kUnit * 4);
-    }
-    for (int32_t x = 0; x < count; ++x)
+        const Word* b = factors[x].b;
         for (int half = 0; half < 2; ++half) {
-            const Word* other = (rows ? factors[x].b : factors[x].a) + half * half_of_other;
-            _tile_stream_loadd(2, other, kUnit * 4);
-            if constexpr (depths == 2) _tile_stream_loadd(3, other + depth_of_other, kUnit * 4);
-            if (previous) _tile_stored(0, previous, kUnit * 4);
-            _tile_zero(0);
-            if constexpr (rows) _tile_dpbf16ps(0, 4, 2);
-            else _tile_dpbf16ps(0, 2, 4);
-            if (previous) _tile_stored(1, previous + between, kUnit * 4);
-            _tile_zero(1);
-            if constexpr (rows) _tile_dpbf16ps(1, 5, 2);
-            else _tile_dpbf16ps(1, 2, 5);
-            if constexpr (depths == 2 && rows) {
-                _tile_dpbf16ps(0, 6, 3);
-                _tile_dpbf16ps(1, 7, 3);
-            } else if constexpr (depths == 2) {
-                _tile_dpbf16ps(0, 3, 6);
-                _tile_dpbf16ps(1, 3, 7);
+            const Word* a = factors[x].a;
+            for (int64_t d = 0; d < Dp; d += kDepth) {
+                const bool store = d == 0 && previous;
+                if (store) store_upper_sum(previous, kUnit * 4);
+                add_upper_product<parts, parts>(a, b);
+                if (store) store_lower_sum(previous + distance, kUnit * 4);
+                add_lower_product<parts, parts>(a + parts * kTile, b);
+                a += 2 * parts * kTile;
+                b += parts * kTile;
             }
-            previous = out + int64_t(x) * 2 * distance + half * to_next;
+            previous = out + int64_t(x) * 2 * distance + half * kTile;
         }
-    _tile_stored(0, previous, kUnit * 4);
-    _tile_stored(1, previous + between, kUnit * 4);
-}
-
-// The products of factors that have the side `common` in common.
-template <int parts, Side common>
-DF_INLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
-    if (count == 0) return;
-    if (parts == 1 && Dp == kDepth) products_with_common<common, 1>(factors, count, distance, out);
-    else if (parts == 1 && Dp == 2 * kDepth) products_with_common<common, 2>(factors, count, distance, out);
-    else products_of_any<parts>(factors, count, Dp, distance, out);
+    }
+    if (!previous) return;
+    store_upper_sum(previous, kUnit * 4);
+    store_lower_sum(previous + distance, kUnit * 4);
 }
 
 // out (32, columns) = or += the sum of the factors' products a (2, part, 16, 16) @ b (columns / 16, part, 16, 16), with
@@ -138,29 +88,17 @@ template <int parts>
 DF_NOINLINE void sum_products(const Factors* factors, int32_t count, int64_t columns, int64_t distance, float* out,
                               bool add) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
-    for (int64_t c = 0; c < columns; c += kDepth) {
-        float* above = out + c;
-        float* below = above + kUnit * columns;
-        if (add) {
-            _tile_loadd(0, above, columns * 4);
-            _tile_loadd(1, above + kUnit, columns * 4);
-            _tile_loadd(2, below, columns * 4);
-            _tile_loadd(3, below + kUnit, columns * 4);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+    zero_sums();
+    for (int64_t c = 0; c < columns; c += kUnit) {
+        float *upper = out + c, *lower = upper + kUnit * columns;
+        if (add) load_sums(upper, lower, columns * 4);
         for (int32_t x = 0; x < count; ++x) {
-            const Word* a = factors[x].a;
             const Word* b = factors[x].b + c / kUnit * parts * kTile;
-            add_products<parts, parts>(a, a + distance, b, b + parts * kTile);
+            add_upper_product<parts, parts>(factors[x].a, b);
+            add_lower_product<parts, parts>(factors[x].a + distance, b);
         }
-        _tile_stored(0, above, columns * 4);
-        _tile_stored(1, above + kUnit, columns * 4);
-        _tile_stored(2, below, columns * 4);
-        _tile_stored(3, below + kUnit, columns * 4);
+        store_upper_sum(upper, columns * 4);
+        store_lower_sum(lower, columns * 4);
     }
 }
 

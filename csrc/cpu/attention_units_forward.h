@@ -12,7 +12,7 @@ namespace DALLE_FAST_ISA {
 namespace {
 
 // Groups of a chunk. In bfloat16 all that a chunk takes stays in the first-level cache.
-constexpr int groups_at_once(int parts) { return parts == 1 ? 5 : 12; }
+constexpr int groups_at_once(int parts) { return parts == 1 ? 5 : 8; }
 constexpr int kGroupsAwake = 4;  // whose exponentials take less time than the unit needs to fall asleep
 
 // Of results in bfloat16: whether all are finite. Asked of what is stored, it takes two instructions for 32.
@@ -150,7 +150,7 @@ struct UnitForward : UnitHead<T> {
     void make_scores(const ActiveGroup* some, int32_t count) {
         Factors factors[kAtOnce];
         for (int32_t x = 0; x < count; ++x) factors[x] = {query, some[x].keys};
-        chunk_products<kParts, Side::a>(factors, count, Dp, kQueryScores, scores);
+        chunk_products<kParts>(factors, count, Dp, kQueryScores, scores);
         for (int64_t i = 0; !(a.scale > 0) && i < int64_t(count) * 2 * kQueryScores; i += VW)  // rare, as in the other kernels
             store(scores + i, load(scores + i) * (a.scale * LOG2E));
     }

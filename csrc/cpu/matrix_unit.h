@@ -1,5 +1,10 @@
 // Intel's matrix unit (AMX): 8 registers of 16 rows of 64 bytes, and their products of bfloat16 summed in float32.
 //
+// Kernels use four of them, two sums and two factors, and leave the others zero as a configuration does. Beside a busy thread
+// of the same core an instruction that writes a register waits for one to write to, and those that are zero take none
+// (measured on Sapphire Rapids, see benchmarks/NOTES.md): with four in use products take half as long there as with eight,
+// though more factors are loaded twice, and elsewhere as long.
+//
 // Everything has internal linkage: each instruction set must keep its own copy.
 #pragma once
 
@@ -24,6 +29,24 @@ DF_NOINLINE void begin_tiles() {
 }
 
 DF_NOINLINE void end_tiles() { _tile_release(); }
+
+// Sums are in the registers 0 and 1, and `stride` bytes lie between their rows in memory. Stored, they are zero.
+DF_INLINE void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+}
+DF_INLINE void load_sums(const float* upper, const float* lower, int64_t stride) {
+    _tile_loadd(0, upper, stride);
+    _tile_loadd(1, lower, stride);
+}
+DF_INLINE void store_upper_sum(float* upper, int64_t stride) {
+    _tile_stored(0, upper, stride);
+    _tile_zero(0);
+}
+DF_INLINE void store_lower_sum(float* lower, int64_t stride) {
+    _tile_stored(1, lower, stride);
+    _tile_zero(1);
+}
 
 }  // namespace
 }  // namespace DALLE_FAST_ISA

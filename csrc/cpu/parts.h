@@ -24,39 +24,31 @@ constexpr int kTile = kUnit * kUnit;  // words of a register
 // Which parts of two numbers are multiplied: the small ones first, and so that most registers are used twice.
 constexpr int kProductsOfParts[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
 
-// Adds the product of a (32, 32) and b (32, 32) to the registers 0 to 3: its upper left, upper right, lower left and lower
-// right quarter. Each part of a half of a, 16 rows, and of b, 16 columns, is a register's words, and the next part's are
-// behind them. With `begins` the registers begin at 0, and what they had is stored at `upper` and `lower`, two registers each,
-// if these are not null: between the products, which then do not wait. What comes from b passes the first-level cache by, which
-// it is too large for.
-template <int parts_a, int parts_b>
-DF_INLINE void add_products(const Word* upper_a, const Word* lower_a, const Word* left_b, const Word* right_b,
-                            bool begins = false, float* upper = nullptr, float* lower = nullptr) {
-    int loaded_a = -1, loaded_b = -1;
+template <int parts_a, int parts_b, bool lower>
+DF_INLINE void add_product(const Word* a, const Word* b) {
+    int loaded_a = -1, loaded_b = lower && parts_b == 1 ? 0 : -1;
 #pragma GCC unroll 8
     for (const auto& product : kProductsOfParts) {
         if (product[0] >= parts_a || product[1] >= parts_b) continue;
-        const bool load_a = product[0] != loaded_a, load_b = product[1] != loaded_b;
+        if (product[1] != loaded_b && parts_b == 1) _tile_stream_loadd(3, b, kUnit * 4);  // past the first-level cache
+        else if (product[1] != loaded_b) _tile_loadd(3, b + product[1] * kTile, kUnit * 4);
+        if (product[0] != loaded_a) _tile_loadd(2, a + product[0] * kTile, kUnit * 4);
         loaded_a = product[0];
         loaded_b = product[1];
-        if (load_a) _tile_loadd(4, upper_a + loaded_a * kTile, kUnit * 4);
-        if (load_b) _tile_stream_loadd(6, left_b + loaded_b * kTile, kUnit * 4);
-        if (begins && upper) _tile_stored(0, upper, kUnit * 4);
-        if (begins) _tile_zero(0);
-        _tile_dpbf16ps(0, 4, 6);
-        if (load_b) _tile_stream_loadd(7, right_b + loaded_b * kTile, kUnit * 4);
-        if (begins && upper) _tile_stored(1, upper + kTile, kUnit * 4);
-        if (begins) _tile_zero(1);
-        _tile_dpbf16ps(1, 4, 7);
-        if (load_a) _tile_loadd(5, lower_a + loaded_a * kTile, kUnit * 4);
-        if (begins && upper) _tile_stored(2, lower, kUnit * 4);
-        if (begins) _tile_zero(2);
-        _tile_dpbf16ps(2, 5, 6);
-        if (begins && upper) _tile_stored(3, lower + kTile, kUnit * 4);
-        if (begins) _tile_zero(3);
-        _tile_dpbf16ps(3, 5, 7);
-        begins = false;
+        if (lower) _tile_dpbf16ps(1, 2, 3);
+        else _tile_dpbf16ps(0, 2, 3);
     }
+}
+
+// Adds the product of a (16, 32) and b (32, 16) to the upper sum; and then that of 16 other rows and the same b to the lower
+// one. A part is a register's words, and the next part's are behind them.
+template <int parts_a, int parts_b>
+DF_INLINE void add_upper_product(const Word* a, const Word* b) {
+    add_product<parts_a, parts_b, false>(a, b);
+}
+template <int parts_a, int parts_b>
+DF_INLINE void add_lower_product(const Word* a, const Word* b) {
+    add_product<parts_a, parts_b, true>(a, b);
 }
 
 // Parts of a number, each in the upper half of a word.

@@ -16,6 +16,7 @@ namespace {
 constexpr int kUnitRows = 2 * kUnit;   // of a tile
 constexpr int kUnitDepth = 2 * kUnit;  // that a register spans
 constexpr int64_t kDepthOfBFloat16 = 1024, kDepthOfParts = 512;  // at once
+constexpr int64_t kDepthsNear = 12;  // registers of two panels of a: 24 KB
 static_assert(kDepthOfBFloat16 / 2 <= kMaxWords && 3 * kDepthOfParts / 2 <= kMaxWords, "there is memory for them");
 static_assert(PANELS == 2 && kPanel == kUnit, "as many panels as registers of b");
 
@@ -109,26 +110,28 @@ DF_NOINLINE void pack_b_pairs(const Operand& x, int64_t lane, int64_t d, int64_t
 
 template <int parts_a, int parts_b>
 DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float* out, int64_t stride, bool add) {
-    const Word* second_b = b + words * kPanel;
-    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t w = 0; w < words; w += parts_b * kUnit) {
-        add_products<parts_a, parts_b>(a, a + parts_a * kTile, b, second_b);
-        a += parts_a * 2 * kTile;
-        b += parts_b * kTile;
-        second_b += parts_b * kTile;
-    }
     // Added to what is there at last: a long sum rounds more often than eager's.
     float sums[kUnitRows * TILE_COLUMNS];
     float* to = add ? sums : out;
     const int64_t row = add ? TILE_COLUMNS : stride;
-    _tile_stored(0, to, row * 4);
-    _tile_stored(1, to + kUnit, row * 4);
-    _tile_stored(2, to + kUnit * row, row * 4);
-    _tile_stored(3, to + kUnit * row + kUnit, row * 4);
+    __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
+    zero_sums();
+    // As much of the depth at once as both panels find a's words near.
+    const int64_t depths = words / (parts_b * kUnit);
+    for (int64_t begin = 0; begin == 0 || begin < depths; begin += kDepthsNear / parts_a) {
+        const int64_t end = std::min(depths, begin + kDepthsNear / parts_a);
+        for (int64_t c = 0; c < PANELS; ++c) {
+            float *upper = to + c * kUnit, *lower = upper + kUnit * row;
+            if (begin > 0) load_sums(upper, lower, row * 4);
+            for (int64_t d = begin; d < end; ++d) {
+                const Word *rows = a + d * parts_a * 2 * kTile, *columns = b + c * words * kPanel + d * parts_b * kTile;
+                add_upper_product<parts_a, parts_b>(rows, columns);
+                add_lower_product<parts_a, parts_b>(rows + parts_a * kTile, columns);
+            }
+            store_upper_sum(upper, row * 4);
+            store_lower_sum(lower, row * 4);
+        }
+    }
     if (!add) return;
     for (int r = 0; r < kUnitRows; ++r)
         for (int v = 0; v < TILE_COLUMNS; v += VW) {
