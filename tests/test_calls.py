@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_fast.masks import row_mask
 from dalle_fast.nn.functional import sparse_attention
+from dalle_fast.ops.attention import cpu
 from dalle_fast.ops.calls import is_plain
 
 MASK = row_mask(5, (3, 7))
@@ -147,3 +148,91 @@ def test_ordinary_calls_are_plain(qkv, monkeypatch):
     with torch.inference_mode():
         sparse_attention(*qkv, MASK)
     assert asked == [True, True]
+
+
+# -- the shortest way of attention on a CPU ----------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _at_once(qkv, mask=MASK):
+    return cpu.forward_at_once(*qkv, mask)
+
+
+def _at_length(qkv, mask=MASK):
+    """The longer way: the shortest is for those who name no scale."""
+    return sparse_attention(*qkv, mask, scale=qkv[0].shape[-1] ** -0.5)
+
+
+@pytest.fixture
+def exchange():
+    if cpu._EXCHANGE is None:
+        pytest.skip(f"torch {torch.__version__} has no __dlpack_c_exchange_api__: every call goes the longer way")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda x: x,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.repeat_interleave(2, 1)[:, 1::2],
+        lambda x: x[:1, :1].expand(x.shape),
+        lambda x: x[:0],
+    ],
+    ids=["contiguous", "by token", "by element", "every other head", "expanded", "none"],
+)
+def test_shortest_way_gives_what_the_longer_one_gives(exchange, make, dtype, laid_out):
+    qkv = [laid_out(x) for x in make((B, H, S, D), dtype, "cpu", count=3)]
+    out = _at_once(qkv)
+    assert torch.equal(out, _at_length(qkv)) and torch.equal(out, sparse_attention(*qkv, MASK))
+    assert out.is_contiguous() and out.dtype == dtype and not out.requires_grad
+    assert all(out.data_ptr() != x.data_ptr() for x in qkv) or not out.numel()
+
+
+def test_shortest_way_scales_alike_for_every_head_size(exchange, make):
+    for head_size in range(1, cpu.MAX_HEAD_DIM + 1):
+        qkv = make((1, 1, S, head_size), torch.float32, "cpu", count=3)
+        assert torch.equal(_at_once(qkv), _at_length(qkv)), head_size
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.double(),
+        lambda x: x.long(),
+        lambda x: x[0],
+        lambda x: x[:, :, :-1],
+        lambda x: x[..., :-1],
+        lambda x: x[:, :1],
+        lambda x: x.bfloat16(),
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+    ],
+    ids=["double", "integers", "three dimensions", "prefix", "head size", "heads", "dtype", "device", "sparse"],
+)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,)])
+def test_shortest_way_leaves_other_calls_to_the_longer_one(exchange, qkv, other, which):
+    assert _at_once(qkv) is not None
+    assert _at_once([other(x) if i in which else x for i, x in enumerate(qkv)]) is None
+
+
+@pytest.mark.parametrize("other", [torch.Tensor.double, lambda x: x[0], lambda x: x[:, :, :-1]])
+def test_shortest_way_leaves_these_of_all_three_to_the_longer_one(exchange, qkv, other):
+    assert _at_once([other(x) for x in qkv]) is None
+
+
+def test_ordinary_calls_go_the_shortest_way(exchange, qkv, monkeypatch):
+    went, forward_at_once = [], cpu.forward_at_once
+    monkeypatch.setattr(cpu, "forward_at_once", lambda *args: went.append(forward_at_once(*args)) or went[-1])
+    for impl in ("auto", "cpu"):
+        assert sparse_attention(*qkv, MASK, impl=impl) is went[-1] is not None
+    assert len(went) == 2
+    sparse_attention(*qkv, MASK, impl="reference")
+    sparse_attention(*qkv, MASK, return_lse=True)
+    sparse_attention(*qkv, MASK, text_lengths=torch.full((B,), 2))
+    with torch.autocast("cpu"):
+        sparse_attention(*qkv, MASK)
+    sparse_attention(qkv[0].requires_grad_(), *qkv[1:], MASK)
+    assert len(went) == 2

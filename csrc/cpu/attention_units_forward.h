@@ -159,8 +159,11 @@ struct UnitForward : UnitHead<T> {
     //
     // In bfloat16 the shift is the first group's if all queries see all of it, else the first chunk's, which is nearly always
     // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is set again for each
-    // chunk.
-    void attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
+    // chunk. Returns false if there are scores that take `any`.
+    template <bool any>
+    bool attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
+        Conversions conversions;
+        softmax[0] = softmax[1] = RunningSoftmax();
         for (int which = 0; which < 2; ++which) softmax[which].seeing = queries_seeing(Chunk{groups, count, which, nullptr});
         Vec totals[2][kUnit] = {};  // of bfloat16 probabilities, for each query: the lanes' sum
         const int32_t num_chunks = (count + kAtOnce - 1) / kAtOnce;
@@ -179,6 +182,7 @@ struct UnitForward : UnitHead<T> {
                     store(factors + which * kUnit, factor);
                 }
                 if (x > 0) rescale(factors, totals);
+                if (!any) conversions.begin();  // behind the maxima, which ask for what is no number
             }
             for (int which = 0; which < 2; ++which) {
                 const auto ahead = [&](int32_t y) {
@@ -188,7 +192,7 @@ struct UnitForward : UnitHead<T> {
                 const Vec shift = softmax[which].shift;
                 if constexpr (kParts == 1) {
                     if (a.exact_lse) softmax[which].exact += chunk_sums(chunks[which], scale, shift);
-                    chunk_of_bfloat16(chunks[which], scale, shift, totals[which], ahead);
+                    chunk_of_bfloat16<any>(chunks[which], scale, shift, totals[which], ahead);
                 } else {
                     softmax[which].total += chunk_probabilities<kParts>(chunks[which], scale, shift, ahead);
                 }
@@ -200,6 +204,7 @@ struct UnitForward : UnitHead<T> {
             sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0);
         }
         for (int which = 0; kParts == 1 && which < 2; ++which) softmax[which].total = join_lanes<Sum>(totals[which]);
+        return any || conversions.end();
     }
 
     void rescale(const float* factors, Vec (&totals)[2][kUnit]) {
@@ -216,12 +221,11 @@ struct UnitForward : UnitHead<T> {
         const int32_t count = activate_groups(unit);
         RunningSoftmax softmax[2];
         plan_prefetches(unit, count);
-        attend(unit, count, false, softmax);
+        if (!attend<(kParts > 1)>(unit, count, false, softmax)) attend<true>(unit, count, false, softmax);
         const bool finite = write(unit, ~0u, softmax);
         const uint32_t left = kParts == 1 ? out_of_range(softmax, finite) : 0;
         if (!left) return;
-        softmax[0] = softmax[1] = RunningSoftmax();
-        attend(unit, count, true, softmax);
+        attend<true>(unit, count, true, softmax);
         write(unit, left, softmax);
     }
 

@@ -123,6 +123,9 @@ DF_INLINE Vec chunk_probabilities(const Chunk& chunk, float scale, Vec shift, co
 // (0.39%), on average by nothing, and takes a third of the instructions. No steps are a probability of 0, those of NaN NaN.
 //
 // One instruction does the last two steps, and sets the sign: these are probabilities times -1.
+//
+// Steps that no 32-bit integer holds, and NaN, must be kept from becoming none, which takes an instruction of ten. So at
+// first it is left out, and whether there was such a score is what the processor's flag says (`Conversions`).
 constexpr float kStepsPerPower = 256, kStepsOfOne = 127 * kStepsPerPower;
 constexpr float kLargestSteps = 0xffff;  // which are NaN's
 constexpr Word kPairOfMinusOnes = 0xbf80bf80;
@@ -139,6 +142,23 @@ constexpr MantissaTable mantissa_table() {
     }
     return table;
 }
+
+// Whether all floats between begin and end could be converted, and no operation was invalid.
+class Conversions {
+public:
+    void begin() {
+        before_ = _mm_getcsr();
+        _mm_setcsr(before_ & ~_MM_EXCEPT_INVALID);
+    }
+    bool end() const {  // leaves the flag as it would be
+        const unsigned after = _mm_getcsr();
+        _mm_setcsr(after | (before_ & _MM_EXCEPT_INVALID));
+        return !(after & _MM_EXCEPT_INVALID);
+    }
+
+private:
+    unsigned before_ = 0;
+};
 
 // The sums of 16 queries' probabilities before they are rounded, for an exact lse.
 DF_NOINLINE Vec chunk_sums(const Chunk& chunk, float scale, Vec shift) {
@@ -158,8 +178,9 @@ DF_NOINLINE Vec chunk_sums(const Chunk& chunk, float scale, Vec shift) {
 }
 
 // Scores of 16 queries -> bfloat16(-exp2(scores * scale - shift)), where the scores were: pairs of neighbouring keys, in the
-// order of _mm512_packus_epi32. Their sums are those of `totals`' lanes. `ahead` is called for each group.
-template <class Ahead>
+// order of _mm512_packus_epi32. Their sums are those of `totals`' lanes. Of `any` scores, or of those that can be converted.
+// `ahead` is called for each group.
+template <bool any, class Ahead>
 DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, Vec (&totals)[kUnit], const Ahead& ahead) {
     alignas(64) static constexpr MantissaTable table = mantissa_table();
     const __m512i rest = _mm512_load_si512(&table), all = _mm512_set1_epi32(-1);
@@ -172,7 +193,8 @@ DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, V
     store(offset, kStepsOfOne + 0.5f - shift * kStepsPerPower);  // halves of steps are rounded up as often as down
     const auto steps_of = [&](const float* s, __mmask16 seen, float at) DF_INLINE_LAMBDA {
         const __m512 x = _mm512_fmadd_ps((__m512)load(s), steps_per_score, _mm512_set1_ps(at));
-        return _mm512_maskz_cvtps_epi32(seen, _mm512_min_ps(x, largest));  // of NaN and a number the minimum is the number
+        // Of NaN and a number the minimum is the number.
+        return _mm512_maskz_cvtps_epi32(seen, any ? _mm512_min_ps(x, largest) : x);
     };
     for (int32_t x = 0; x < chunk.count; ++x) {
         float* s = chunk.scores_of<1>(x);
