@@ -53,16 +53,21 @@ DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 2, 3); }
 // columns.
 struct Factors { const Word *a, *b; };
 
+// What is called between products, for what they leave idle.
+constexpr auto kNothing = [] {};
+
 // For each of the factors a (Dp / 32, 2, part, 16, 16) @ b (2, Dp / 32, part, 16, 16) -> out (factors, 2, 2, 16, 16), with
 // `distance` floats between the upper and the lower rows. Sums are stored when the next ones need their registers: so the
-// products do not wait.
-template <int parts>
-DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out) {
+// products do not wait. `ahead` is called for each of the factors.
+template <int parts, class Ahead>
+DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out,
+                                const Ahead& ahead) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     float* previous = nullptr;
     zero_sums();
     for (int32_t x = 0; x < count; ++x) {
         const Word* b = factors[x].b;
+        ahead();
         for (int half = 0; half < 2; ++half) {
             const Word* a = factors[x].a;
             for (int64_t d = 0; d < Dp; d += kDepth) {
@@ -83,14 +88,15 @@ DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t D
 }
 
 // out (32, columns) = or += the sum of the factors' products a (2, part, 16, 16) @ b (columns / 16, part, 16, 16), with
-// `distance` words between a's upper and lower rows.
-template <int parts>
+// `distance` words between a's upper and lower rows. `ahead` is called for each 16 columns.
+template <int parts, class Ahead>
 DF_NOINLINE void sum_products(const Factors* factors, int32_t count, int64_t columns, int64_t distance, float* out,
-                              bool add) {
+                              bool add, const Ahead& ahead) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     zero_sums();
     for (int64_t c = 0; c < columns; c += kUnit) {
         float *upper = out + c, *lower = upper + kUnit * columns;
+        ahead();
         if (add) load_sums(upper, lower, columns * 4);
         for (int32_t x = 0; x < count; ++x) {
             const Word* b = factors[x].b + c / kUnit * parts * kTile;

@@ -250,8 +250,8 @@ struct UnitBackward : UnitHead<T> {
             of[x] = {groups[x].slot->keys, query};
             of[count + x] = {groups[x].slot->values, grad_out};
         }
-        chunk_products<kParts>(of, count, Dp, 2 * kTile, products);
-        chunk_products<kParts>(of + count, count, Dp, 2 * kTile, products + int64_t(count) * 4 * kTile);
+        chunk_products<kParts>(of, count, Dp, 2 * kTile, products, kNothing);
+        chunk_products<kParts>(of + count, count, Dp, 2 * kTile, products + int64_t(count) * 4 * kTile, kNothing);
         for (int32_t x = 0; x < count; ++x) {
             Active& group = groups[x];
             group.probabilities = factors + int64_t(x) * 6 * kParts * kTile;
@@ -266,17 +266,19 @@ struct UnitBackward : UnitHead<T> {
         for (int64_t d = 0; t.for_query && d < Dp; d += kDepth) {
             for (int32_t x = 0; x < count; ++x)
                 of[x] = {groups[x].slot->sum_keys + d / kUnit * kParts * kTile, groups[x].gradients_of_pairs};
-            sum_products<kParts>(of, count, kUnitQueries, kParts * kTile, grad_query + d * kUnitQueries, add);
+            sum_products<kParts>(of, count, kUnitQueries, kParts * kTile, grad_query + d * kUnitQueries, add, kNothing);
         }
         if (!t.for_key) return;
         // Of all groups dV, then dK: so the unit's rows stay near.
         for (int32_t x = 0; x < count; ++x) {
             of[0] = {groups[x].probabilities, sum_grad_out};
-            sum_products<kParts>(of, 1, Dp, kParts * kTile, groups[x].slot->grad_value, groups[x].slot->units > 0);
+            sum_products<kParts>(of, 1, Dp, kParts * kTile, groups[x].slot->grad_value, groups[x].slot->units > 0,
+                                 kNothing);
         }
         for (int32_t x = 0; x < count; ++x) {
             of[0] = {groups[x].gradients, sum_query};
-            sum_products<kParts>(of, 1, Dp, kParts * kTile, groups[x].slot->grad_key, groups[x].slot->units > 0);
+            sum_products<kParts>(of, 1, Dp, kParts * kTile, groups[x].slot->grad_key, groups[x].slot->units > 0,
+                                 kNothing);
         }
         for (int32_t x = 0; x < count; ++x)
             if (++groups[x].slot->units == kUnitsPerSum) add_to_totals(*groups[x].slot);

@@ -120,15 +120,23 @@ struct UnitForward : UnitHead<T> {
         return count;
     }
 
-    // What the next unit reads and writes is fetched a few rows at a time, beside the `count` groups of this one, for each half
-    // of its queries. Behind the last unit comes the first one of the next task.
+    static int32_t num_chunks(int32_t count) { return (count + kAtOnce - 1) / kAtOnce; }
+
+    // What the next unit reads and writes is fetched a few rows at a time: beside the exponentials of the `count` groups of
+    // this one, for each half of its queries, and in bfloat16, where they take less time, among the products too. How much
+    // memory can be waited for at once is limited. Behind the last unit comes the first one of the next task.
     void plan_prefetches(int32_t unit, int32_t count) {
         const bool is_last = layout.unit_block[unit + 1] >= t.block_end;
         const int32_t block = is_last ? t.next_block : layout.unit_block[unit + 1];
         fetch.head = is_last ? &next : &here;
         fetch.query = block * kBlock;
         fetch.end = is_last && t.next_head < 0 ? 0 : std::min(fetch.query + kUnitQueries, layout.num_blocks * kBlock);
-        fetch.rows = count > 0 ? (kUnit + count - 1) / count : 0;
+        const int64_t among_products = kParts == 1 ? count + Dp / kUnit * num_chunks(count) : 0;
+        const int64_t times = 2 * count + among_products;
+        fetch.rows = times > 0 ? int32_t((kUnitQueries + times - 1) / times) : 0;
+    }
+    void prefetch_among_products() {
+        if (kParts == 1) prefetch_some();
     }
     void prefetch_some() {
         const int32_t begin = fetch.query, end = std::min(begin + fetch.rows, fetch.end);
@@ -150,7 +158,7 @@ struct UnitForward : UnitHead<T> {
     void make_scores(const ActiveGroup* some, int32_t count) {
         Factors factors[kAtOnce];
         for (int32_t x = 0; x < count; ++x) factors[x] = {query, some[x].keys};
-        chunk_products<kParts>(factors, count, Dp, kQueryScores, scores);
+        chunk_products<kParts>(factors, count, Dp, kQueryScores, scores, [&] { prefetch_among_products(); });
         for (int64_t i = 0; !(a.scale > 0) && i < int64_t(count) * 2 * kQueryScores; i += VW)  // rare, as in the other kernels
             store(scores + i, load(scores + i) * (a.scale * LOG2E));
     }
@@ -166,8 +174,7 @@ struct UnitForward : UnitHead<T> {
         softmax[0] = softmax[1] = RunningSoftmax();
         for (int which = 0; which < 2; ++which) softmax[which].seeing = queries_seeing(Chunk{groups, count, which, nullptr});
         Vec totals[2][kUnit] = {};  // of bfloat16 probabilities, for each query: the lanes' sum
-        const int32_t num_chunks = (count + kAtOnce - 1) / kAtOnce;
-        const int32_t most = count > 0 ? (count + num_chunks - 1) / num_chunks : 1;  // of a chunk: all are nearly as large
+        const int32_t most = count > 0 ? (count - 1) / num_chunks(count) + 1 : 1;  // of a chunk: all are nearly as large
         for (int32_t x = 0; x == 0 || x < count; x += most) {
             const int32_t some = std::min(count - x, most);
             const Chunk chunks[2] = {{groups + x, some, 0, scores}, {groups + x, some, 1, scores + kQueryScores}};
@@ -201,7 +208,8 @@ struct UnitForward : UnitHead<T> {
             Factors factors[kAtOnce];
             for (int32_t y = 0; y < some; ++y)
                 factors[y] = {reinterpret_cast<const Word*>(scores) + y * 2 * kQueryScores, groups[x + y].values};
-            sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0);
+            sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0,
+                                 [&] { prefetch_among_products(); });
         }
         for (int which = 0; kParts == 1 && which < 2; ++which) softmax[which].total = join_lanes<Sum>(totals[which]);
         return any || conversions.end();
