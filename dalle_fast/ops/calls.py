@@ -27,7 +27,11 @@ def autocast_dtype(tensor):
 
 def needs_grad(tensors) -> bool:
     """Whether gradients are on and one of the tensors, or Nones, wants one."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # not any(): a generator costs more than all it asks
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _keys(*names) -> int:
@@ -54,10 +58,14 @@ def is_plain(tensors) -> bool:
     """
     if torch.compiler.is_dynamo_compiling():  # a constant for Dynamo, as what follows is not
         return False
-    return (
-        not profiler._is_profiler_enabled
-        and forward_ad._current_level < 0
-        and _C._dispatch_tls_local_include_set().raw_repr() in _OF_THREADS
-        and not has_torch_function(tensors)
-        and all(_C._dispatch_keys(x).raw_repr() in _OF_TENSORS for x in tensors)
-    )
+    if (
+        profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+        or _C._dispatch_tls_local_include_set().raw_repr() not in _OF_THREADS
+        or has_torch_function(tensors)
+    ):
+        return False
+    for x in tensors:
+        if _C._dispatch_keys(x).raw_repr() not in _OF_TENSORS:
+            return False
+    return True
