@@ -1,8 +1,9 @@
-// The attention kernels as Python sees them: addresses and strides in, nothing out.
+// The attention kernels as Python sees them: addresses and strides in, nothing out. Plain calls hand over their tensors.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
