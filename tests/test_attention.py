@@ -397,3 +397,18 @@ def test_every_instruction_set(run_with_instruction_set):
     files = ("test_attention.py", "test_attention_grad.py", "test_decode.py")
     select = "instruction_set_is or (cpu and (every_mask or head_size or every_stride or long_texts))"
     run_with_instruction_set(*files, select=select)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_beyond_any_integer(dtype):
+    """Of some queries alone: they choose their largest score, and their neighbours' results are what they are without."""
+    torch.manual_seed(0)
+    mask = row_mask(40, (6, 32))
+    query, key, value = torch.randn(3, 1, 2, mask.seq_len, 64).to(dtype)
+    large = query.clone()
+    large[:, :, ::5] *= 1e8  # about 1e8 powers of 2
+    out = sparse_attention(large, key, value, mask)
+    expected = sparse_attention(large.double(), key.double(), value.double(), mask, impl="reference")
+    torch.testing.assert_close(out[:, :, ::5].double(), expected[:, :, ::5], atol=0.02, rtol=0.02)
+    others = torch.arange(mask.seq_len) % 5 > 0
+    assert torch.equal(out[:, :, others], sparse_attention(query, key, value, mask)[:, :, others])

@@ -1,9 +1,9 @@
 // Intel's matrix unit (AMX): 8 registers of 16 rows of 64 bytes, and their products of bfloat16 summed in float32.
 //
 // Kernels use four of them, two sums and two factors, and leave the others zero as a configuration does. Beside a busy thread
-// of the same core an instruction that writes a register waits for one to write to, and those that are zero take none
-// (measured on Sapphire Rapids, see benchmarks/NOTES.md): with four in use products take half as long there as with eight,
-// though more factors are loaded twice, and elsewhere as long.
+// of the same core it is as if an instruction that writes a register waited for a free one, and those that are zero took none:
+// with four in use products take half as long there as with eight, though more factors are loaded twice, and elsewhere as
+// long (measured on Sapphire Rapids, see benchmarks/NOTES.md).
 //
 // Everything has internal linkage: each instruction set must keep its own copy.
 #pragma once

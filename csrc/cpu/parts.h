@@ -24,6 +24,7 @@ constexpr int kTile = kUnit * kUnit;  // words of a register
 // Which parts of two numbers are multiplied: the small ones first, and so that most registers are used twice.
 constexpr int kProductsOfParts[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
 
+// For the two below.
 template <int parts_a, int parts_b, bool lower>
 DF_INLINE void add_product(const Word* a, const Word* b) {
     int loaded_a = -1, loaded_b = lower && parts_b == 1 ? 0 : -1;
