@@ -348,15 +348,17 @@ def test_text_is_not_touched_by_the_image(make, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 2)], ids=str)
 def test_same_bits_however_a_head_is_cut(make, threads, shape, dtype):
-    """Into parts where threads are more than heads, and of several heads the last ones."""
+    """Threads without a head of their own take over half of what another has left, which depends on their speed."""
     for mask in (row_mask(150, (4, 40)), column_mask(70, (9, 35)), conv_mask(130, (12, 20), 7)):
-        q, k, v = make((*shape, mask.seq_len, 24), dtype)
+        q, k, v = make((*shape, mask.seq_len, 72), dtype)
         threads(1)
         whole = cpu_attention(q, k, v, mask, return_lse=True)
-        for count in (2, 3, 5):
+        for count in (2, 3, 5) * 4:
             threads(count)
             again = cpu_attention(q, k, v, mask, return_lse=True)
             assert all(torch.equal(a, b) for a, b in zip(whole, again)), count
+            for x in again:
+                x.fill_(torch.nan)  # the next call may be given this memory: nothing it forgets is right
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,58 +2,99 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <vector>
 
 #include "parallel.h"
 
 namespace dalle_fast {
+
+// Blocks of a head that nobody has begun. Their thread takes them from the front.
+struct BlocksLeft {
+    void set(uint32_t begin, uint32_t end) { ends_ = pack(begin, end); }
+    int32_t count() const { return count(ends_); }
+    bool take(uint32_t begin, uint32_t end) {
+        uint64_t seen = ends_;
+        do {
+            if (begin >= seen >> 32) return false;
+        } while (!ends_.compare_exchange_weak(seen, pack(end, seen >> 32)));
+        return true;
+    }
+    // The rear half, for another thread. False where there are fewer than `fewest`.
+    bool halve(int32_t fewest, int32_t& begin, int32_t& end) {
+        uint64_t seen = ends_;
+        do {
+            if (count(seen) < fewest) return false;
+            end = int32_t(seen >> 32);
+            begin = end - count(seen) / 2;
+        } while (!ends_.compare_exchange_weak(seen, pack(uint32_t(seen), uint32_t(begin))));
+        return true;
+    }
+
+private:
+    static uint64_t pack(uint64_t begin, uint64_t end) { return begin | end << 32; }
+    static int32_t count(uint64_t ends) { return int32_t(ends >> 32) - int32_t(uint32_t(ends)); }
+
+    std::atomic<uint64_t> ends_{0};  // where they begin, and in the upper half where they end
+};
+
+bool take_blocks(const AttentionTask& task, int32_t begin, int32_t end) { return task.left->take(begin, end); }
+
 namespace {
 
 constexpr int64_t kSerialWork = 1 << 14;  // tiles x head size: some 20 microseconds of one core
+constexpr int32_t kWorthHalving = 16;     // blocks: whoever takes some over packs the text's keys anew
 
-using Kernel = void (*)(const AttentionArgs&, const AttentionTask&, char*);
+// Hands out heads and, when there are none left, half of what another thread has left of its head: however slow one is,
+// all end together. Blocks do not depend on each other, so neither do results on who made them.
+class ForwardTasks {
+public:
+    ForwardTasks(const AttentionArgs& a, int threads) : a_(a), shares_(size_t(threads)) {}
 
-// The tasks of each of the first heads, then those of each of the last ones.
-struct Tasks {
-    int64_t num_first, num_last;
-    std::vector<AttentionTask> of_first, of_last;
-
-    int64_t count() const { return num_first * int64_t(of_first.size()) + num_last * int64_t(of_last.size()); }
-    AttentionTask at(int64_t x, int64_t H) const {
-        const int64_t behind_first = x - num_first * int64_t(of_first.size());
-        const bool is_last = behind_first >= 0;
-        const std::vector<AttentionTask>& tasks = is_last ? of_last : of_first;
-        const int64_t y = is_last ? behind_first : x, parts = int64_t(tasks.size());
-        const int64_t head = y / parts + (is_last ? num_first : 0);
-        AttentionTask task = tasks[size_t(y % parts)];
-        task.batch = head / H;
-        task.head = head % H;
-        return task;
-    }
-};
-
-void run(Kernel kernel, const AttentionArgs& a, const Tasks& tasks, size_t scratch_bytes, int threads) {
-    const int64_t count = tasks.count();
-    if (count == 0 || a.layout.seq_len == 0) return;
-    for_each(count, threads, scratch_bytes, [&](int64_t x, void* scratch) {
-        AttentionTask task = tasks.at(x, a.H);
-        if (x + threads < count) {
-            const AttentionTask next = tasks.at(x + threads, a.H);
-            task.next_batch = next.batch;
-            task.next_head = next.head;
-            task.next_block = next.block_begin;
+    // What a thread does next. False where nothing is worth it.
+    bool next(int thread, AttentionTask& task) {
+        const std::lock_guard<std::mutex> lock(mutex_);  // so that a share's head is that of its blocks
+        Share& mine = shares_[size_t(thread)];
+        const int64_t heads = a_.B * a_.H, next = next_ + int64_t(shares_.size());
+        int32_t begin = 0, end = a_.layout.num_blocks;
+        task = AttentionTask{};
+        if (next_ < heads) {
+            mine.head = next_++;
+            task.next_batch = next / a_.H;
+            task.next_head = next < heads ? next % a_.H : -1;
+        } else {
+            Share& largest = *std::max_element(shares_.begin(), shares_.end(), [](const Share& x, const Share& y) {
+                return x.left.count() < y.left.count();
+            });
+            if (!largest.left.halve(kWorthHalving, begin, end)) return false;
+            mine.head = largest.head;
         }
-        kernel(a, task, static_cast<char*>(scratch));
-    });
-}
+        mine.left.set(uint32_t(begin), uint32_t(end));
+        task.batch = mine.head / a_.H;
+        task.head = mine.head % a_.H;
+        task.block_begin = begin;
+        task.block_end = a_.layout.num_blocks;
+        task.left = &mine.left;
+        return true;
+    }
+
+private:
+    struct alignas(64) Share {  // a thread's
+        BlocksLeft left;
+        int64_t head = 0;
+    };
+
+    const AttentionArgs& a_;
+    std::mutex mutex_;
+    std::vector<Share> shares_;
+    int64_t next_ = 0;  // the next head
+};
 
 // Waking threads costs more than a few tiles do.
 int threads_for(const AttentionArgs& a, int threads) {
     return a.B * a.H * a.layout.num_tiles * a.D < kSerialWork ? 1 : threads;
 }
-
-// Into how many parts to cut each of fewer heads than threads, so that all have enough to share.
-int32_t parts_of_few(int64_t heads, int threads) { return heads == 0 ? 0 : int32_t((2 * threads + heads - 1) / heads); }
 
 void append_parts(std::vector<AttentionTask>& tasks, AttentionTask whole, int32_t AttentionTask::*begin,
                   int32_t AttentionTask::*end, int32_t parts) {
@@ -69,31 +110,38 @@ void append_parts(std::vector<AttentionTask>& tasks, AttentionTask whole, int32_
 }  // namespace
 
 void attention_forward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
-    threads = threads_for(a, threads);
-    const AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, false, false};
-    // The heads that are left when all threads have had as many are cut. No others: each part packs the text's keys anew.
-    const int64_t heads = a.B * a.H, left = heads % threads;
-    Tasks tasks{heads - left, left, {whole}, {}};
-    append_parts(tasks.of_last, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts_of_few(left, threads));
-    run(kernels.forward, a, tasks, kernels.forward_scratch(a), threads);
+    if (a.B * a.H == 0 || a.layout.seq_len == 0) return;
+    const int64_t most = a.B * a.H * std::max(1, 2 * a.layout.num_blocks / kWorthHalving);
+    threads = int(std::min<int64_t>(threads_for(a, threads), most));
+    ForwardTasks tasks(a, threads);
+    on_threads(threads, kernels.forward_scratch(a), [&](int thread, char* scratch) {
+        for (AttentionTask task; tasks.next(thread, task);) kernels.forward(a, task, scratch);
+    });
 }
 
 void attention_backward(const AttentionKernels& kernels, const AttentionArgs& a, int threads) {
     threads = threads_for(a, threads);
     AttentionTask whole{0, 0, 0, a.layout.num_blocks, 0, a.layout.num_panels, true, true};
     const int64_t heads = a.B * a.H;
-    const int32_t parts = parts_of_few(heads, threads);
-    Tasks tasks{heads, 0, {}, {}};
+    if (heads == 0 || a.layout.seq_len == 0) return;
+    std::vector<AttentionTask> parts_of_head;
     if (heads >= threads) {
-        tasks.of_first.push_back(whole);
+        parts_of_head.push_back(whole);
     } else {  // Each gradient is made by one task alone, at the price of computing the scores twice.
+        const int32_t parts = int32_t((2 * threads + heads - 1) / heads);  // so that all have enough to share
         whole.for_query = false;
-        append_parts(tasks.of_first, whole, &AttentionTask::panel_begin, &AttentionTask::panel_end, 2 * parts);
+        append_parts(parts_of_head, whole, &AttentionTask::panel_begin, &AttentionTask::panel_end, 2 * parts);
         whole.for_query = true;
         whole.for_key = false;
-        append_parts(tasks.of_first, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts);
+        append_parts(parts_of_head, whole, &AttentionTask::block_begin, &AttentionTask::block_end, parts);
     }
-    run(kernels.backward, a, tasks, kernels.backward_scratch(a), threads);
+    const int64_t parts = int64_t(parts_of_head.size());
+    for_each(heads * parts, threads, kernels.backward_scratch(a), [&](int64_t x, char* scratch) {
+        AttentionTask task = parts_of_head[size_t(x % parts)];
+        task.batch = x / parts / a.H;
+        task.head = x / parts % a.H;
+        kernels.backward(a, task, scratch);
+    });
 }
 
 }  // namespace dalle_fast

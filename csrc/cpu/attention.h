@@ -72,14 +72,20 @@ struct AttentionArgs {
     Strided grad_out, grad_lse, grad_query, grad_key, grad_value;
 };
 
-// Part of one head's work. Forward: the blocks. Backward: the tiles where the blocks and the panels meet.
+struct BlocksLeft;  // see attention.cpp
+
+// Part of one head's work. Forward: the blocks from the first that are left. Backward: the tiles where the blocks and the
+// panels meet.
 struct AttentionTask {
     int64_t batch, head;
     int32_t block_begin, block_end, panel_begin, panel_end;
     bool for_query, for_key;  // backward: which gradients to make
-    int64_t next_batch = 0, next_head = -1;  // where the thread most likely goes on; -1 for nowhere
-    int32_t next_block = 0;                  // and with which block
+    BlocksLeft* left = nullptr;
+    int64_t next_batch = 0, next_head = -1;  // where the thread most likely goes on, with the first block; -1 for nowhere
 };
+
+// Takes some blocks of a forward task, if the first of them is still the task's: an idle thread may have taken it over.
+bool take_blocks(const AttentionTask&, int32_t begin, int32_t end);
 
 struct AttentionKernels {
     size_t (*forward_scratch)(const AttentionArgs&);   // bytes that one thread needs
@@ -94,7 +100,7 @@ namespace avx512 { extern const AttentionKernels attention_kernels; }
 namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }
 namespace avx512_amx { extern const AttentionKernels attention_kernels; }
 
-// Runs over heads and, where there are fewer heads than threads, over parts of them. Results do not depend on `threads`.
+// Run over heads and parts of them. Results do not depend on `threads`.
 void attention_forward(const AttentionKernels&, const AttentionArgs&, int threads);
 void attention_backward(const AttentionKernels&, const AttentionArgs&, int threads);
 

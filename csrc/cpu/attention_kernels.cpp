@@ -361,7 +361,7 @@ void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch)
     const int64_t text_length = a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel;
     for (int64_t slot = 0; slot < num_slots(layout); ++slot) s.packed[slot] = -1;
 
-    for (int32_t block = t.block_begin; block < t.block_end; ++block) {
+    for (int32_t block = t.block_begin; block < t.block_end && take_blocks(t, block, block + 1); ++block) {
         const int32_t* tokens = layout.query_token + block * kBlock;
         int32_t rows[kBlock], count = 0;
         for (int r = 0; r < kBlock; ++r) {

@@ -126,10 +126,9 @@ struct UnitForward : UnitHead<T> {
     // this one, for each half of its queries, and in bfloat16, where they take less time, among the products too. How much
     // memory can be waited for at once is limited. Behind the last unit comes the first one of the next task.
     void plan_prefetches(int32_t unit, int32_t count) {
-        const bool is_last = layout.unit_block[unit + 1] >= t.block_end;
-        const int32_t block = is_last ? t.next_block : layout.unit_block[unit + 1];
+        const bool is_last = unit + 1 == layout.num_units;
         fetch.head = is_last ? &next : &here;
-        fetch.query = block * kBlock;
+        fetch.query = is_last ? 0 : layout.unit_block[unit + 1] * kBlock;
         fetch.end = is_last && t.next_head < 0 ? 0 : std::min(fetch.query + kUnitQueries, layout.num_blocks * kBlock);
         const int64_t among_products = kParts == 1 ? count + Dp / kUnit * num_chunks(count) : 0;
         const int64_t times = 2 * count + among_products;
@@ -275,8 +274,9 @@ struct UnitForward : UnitHead<T> {
     void run() {
         for (int64_t slot = 0; slot < num_slots; ++slot) packed[slot] = -1;
         // Units are the same for every task, and so are the groups by which sums are taken.
-        for (int32_t unit = 0; unit < layout.num_units; ++unit)
-            if (layout.unit_block[unit] >= t.block_begin && layout.unit_block[unit] < t.block_end) run(unit);
+        int32_t unit = 0;
+        while (unit < layout.num_units && layout.unit_block[unit] < t.block_begin) ++unit;
+        for (; unit < layout.num_units && take_blocks(t, layout.unit_block[unit], layout.unit_block[unit + 1]); ++unit) run(unit);
     }
 };
 
