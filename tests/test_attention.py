@@ -147,6 +147,23 @@ def test_every_stride(server, make, name):
             assert torch.equal(out, same) and torch.equal(lse, same_lse)
 
 
+@pytest.mark.parametrize("mask", [row_mask(70, (5, 32)), column_mask(7, (4, 8)), column_mask(32, (32, 4))], ids=repr)
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_wherever_queries_lie(server, make, mask, D):
+    """Queries side by side and on cache lines, as AMX can load them; nearly so; and in an order that begins and ends alike."""
+    S, dtype = mask.seq_len, torch.bfloat16
+    q, k, v = make((2, 2, S, D), dtype, server.device)
+    out, lse = check(server, q, k, v, mask)
+    for stride, offset in ((D + 32, 0), (256, 32), (288, 0), (D, 1), (D, 16), (D + 2, 0), (1024, 0)):
+        memory = torch.full((4 * S * stride + offset,), torch.nan, dtype=dtype, device=server.device)
+        lying = memory[offset:].view(2, 2, S, stride)[..., :D].copy_(q)
+        again, again_lse = server(lying, k, v, mask, return_lse=True)
+        if server.device == "cpu":
+            assert torch.equal(again, out) and torch.equal(again_lse, lse), (stride, offset)
+        else:
+            check(server, lying, k, v, mask)
+
+
 @pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
 def test_causal_and_masked_bit_by_bit(server, make, mask):
     """Sample n has the key and value of token n changed: exactly the queries that see token n change, no other bit."""

@@ -53,14 +53,23 @@ DF_NOINLINE void keep_awake() { _tile_dpbf16ps(0, 2, 3); }
 // columns.
 struct Factors { const Word *a, *b; };
 
+// Where a's registers lie: the bytes between their rows, and the words from the upper 16 rows' register to the lower ones',
+// and to that of the next depth.
+template <int parts>
+struct PackedRows { static constexpr int64_t stride = kUnit * 4, lower = parts * kTile, next = 2 * parts * kTile; };
+struct RowsInPlace {
+    int64_t stride, lower;
+    static constexpr int64_t next = kUnit;
+};
+
 // What is called between products, for what they leave idle.
 constexpr auto kNothing = [] {};
 
 // For each of the factors a (Dp / 32, 2, part, 16, 16) @ b (2, Dp / 32, part, 16, 16) -> out (factors, 2, 2, 16, 16), with
 // `distance` floats between the upper and the lower rows. Sums are stored when the next ones need their registers: so the
 // products do not wait. `ahead` is called for each of the factors.
-template <int parts, class Ahead>
-DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t Dp, int64_t distance, float* out,
+template <int parts, class Rows, class Ahead>
+DF_NOINLINE void chunk_products(const Factors* factors, Rows rows, int32_t count, int64_t Dp, int64_t distance, float* out,
                                 const Ahead& ahead) {
     __asm__ volatile("" : : : "memory");  // what the registers are loaded from is written
     float* previous = nullptr;
@@ -73,10 +82,10 @@ DF_NOINLINE void chunk_products(const Factors* factors, int32_t count, int64_t D
             for (int64_t d = 0; d < Dp; d += kDepth) {
                 const bool store = d == 0 && previous;
                 if (store) store_upper_sum(previous, kUnit * 4);
-                add_upper_product<parts, parts>(a, b);
+                add_upper_product<parts, parts>(a, b, rows.stride);
                 if (store) store_lower_sum(previous + distance, kUnit * 4);
-                add_lower_product<parts, parts>(a + parts * kTile, b);
-                a += 2 * parts * kTile;
+                add_lower_product<parts, parts>(a + rows.lower, b, rows.stride);
+                a += rows.next;
                 b += parts * kTile;
             }
             previous = out + int64_t(x) * 2 * distance + half * kTile;

@@ -250,8 +250,9 @@ struct UnitBackward : UnitHead<T> {
             of[x] = {groups[x].slot->keys, query};
             of[count + x] = {groups[x].slot->values, grad_out};
         }
-        chunk_products<kParts>(of, count, Dp, 2 * kTile, products, kNothing);
-        chunk_products<kParts>(of + count, count, Dp, 2 * kTile, products + int64_t(count) * 4 * kTile, kNothing);
+        chunk_products<kParts>(of, PackedRows<kParts>(), count, Dp, 2 * kTile, products, kNothing);
+        float* of_grads = products + int64_t(count) * 4 * kTile;
+        chunk_products<kParts>(of + count, PackedRows<kParts>(), count, Dp, 2 * kTile, of_grads, kNothing);
         for (int32_t x = 0; x < count; ++x) {
             Active& group = groups[x];
             group.probabilities = factors + int64_t(x) * 6 * kParts * kTile;

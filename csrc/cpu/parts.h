@@ -26,14 +26,14 @@ constexpr int kProductsOfParts[][2] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {
 
 // For the two below.
 template <int parts_a, int parts_b, bool lower>
-DF_INLINE void add_product(const Word* a, const Word* b) {
+DF_INLINE void add_product(const Word* a, const Word* b, int64_t stride) {
     int loaded_a = -1, loaded_b = lower && parts_b == 1 ? 0 : -1;
 #pragma GCC unroll 8
     for (const auto& product : kProductsOfParts) {
         if (product[0] >= parts_a || product[1] >= parts_b) continue;
         if (product[1] != loaded_b && parts_b == 1) _tile_stream_loadd(3, b, kUnit * 4);  // past the first-level cache
         else if (product[1] != loaded_b) _tile_loadd(3, b + product[1] * kTile, kUnit * 4);
-        if (product[0] != loaded_a) _tile_loadd(2, a + product[0] * kTile, kUnit * 4);
+        if (product[0] != loaded_a) _tile_loadd(2, a + product[0] * kTile, stride);
         loaded_a = product[0];
         loaded_b = product[1];
         if (lower) _tile_dpbf16ps(1, 2, 3);
@@ -42,14 +42,14 @@ DF_INLINE void add_product(const Word* a, const Word* b) {
 }
 
 // Adds the product of a (16, 32) and b (32, 16) to the upper sum; and then that of 16 other rows and the same b to the lower
-// one. A part is a register's words, and the next part's are behind them.
+// one. A part is a register's words, and the next part's are behind them; `stride` bytes lie between a's rows.
 template <int parts_a, int parts_b>
-DF_INLINE void add_upper_product(const Word* a, const Word* b) {
-    add_product<parts_a, parts_b, false>(a, b);
+DF_INLINE void add_upper_product(const Word* a, const Word* b, int64_t stride = kUnit * 4) {
+    add_product<parts_a, parts_b, false>(a, b, stride);
 }
 template <int parts_a, int parts_b>
-DF_INLINE void add_lower_product(const Word* a, const Word* b) {
-    add_product<parts_a, parts_b, true>(a, b);
+DF_INLINE void add_lower_product(const Word* a, const Word* b, int64_t stride = kUnit * 4) {
+    add_product<parts_a, parts_b, true>(a, b, stride);
 }
 
 // Parts of a number, each in the upper half of a word.
