@@ -428,6 +428,7 @@ def test_scores_beyond_any_integer(dtype):
     large[:, :, ::5] *= 1e8  # about 1e8 powers of 2
     out = sparse_attention(large, key, value, mask)
     expected = sparse_attention(large.double(), key.double(), value.double(), mask, impl="reference")
-    torch.testing.assert_close(out[:, :, ::5].double(), expected[:, :, ::5], atol=0.02, rtol=0.02)
+    eps = torch.finfo(dtype).eps  # of one value, which is the result
+    torch.testing.assert_close(out[:, :, ::5].double(), expected[:, :, ::5], atol=2 * eps, rtol=2 * eps)
     others = torch.arange(mask.seq_len) % 5 > 0
     assert torch.equal(out[:, :, others], sparse_attention(query, key, value, mask)[:, :, others])
