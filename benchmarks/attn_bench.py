@@ -28,7 +28,7 @@ from dalle_fast.masks import CONV_EDGES, AttentionMask, causal_mask, column_mask
 
 NAME = "attention"
 DEFAULT_MASKS = ("row", "column", "conv:11")
-SECONDS, MIN_ROUNDS = 3.0, 7
+SECONDS, MIN_ROUNDS = 6.0, 7
 PEERS = ("SDPA causal", "SDPA mask", "FlexAttention", "eager")  # the order of the ratio columns
 ORACLE_PAIRS = 1 << 26  # (query, key) pairs computed in float64 at most; beyond it, only some heads are checked
 BLOCK_PAIRS = 1 << 25  # of these at once: all of a head up to 5,792 positions, 256 MiB in float64

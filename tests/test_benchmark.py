@@ -480,6 +480,18 @@ def take_memory(mebibytes):
     return harness.cpu_extra_bytes(lambda: call(mebibytes << 20))
 
 
+def test_processes_have_the_compiler_and_have_not_run_it(modules):
+    """A name that is no longer there would be left out in silence, and each process import it anew."""
+    harness, _ = modules
+    missing, threads = harness.isolated(what_a_process_has, {"one": (harness.PRELOADED,)}, workers=1)["one"]
+    assert missing == [] and threads == 1
+
+
+def what_a_process_has(names):
+    tasks = Path("/proc/self/task")
+    return [name for name in names if name not in sys.modules], len(list(tasks.iterdir())) if tasks.exists() else 1
+
+
 def test_a_process_that_dies_is_reported(modules):
     harness, _ = modules
     found = harness.isolated(die, {"killed": ("kill",), "raises": ("raise",), "fine": ("",)}, workers=2)
