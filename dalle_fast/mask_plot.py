@@ -6,8 +6,9 @@ pyplot's global state or needs a display; matplotlib is imported when a picture 
 
 from __future__ import annotations
 
-import operator
 import os
+
+from dalle_fast.masks import _integer
 
 __all__ = ["draw_matrix", "draw_query_view", "example_query", "new_figure", "plot_mask"]
 
@@ -33,11 +34,7 @@ def plot_mask(mask, path=None, *, max_size: int = 1024):
         ImportError: matplotlib is not installed.
         TypeError, ValueError: `max_size` is no integer or below 1; `path` is no path or its ending no known format.
     """
-    if isinstance(max_size, bool) or not hasattr(max_size, "__index__"):
-        raise TypeError(f"max_size must be an integer, got {max_size!r} of type {type(max_size).__name__}")
-    max_size = operator.index(max_size)
-    if max_size < 1:
-        raise ValueError(f"max_size must be at least 1, got {max_size}")
+    max_size = _integer("max_size", max_size, minimum=1)
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a path or None, got {path!r} of type {type(path).__name__}")
     figure = new_figure(10, 5.6)
@@ -113,9 +110,10 @@ def pooled_matrix(mask, max_size: int):
     S, T = mask.seq_len, mask.text_len
     step = max(1, -(-S // max_size))
     cells = -(-S // step)
-    keys = torch.arange(cells * step, dtype=torch.int32)  # those past S come after every query, so none is seen
+    # Keys past S come after every query, so none is seen.
+    keys = torch.arange(cells * step, dtype=torch.int32, device="cpu")
     kinds = torch.where(keys < T, TEXT, IMAGE).to(torch.uint8)
-    rows = [(mask.allows(torch.tensor(query, dtype=torch.int32), keys) * kinds) for query in range(0, S, step)]
+    rows = [mask.allows(query, keys) * kinds for query in range(0, S, step)]
     return torch.stack([row.view(cells, step).amax(dim=1) for row in rows]), step
 
 
@@ -126,9 +124,9 @@ def draw_query_view(axes, mask, query: tuple[int, int]) -> None:
     row, column = query
     H, W = mask.grid
     position = row * W + column
-    keys = torch.arange(mask.image_len)
+    keys = torch.arange(mask.image_len, device="cpu")
     # Later keys are no business of the rule's image part, so they go through the whole rule.
-    seen = mask.allows(torch.tensor(mask.text_len + position), mask.text_len + keys)
+    seen = mask.allows(mask.text_len + position, mask.text_len + keys)
     kinds = torch.where(seen, IMAGE, HIDDEN)
     kinds[position] = QUERY
     _show(axes, kinds.view(H, W))

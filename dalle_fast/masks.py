@@ -64,8 +64,7 @@ class AttentionMask:
     dilation: int = 1
 
     def __post_init__(self):
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        _choice("rule", self.rule, RULES)
         set_ = functools.partial(object.__setattr__, self)
         set_("text_len", _integer("text_len", self.text_len, minimum=0))
         set_("grid", _grid(self.grid))
@@ -80,6 +79,13 @@ class AttentionMask:
             )
         if self.seq_len >= 1 << 31:
             raise ValueError(f"text_len + rows * columns must be below 2**31, got {self.seq_len}")
+        # csrc/mask.h, and the rule on int32 positions, calculate in 32 bits: none of their terms is larger than this sum.
+        largest = self.seq_len + self.grid[1] + self.kernel_size * self.dilation
+        if self.rule.startswith("conv_") and largest >= 1 << 31:
+            raise ValueError(
+                "kernel_size * dilation + text_len + (rows + 1) * columns must be below 2**31, "
+                f"got {largest} with kernel_size {self.kernel_size} and dilation {self.dilation}"
+            )
 
     # -- the rule ------------------------------------------------------------------------------------------------
 
@@ -93,6 +99,7 @@ class AttentionMask:
             Booleans of the broadcast shape, True = attends.
         """
         T = self.text_len
+        q_idx, k_idx = _wide(q_idx), _wide(k_idx)
         return (k_idx <= q_idx) & ((k_idx < T) | self._image_allows(q_idx - T, k_idx - T))
 
     def _image_allows(self, i, j):
@@ -180,6 +187,7 @@ class AttentionMask:
             The same kind and shape, values in [0, cache_slots).
         """
         H, W = self.grid
+        j = _wide(j)
         return j % W * H + j // W if self.rule == "column" else j % self.cache_slots
 
     def visible_slots(self, device="cpu"):
@@ -265,6 +273,8 @@ class AttentionMask:
     @functools.lru_cache(maxsize=1024)
     def _decode(numbers: tuple[int, ...]) -> AttentionMask:
         rule, text_len, rows, columns, kernel_size, dilation = numbers
+        if _integer("rule number", rule, minimum=0) >= len(RULES):
+            raise ValueError(f"rule number must be below {len(RULES)}, got {rule}")
         return AttentionMask(RULES[rule], text_len, (rows, columns), kernel_size, dilation)
 
     @staticmethod
@@ -306,14 +316,29 @@ def conv_mask(text_len: int, grid, kernel_size: int = 11, dilation: int = 1, edg
             around the grid (ru-dalle v2). "corner": the query is its lower right corner (dalle-pytorch, which uses
             kernel_size=5).
     """
-    if edges not in CONV_EDGES:
-        raise ValueError(f"edges must be one of {', '.join(CONV_EDGES)}, got {edges!r}")
+    _choice("edges", edges, CONV_EDGES)
     return AttentionMask(f"conv_{edges}", text_len, grid, kernel_size, dilation)
 
 
 def causal_mask(text_len: int, grid) -> AttentionMask:
     """Ordinary causal attention over the whole stream."""
     return AttentionMask("causal", text_len, grid)
+
+
+def _wide(x):
+    """`x`, as int64 where it is a tensor or an array of integers that are unsigned or have fewer than 32 bits.
+
+    The rule's differences are negative and its sums large. int32 holds them all, and kernels are faster for it.
+    """
+    if not hasattr(x, "dtype"):
+        return x
+    import torch
+
+    if isinstance(x, torch.Tensor):
+        narrow = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+        return x.long() if x.dtype in narrow else x
+    is_narrow = x.dtype.kind == "u" or (x.dtype.kind == "i" and x.dtype.itemsize < 4)
+    return x.astype("int64") if is_narrow else x
 
 
 def _in_steps(x, steps: int, d: int):
@@ -337,10 +362,10 @@ def _num_pairs(mask: AttentionMask) -> int:
     N, reach = mask.image_len, mask.kv_reach
     text = mask.text_len * (mask.text_len + 1) // 2 + N * mask.text_len
     rows = max(1, _COUNT_CHUNK // reach)
-    back = torch.arange(reach)
+    back = torch.arange(reach, device="cpu")
     image = 0
     for start in range(0, N, rows):
-        i = torch.arange(start, min(start + rows, N))[:, None]
+        i = torch.arange(start, min(start + rows, N), device="cpu")[:, None]
         j = i - back
         image += int((mask._image_allows(i, j) & (j >= 0)).sum())
     return text + image
@@ -354,13 +379,13 @@ def _visible_slots(mask: AttentionMask, device: str):
         return tuple(x.to(device) for x in _visible_slots(mask, "cpu"))
     N, C = mask.image_len, mask.cache_slots
     if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new
-        slots = torch.arange(N, dtype=torch.int32)
+        slots = torch.arange(N, dtype=torch.int32, device="cpu")
         return slots.expand(N, N), slots + 1
-    back = torch.arange(mask.kv_reach)
+    back = torch.arange(mask.kv_reach, device="cpu")
     rows = max(1, _COUNT_CHUNK // mask.kv_reach)
     tables = []
     for start in range(0, N, rows):
-        i = torch.arange(start, min(start + rows, N))[:, None]
+        i = torch.arange(start, min(start + rows, N), device="cpu")[:, None]
         j = i - back
         seen = mask._image_allows(i, j) & (j >= 0)
         slots = torch.where(seen, mask.cache_slot(j), C).sort(1).values  # the hidden ones to the end
@@ -374,14 +399,15 @@ def _visible_slots(mask: AttentionMask, device: str):
 def _token_order(mask: AttentionMask):
     import torch
 
-    order = torch.arange(mask.seq_len)
+    order = torch.arange(mask.seq_len, device="cpu")
     if mask.rule == "column":
         order[mask.text_len :] = order[mask.text_len :].view(mask.grid).t().reshape(-1)
     return order
 
 
 def _integer(name: str, value, *, minimum: int) -> int:
-    if isinstance(value, bool):
+    # A tensor of one truth value has an index as a bool does.
+    if isinstance(value, bool) or str(getattr(value, "dtype", None)) == "torch.bool":
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
         value = operator.index(value)
@@ -390,6 +416,11 @@ def _integer(name: str, value, *, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def _choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:  # an array would be compared entry by entry
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _grid(value) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
@@ -105,6 +106,63 @@ def test_allows_takes_anything_that_broadcasts():
     np.testing.assert_array_equal(mask.allows(positions[:, None], positions), dense.numpy())
     q = torch.arange(11, dtype=torch.int32)
     assert torch.equal(mask.allows(q, torch.zeros((), dtype=torch.int32)), dense[:, 0])
+
+
+NARROW = ["int8", "int16", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, "int32"])
+def test_positions_of_any_integer_type_give_the_same(dtype):
+    wide = conv_mask(0, (1, 127), 3)  # int8 holds its positions, not what the rule adds to them
+    for mask in [*all_masks(), conv_mask(6, 11, 3, edges="clip"), wide]:
+        dense, slots = mask.to_dense(), [mask.cache_slot(j) for j in range(mask.image_len)]
+        positions = torch.arange(mask.seq_len).to(getattr(torch, dtype))
+        assert torch.equal(mask.allows(positions[:, None], positions), dense), mask
+        assert torch.equal(mask.allows(positions[:, None], torch.arange(mask.seq_len)), dense), mask
+        assert torch.equal(mask.allows(mask.seq_len - 1, positions), dense[-1]), mask
+        assert mask.cache_slot(positions[: mask.image_len]).tolist() == slots, mask
+        array = np.arange(mask.seq_len).astype(dtype)
+        np.testing.assert_array_equal(mask.allows(array[:, None], array), dense.numpy(), err_msg=repr(mask))
+        np.testing.assert_array_equal(mask.allows(array[-1], array), dense[-1].numpy(), err_msg=repr(mask))
+        assert mask.cache_slot(array[: mask.image_len]).tolist() == slots, mask
+
+
+def test_slots_and_positions_of_a_byte():
+    mask = column_mask(0, (20, 20))  # more slots than a byte counts
+    j = torch.arange(256, dtype=torch.uint8)
+    expected = [mask.cache_slot(x) for x in range(256)]
+    assert mask.cache_slot(j).tolist() == mask.cache_slot(j.numpy()).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_the_rule_compiles(dtype):
+    mask = conv_mask(3, (4, 5), 3, edges="torus")
+    positions = torch.arange(mask.seq_len).to(dtype)
+    compiled = torch.compile(mask.allows, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(positions[:, None], positions), mask.to_dense())
+
+
+def test_what_is_derived_ignores_the_default_device():
+    # As sequences of their own, so that nothing is cached: made while "meta" is the default, used when it is not.
+    for n, rule in enumerate(RULES):
+        there, here = AttentionMask(rule, 101 + n, (3, 4)), AttentionMask(rule, 201 + n, (3, 4))
+        with torch.device("meta"):
+            order, (slots, counts), pairs = there.token_order, there.visible_slots(), there.num_pairs
+        assert order.device == slots.device == counts.device == torch.device("cpu")
+        assert there.token_order.tolist() == order.tolist()
+        assert (order[101 + n :] - 101 - n).tolist() == (here.token_order[201 + n :] - 201 - n).tolist()
+        assert torch.equal(slots, here.visible_slots()[0]) and torch.equal(counts, here.visible_slots()[1])
+        assert pairs == int(there.to_dense().sum())
+        assert there.visible_slots("meta")[0].device.type == "meta"
+
+
+def test_the_picture_ignores_the_default_device():
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    mask = row_mask(7, (5, 6))
+    with torch.device("meta"):
+        there = mask.plot(max_size=20).axes
+    for axes, expected in zip(there, mask.plot(max_size=20).axes, strict=True):
+        np.testing.assert_array_equal(axes.get_images()[0].get_array(), expected.get_images()[0].get_array())
 
 
 def test_num_pairs_counts_exactly():
@@ -220,6 +278,29 @@ def test_repr_evaluates_to_the_mask():
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
+BIG = 1 << 70
+
+
+@pytest.mark.parametrize("edges", ["flat", "clip", "torus", "corner"])
+def test_a_window_too_large_for_32_bits_is_refused(edges):
+    for window in [(65537, 65536), (BIG + 1, 1), (1, BIG), (3, 1 << 31), ((1 << 31) + 1, 1), (1, (1 << 31) - 14)]:
+        with pytest.raises(ValueError, match=rf"kernel_size \* dilation .* kernel_size {window[0]} .* {window[1]}$"):
+            conv_mask(2, 3, *window, edges=edges)
+    with pytest.raises(ValueError, match=r"\(rows \+ 1\) \* columns must be below 2\*\*31, got 2147483652 "):
+        conv_mask(1, (1, 1 << 30), 3, edges=edges)  # a row beyond the sequence: the ports round up to one
+
+
+@pytest.mark.parametrize("edges", ["flat", "clip", "torus", "corner"])
+@pytest.mark.parametrize("window", [(99999, 1), (32767, 65536), (99999, 21474), (1, (1 << 31) - 15)])
+def test_the_largest_windows_are_the_same_natively(edges, window):
+    mask = conv_mask(2, 3, *window, edges=edges)
+    dense = mask.to_dense().numpy()
+    np.testing.assert_array_equal(dense, slow_dense(dataclasses.replace(mask, kernel_size=min(window[0], 7))))
+    np.testing.assert_array_equal(_extension.native().dense_mask(mask.encode(), mask.seq_len), dense)
+    positions = torch.arange(mask.seq_len, dtype=torch.int32)
+    np.testing.assert_array_equal(mask.allows(positions[:, None], positions).numpy(), dense)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -229,8 +310,13 @@ def test_repr_evaluates_to_the_mask():
         (lambda: conv_mask(3, 4, 3.0), TypeError, "kernel_size must be an integer, got 3.0"),
         (lambda: conv_mask(3, 4, 3, 0), ValueError, "dilation must be at least 1, got 0"),
         (lambda: conv_mask(3, 4, 3, edges="round"), ValueError, "edges must be one of flat, .* got 'round'"),
+        (lambda: conv_mask(3, 4, 3, edges=np.array(["flat"] * 2)), ValueError, "edges must be one of .* got array"),
+        (lambda: AttentionMask(np.array(["row", "column"]), 3, 4), ValueError, "rule must be one of .* got array"),
+        (lambda: AttentionMask.decode([-1, 1, 2, 2, 1, 1]), ValueError, "rule number must be at least 0, got -1"),
+        (lambda: AttentionMask.decode([77, 1, 2, 2, 1, 1]), ValueError, "rule number must be below 8, got 77"),
         (lambda: row_mask(-1, 4), ValueError, "text_len must be at least 0, got -1"),
         (lambda: row_mask(True, 4), TypeError, "text_len must be an integer, got True"),
+        (lambda: row_mask(torch.tensor(True), 4), TypeError, r"text_len must be an integer, got tensor\(True\)"),
         (lambda: row_mask("3", 4), TypeError, "text_len must be an integer, got '3'"),
         (lambda: row_mask(3, 0), ValueError, "grid rows must be at least 1, got 0"),
         (lambda: column_mask(3, (4, -1)), ValueError, "grid columns must be at least 1, got -1"),
