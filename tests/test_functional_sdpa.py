@@ -1,6 +1,9 @@
 """`F.scaled_dot_product_attention` is torch's, and takes an AttentionMask where torch takes a matrix."""
 
 import inspect
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -80,7 +83,7 @@ def test_grouped_heads_are_not_copied(make, monkeypatch):
 
 def test_everything_else_goes_to_torch(make, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch_F, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or "torch's")
+    monkeypatch.setattr(F, "_torch_sdpa", lambda *a, **k: calls.append((a, k)) or "torch's")
     q, k, v = make((2, 3, S, D))
     dense = MASK.to_dense()
     assert F.scaled_dot_product_attention(q, k, v, dense, 0.25, False, scale=0.5, enable_gqa=True) == "torch's"
@@ -106,6 +109,35 @@ def test_torch_paths_still_compute(make):
     assert F.scaled_dot_product_attention(q, k[:, :, :4], v[:, :, :4]).shape == q.shape
 
 
+def test_it_may_take_the_place_of_torchs():
+    """In a process of its own, as torch.compile looks functions up once, before or after the change."""
+    script = """
+        import torch
+
+        import dalle_fast.nn.functional as F
+        from dalle_fast.masks import row_mask
+
+        torchs = torch.nn.functional.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention = F.scaled_dot_product_attention
+        mask = row_mask(2, (2, 2))
+        x = torch.randn(2, 3, mask.seq_len, 8)
+        attend = lambda x, mask: torch.nn.functional.scaled_dot_product_attention(x, x, x, mask)
+        for call in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+            torch.testing.assert_close(call(x, None), torchs(x, x, x))
+            torch.testing.assert_close(call(x, mask), torchs(x, x, x, mask.to_dense()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_graph_break(make):
+    q, k, v = make((2, 3, S, D))
+    for mask in (None, MASK.to_dense(), MASK):
+        call = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(call(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -117,6 +149,46 @@ def test_torch_paths_still_compute(make):
 def test_bad_options(make, options, message):
     with pytest.raises(ValueError, match=message):
         F.scaled_dot_product_attention(*make((2, 3, S, D)), MASK, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("dropout_p", "a number"), ("is_causal", "a bool"), ("enable_gqa", "a bool")]
+)
+def test_options_of_another_kind(make, name, expected):
+    for value in (torch.zeros(2), None, "no"):
+        with pytest.raises(TypeError, match=f"{name} must be {expected}, got {type(value).__name__}"):
+            F.scaled_dot_product_attention(*make((2, 3, S, D)), MASK, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_tensors_of_another_kind(make, name):
+    good = dict(zip(("query", "key", "value"), make((2, 3, S, D)), strict=True))
+    for bad, message in (
+        (good[name].to_sparse(), "must be a dense .*, got layout torch.sparse_coo"),
+        (torch.nested.nested_tensor(list(good[name])), "must be a dense .*, got a nested tensor"),
+        (good[name].long(), "must be float32, .*, got torch.int64"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} {message}"):
+            F.scaled_dot_product_attention(**{**good, name: bad}, attn_mask=MASK)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        ([(2, 2, 3, S, 8), (2, 2, 3, S, 8), (2, 2, 3, S, 4)], {}, r"value .* \(..., 26, 8\).* got \(2, 2, 3, 26, 4\)"),
+        ([(6, S, 8), (6, 25, 8), (6, S, 8)], {}, r"key .* \(..., 26, 8\).* got \(6, 25, 8\)"),
+        ([(2, 6, S, 8), (2, 2, 9, 8), (2, 2, 9, 8)], {"enable_gqa": True}, r"key .* got \(2, 2, 9, 8\)"),
+        ([(2, 6, S, 8), (3, 2, S, 8), (3, 2, S, 8)], {"enable_gqa": True}, r"broadcast, .* \(3, 2, 26, 8\)"),
+        (
+            [(2, 6, S, 8), (3, S, 8), (6, S, 8)],
+            {},
+            r"broadcast, got shapes \(2, 6, 26, 8\), \(3, 26, 8\), \(6, 26, 8\)",
+        ),
+    ],
+)
+def test_shapes_are_reported_as_passed(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        F.scaled_dot_product_attention(*map(torch.zeros, shapes), MASK, **options)
 
 
 def test_bad_shapes(make):

@@ -251,8 +251,13 @@ def test_compiled_encoder_layer():
         ({"key": torch.randn(B, S - 1, E)}, ValueError, r"key must have shape \(3, 26, 32\), got \(3, 25, 32\)"),
         ({"value": torch.randn(1, S, E)}, ValueError, "value must have shape"),
         ({"query": torch.randn(B, 1, S, E)}, ValueError, "query must have 2 or 3 dimensions"),
-        ({"query": torch.ones(B, S, E, dtype=torch.long)}, TypeError, "query must be a floating-point tensor"),
+        ({"query": torch.ones(B, S, E, dtype=torch.long)}, TypeError, "query must be float32, .*, got torch.int64"),
         ({"query": None}, TypeError, "query must be a tensor, got NoneType"),
+        ({"query": torch.randn(B, S, E).to_sparse()}, TypeError, "query must be a dense .* torch.sparse_coo"),
+        ({"value": torch.nested.nested_tensor([torch.randn(S, E)] * B)}, TypeError, "value must be a dense .* nested"),
+        ({"key": torch.randn(B, S, E).double()}, TypeError, r"key must have .* torch.float32, got torch.float64"),
+        ({"query": torch.randn(B, S, E).half()}, TypeError, r"query must have .* torch.float32, got torch.float16"),
+        ({"key": torch.randn(B, S, E).to("meta")}, ValueError, "key must be on the module's device cpu, got meta"),
     ],
 )
 def test_bad_call(options, error, message):
@@ -260,6 +265,45 @@ def test_bad_call(options, error, message):
     x = inputs(True)[0]
     with pytest.raises(error, match=message):
         ours(**{"query": x, "key": x, "value": x, **options})
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": E // 2, "vdim": E + 1}], ids=["packed", "apart"])
+def test_dtypes_and_devices_are_the_modules(sizes):
+    ours = fnn.MultiheadAttention(E, H, batch_first=True, **sizes, mask=MASK)
+    x, y, z = inputs(True, sizes=(E, ours.kdim, ours.vdim))
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=f"query must have the module's dtype torch.float32, got {dtype}"):
+            ours(x.to(dtype), y.to(dtype), z.to(dtype))
+    with pytest.raises(ValueError, match="value must be on the module's device cpu, got meta"):
+        ours(x, y, z.to("meta"))
+    assert ours.to("meta")(*(t.to("meta") for t in (x, y, z)))[0].is_meta
+
+
+def test_autocast_takes_mixed_dtypes_but_float64():
+    _, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    call = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ours(x, x, x)[0]
+        assert expected.dtype == torch.bfloat16
+        for each in (ours, call):
+            torch.testing.assert_close(each(x, x.bfloat16(), x.half())[0], expected, rtol=0.1, atol=0.05)
+        with pytest.raises(TypeError, match="value must have the module's dtype torch.float32, got torch.float64"):
+            ours(x, x, x.double())
+        x, ours = x.double(), ours.double()
+        assert ours(x, x, x)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["embed_dim", "num_heads", "kdim", "vdim"])
+def test_sizes_are_checked(name):
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got {size}"):
+            fnn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, name: size})
+    for size in (True, 2.5, "8"):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {size!r}"):
+            fnn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, name: size})
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, got 32 and 5"):
+        fnn.MultiheadAttention(E, 5)
 
 
 def test_bad_module():

@@ -12,6 +12,8 @@ import torch.nn.functional as torch_F
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops import attention
+from dalle_fast.ops.attention.op import check_tensor
+from dalle_fast.ops.calls import autocast_dtype
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -29,8 +31,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mask: an `AttentionMask`, or None. Also an attribute that may be set later.
 
     Raises:
-        TypeError: mask is not an `AttentionMask`; embed_dim or num_heads is no integer.
-        ValueError: an argument that does not go with a mask.
+        TypeError: mask is not an `AttentionMask`; a size is no integer.
+        ValueError: a size below 1; embed_dim is no multiple of num_heads; an argument that does not go with a mask.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         *,
         mask=None,
     ):
-        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}")
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
+        sizes |= {name: size for name, size in (("kdim", kdim), ("vdim", vdim)) if size is not None}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+                raise TypeError(f"{name} must be an integer, got {size!r}")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -180,25 +186,28 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return "" if self.mask is None else f"mask={self.mask!r}"
 
     def _check_inputs(self, query, key, value):
-        for name, tensor, size in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
+        for name, tensor, size, weight in (
+            ("query", query, self.embed_dim, self.q_proj_weight),
+            ("key", key, self.kdim, self.k_proj_weight),
+            ("value", value, self.vdim, self.v_proj_weight),
         ):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.is_nested:
+            if isinstance(tensor, torch.Tensor) and tensor.is_nested:
                 raise TypeError(
                     f"{name} must be a dense tensor with an AttentionMask, got a nested one; TransformerEncoder makes them "
                     "from src_key_padding_mask unless enable_nested_tensor=False; to hide padded text use text_lengths"
                 )
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+            check_tensor(name, tensor)
             if name == "query" and tensor.dim() not in (2, 3):
                 raise ValueError(f"query must have 2 or 3 dimensions, got {tuple(tensor.shape)}")
             if tensor.shape != (*query.shape[:-1], size):
                 expected = (*query.shape[:-1], size)
                 raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+            weight = self.in_proj_weight if weight is None else weight
+            if tensor.device != weight.device:
+                raise ValueError(f"{name} must be on the module's device {weight.device}, got {tensor.device}")
+            # Under autocast torch's linear casts both, but for float64.
+            if (autocast_dtype(tensor) or tensor.dtype) != (autocast_dtype(weight) or weight.dtype):
+                raise TypeError(f"{name} must have the module's dtype {weight.dtype}, got {tensor.dtype}")
 
     def _project(self, query, key, value):
         """The projected query, key and value, (B, H, S, D) each: strided views of what the projections wrote."""

@@ -6,12 +6,15 @@ B batch, H heads, S sequence, D head size, T text. Of codebooks: K codes, Din si
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops import attention
 from dalle_fast.ops import codebook as codebook_ops
 from dalle_fast.ops import linear as linear_ops
+from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.codebook import GumbelCodebookOutput
 
 __all__ = [
@@ -27,6 +30,8 @@ __all__ = [
     "sparse_attention",
     "sparse_attention_decode",
 ]
+
+_torch_sdpa = torch.nn.functional.scaled_dot_product_attention  # kept, as ours may be put in its place
 
 
 def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
@@ -149,21 +154,27 @@ def scaled_dot_product_attention(
         TypeError, ValueError: as `sparse_attention`, and for what an `AttentionMask` does not go with.
     """
     if not isinstance(attn_mask, AttentionMask):
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if not isinstance(dropout_p, numbers.Real):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     if dropout_p != 0:
         raise ValueError(f"dropout_p must be 0 with an AttentionMask, got {dropout_p}")
     if is_causal:
         raise ValueError("is_causal must be False with an AttentionMask, which is causal already, got True")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions (..., S, D), got shape {tuple(tensor.shape)}")
+        if tensor.shape[-2:] != query.shape[-2:]:
+            S, D = query.shape[-2:]
+            raise ValueError(f"{name} must have shape (..., {S}, {D}), like query, got {tuple(tensor.shape)}")
+    given = query.shape, key.shape, value.shape
     if enable_gqa:
         query, key, value = _group(query, key, value)
-    leading = _broadcast(query, key, value)
+    leading = _broadcast(query, key, value, given)
     out = attention.sparse_attention(*(_to_4d(x, leading) for x in (query, key, value)), attn_mask, scale=scale)
     out = out.view(*leading, *out.shape[2:])
     return out.flatten(-4, -3) if enable_gqa else out
@@ -184,16 +195,18 @@ def _group(query, key, value):
     return query, key.unsqueeze(-3), value.unsqueeze(-3)
 
 
-def _broadcast(query, key, value):
-    """The leading dimensions that the three have together."""
+def _broadcast(query, key, value, given):
+    """The leading dimensions that the three have together; an error reports their shapes as the caller gave them."""
     leading = [x.shape[:-2] for x in (query, key, value)]
     if leading[0] == leading[1] == leading[2]:
         return leading[0]
     try:
         return torch.broadcast_shapes(*leading)
     except RuntimeError:
-        shapes = ", ".join(str(tuple(x)) for x in leading)
-        raise ValueError(f"the leading dimensions of query, key and value must broadcast, got {shapes}") from None
+        shapes = ", ".join(str(tuple(x)) for x in given)
+        raise ValueError(
+            f"the dimensions of query, key and value before the last two must broadcast, got shapes {shapes}"
+        ) from None
 
 
 def _to_4d(x, leading):
