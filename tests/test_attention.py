@@ -3,6 +3,7 @@
 B batch, H heads, S sequence, D head size, T text.
 """
 
+import math
 import os
 
 import pytest
@@ -416,6 +417,42 @@ def test_every_instruction_set(run_with_instruction_set):
     files = ("test_attention.py", "test_attention_grad.py", "test_decode.py")
     select = "instruction_set_is or (cpu and (every_mask or head_size or every_stride or long_texts))"
     run_with_instruction_set(*files, select=select)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_large_scores(dtype, size):
+    """As near as SDPA's: lse and what the backward pass makes of it are off by no more than a score's own rounding."""
+    torch.manual_seed(0)
+    mask = causal_mask(7, (3, 5))
+    query, key, value, grad_out = torch.randn(4, 4, 2, mask.seq_len, 64)
+    factor = (size / float((query @ key.mT).abs().max() / 8)) ** 0.5
+    leaves = [x.to(dtype).requires_grad_() for x in (query * factor, key * factor, value)]
+    grad_out, dense = grad_out.to(dtype), ~mask.to_dense()
+
+    def errors(attention):
+        grads = torch.autograd.grad(attention(*leaves), leaves, grad_out)
+        return [float((x.double() - y).abs().max()) for x, y in zip(grads, exact, strict=True)]
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    logits = (wide[0] @ wide[1].mT / 8).masked_fill(dense, -math.inf)
+    exact = torch.autograd.grad(logits.softmax(-1) @ wide[2], wide, grad_out.double())
+    sdpa = errors(lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True))
+    ours = errors(lambda *qkv: sparse_attention(*qkv, mask))
+    eps = torch.finfo(dtype).eps
+    # Sums of probabilities are those of rounded ones; a row's scores may be added up in another order than SDPA's.
+    assert all(x <= 2 * y + 4 * eps * float(z.abs().max()) for x, y, z in zip(ours, sdpa, exact, strict=True)), (
+        ours,
+        sdpa,
+    )
+
+
+def test_a_shorter_sequence_waits_for_no_longer_layout():
+    """The layout of this mask's 1.3 million positions takes ten seconds and 100 MB."""
+    query = torch.randn(1, 1, 10, 16)
+    mask = row_mask(256, 1152)
+    sparse_attention(query, query, query, mask)
+    assert all(known is not mask for known, _ in cpu._WHOLE_LAYOUTS.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

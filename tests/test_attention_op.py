@@ -109,6 +109,18 @@ def test_dynamic_batch_and_length_compile_once(make):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("scales", [(0.1, 0.2, 0.3), (1, 2, 3)])
+def test_a_scale_that_changes_is_compiled(make, scales):
+    """From its second value on it is a number that the graph leaves open."""
+    torch._dynamo.reset()
+    query, key, value = packed(make)
+    compiled = torch.compile(sparse_attention, backend="aot_eager", fullgraph=True)
+    for scale in scales:
+        assert torch.equal(
+            compiled(query, key, value, MASK, scale=scale), sparse_attention(query, key, value, MASK, scale=scale)
+        )
+
+
 def test_text_lengths_are_checked_when_compiled(make):
     torch._dynamo.reset()
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)

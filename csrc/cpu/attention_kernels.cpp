@@ -317,12 +317,14 @@ DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t D
 }
 
 // scores (8, keys) -> exp(scale * (scores - max)), their sums and lse
-DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e, float* scores, float* sum, float* lse) {
+DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, float* scores, float* sum, float* lse) {
+    const NaturalLog natural_log(scale);
+    float scale_log2e = scale * LOG2E;
     if (!(scale_log2e > 0)) {  // rare: only a positive scale keeps the order of the scores
         for (int64_t x = 0; x < int64_t(count) * kBlock * kPanel; x += VW) store(scores + x, load(scores + x) * scale_log2e);
         scale_log2e = 1;
     }
-    float row_max[kBlock];  // of the scaled scores
+    float row_max[kBlock], natural_max[kBlock];  // of scores times scale_log2e, and of scores times scale
     for (int r = 0; r < kBlock; ++r) {
         Vec highest = splat(minus_infinity());
         for (int32_t x = 0; x < count; ++x)
@@ -333,6 +335,7 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e
                 highest = max(s, highest);
             }
         row_max[r] = horizontal_max(highest) * scale_log2e;
+        natural_max[r] = horizontal_max(highest) * scale;
     }
     for (int r = 0; r < kBlock; ++r) {
         Vec total = Vec{};
@@ -348,7 +351,9 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale_log2e
         sum[r] = horizontal_sum(total);
     }
     for (int r = 0; r < kBlock; ++r)
-        lse[r] = sum[r] == 0 ? minus_infinity() : row_max[r] * LN2 + __builtin_logf(sum[r]);
+        lse[r] = sum[r] == 0               ? minus_infinity()
+                 : kIsFused || scale <= 0 ? natural_log.of(row_max[r], __builtin_logf(sum[r]))
+                                          : natural_max[r] + __builtin_logf(sum[r]);  // row_max is rounded as all powers are
 }
 
 template <class T, class Engine>
@@ -384,7 +389,7 @@ void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch)
         }
         engine.scores(s.tiles, count, s.scores);
         float sum[kBlock], lse[kBlock];
-        softmax(s.tiles, count, a.scale * LOG2E, s.scores, sum, lse);
+        softmax(s.tiles, count, a.scale, s.scores, sum, lse);
         engine.output(t, s.tiles, count, s.scores, s.out);
         for (int r = 0; r < kBlock && tokens[r] >= 0; ++r) {
             if (sum[r] == 0)
@@ -543,12 +548,13 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
                 for (int r = 0; r < kBlock; ++r) {
                     float lse = 0;
                     if (tokens[r] >= 0) lse = *row_of<const float>(a.lse, t.batch, t.head, tokens[r]);
-                    const float shift = lse == minus_infinity() ? 0 : lse * LOG2E, delta = s.delta[block * kBlock + r];
+                    const float shift = lse == minus_infinity() ? 0 : lse, delta = s.delta[block * kBlock + r];
 #pragma GCC unroll 4
                     for (int v = 0; v < NV; ++v) {
                         float* p = s.tile_p + r * kPanel + v * VW;
                         float* ds = s.tile_ds + r * kPanel + v * VW;
-                        Vec probability = exp2(load(p) * (a.scale * LOG2E) - shift);
+                        // At most 1, however a large score is rounded; one factor less would round lse once more.
+                        Vec probability = exp2(min((load(p) * a.scale - shift) * LOG2E, Vec{}));
                         Vec gradient = probability * (load(ds) - delta) * a.scale;
                         if (!tile.full) {
                             probability = select(tile.rows[r], v, probability, Vec{});

@@ -61,7 +61,8 @@ DF_NOINLINE void chunk_gradients(const GroupBits* bits, float scale, const OfQue
 #pragma GCC unroll 2
             for (int which = 0; which < 2; ++which) {
                 const int64_t at = (half * 2 + which) * kTile + k * kUnit;
-                Vec probability = exp2(load(scores + at) * (scale * LOG2E) - shift[which]);
+                // At most 1, however a large score is rounded; one factor less would round lse once more.
+                Vec probability = exp2(min((load(scores + at) * scale - shift[which]) * LOG2E, Vec{}));
                 Vec gradient = probability * (load(grads + at) - delta[which]) * scale;
                 if (bits) {
                     probability = select(seen.of[which][half][k], 0, probability, Vec{});
@@ -213,7 +214,7 @@ struct UnitBackward : UnitHead<T> {
             q.shift[r] = q.delta[r] = 0;
             if (r >= this->queries_of_unit(unit) || tokens[r] < 0) continue;
             const float lse = *row_of<float>(a.lse, t.batch, t.head, tokens[r]);
-            q.shift[r] = lse == minus_infinity() ? 0 : lse * LOG2E;
+            q.shift[r] = lse == minus_infinity() ? 0 : lse;
             q.delta[r] = delta[layout.unit_block[unit] * kBlock + r];
         }
         this->find_queries(a.query, unit);

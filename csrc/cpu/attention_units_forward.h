@@ -290,10 +290,12 @@ struct UnitForward : UnitHead<T> {
 
     void write_lse(int32_t unit, uint32_t queries, const RunningSoftmax (&softmax)[2]) {
         const int32_t* tokens = this->tokens_of_unit(unit);
+        const NaturalLog natural_log(a.scale);
         float lse[kUnitQueries];
         for (int which = 0; which < 2; ++which) {
-            const bool is_rounded = kParts == 1 && a.exact_lse;
-            store(lse + which * kUnit, softmax[which].lse(is_rounded ? softmax[which].exact : softmax[which].total));
+            const RunningSoftmax& s = softmax[which];
+            const bool of_steps = kParts == 1 && !a.exact_lse;
+            store(lse + which * kUnit, s.lse(kParts == 1 && a.exact_lse ? s.exact : s.total, of_steps, natural_log));
         }
         for (int r = 0; r < this->queries_of_unit(unit); ++r)
             if (tokens[r] >= 0 && queries >> r & 1) *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];

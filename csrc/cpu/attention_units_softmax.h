@@ -143,6 +143,9 @@ constexpr MantissaTable mantissa_table() {
     return table;
 }
 
+// What is added to steps. Halves of steps are rounded up as often as down.
+DF_INLINE Vec offset_of_steps(Vec shift) { return kStepsOfOne + 0.5f - shift * kStepsPerPower; }
+
 // Whether all floats between begin and end could be converted, and no operation was invalid.
 class Conversions {
 public:
@@ -190,7 +193,7 @@ DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, V
 #pragma GCC unroll 16
     for (int r = 0; r < kUnit; ++r) total[r] = totals[r];
     float offset[kUnit];
-    store(offset, kStepsOfOne + 0.5f - shift * kStepsPerPower);  // halves of steps are rounded up as often as down
+    store(offset, offset_of_steps(shift));
     const auto steps_of = [&](const float* s, __mmask16 seen, float at) DF_INLINE_LAMBDA {
         const __m512 x = _mm512_fmadd_ps((__m512)load(s), steps_per_score, _mm512_set1_ps(at));
         // Of NaN and a number the minimum is the number.
@@ -271,10 +274,14 @@ struct RunningSoftmax {
 
     // Of a sum: where all scores that a query sees are -inf, both are NaN, as in dense attention.
     Vec inverse() const { return total == 0 ? of_empty_sum(0) : 1 / total; }
-    Vec lse(Vec sum) const {
-        const Vec log = log_of<VecLanes>(split<VecLanes>(sum)), none = of_empty_sum(minus_infinity());
-        const Vec empty_or_nan = sum == 0 ? none : sum;
-        return sum > 0 ? shift * LN2 + log : empty_or_nan;
+    // Of a sum of probabilities, or of those in bfloat16 that steps made: by their offset, which is rounded itself.
+    Vec lse(Vec sum, bool of_steps, const NaturalLog& natural_log) const {
+        const Vec log = log_of<VecLanes>(split<VecLanes>(sum));
+        const Vec empty_or_nan = sum == 0 ? of_empty_sum(minus_infinity()) : sum;
+        const Vec of_sum = of_steps ? natural_log.of(offset_of_steps(shift) * (-1 / kStepsPerPower),
+                                                     log + (kStepsOfOne + 0.5f) / kStepsPerPower * LN2)
+                                    : natural_log.of(shift, log);
+        return sum > 0 ? of_sum : empty_or_nan;
     }
 
 private:

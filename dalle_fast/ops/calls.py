@@ -25,6 +25,11 @@ def autocast_dtype(tensor):
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type(tensor))
 
 
+def has_tangent(tensor) -> bool:
+    """Whether a forward-mode derivative goes through a tensor, or None."""
+    return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
 def needs_grad(tensors) -> bool:
     """Whether gradients are on and one of the tensors, or Nones, wants one."""
     if torch.is_grad_enabled():

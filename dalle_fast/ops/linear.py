@@ -160,7 +160,7 @@ def _cpu_kernel(x, weight, bias):
     rows = x if x.dtype == torch.float32 else x.to(torch.float32)
     if not rows.is_contiguous():
         rows = rows.contiguous()
-    out = torch.empty((*x.shape[:-1], N), dtype=torch.float32)
+    out = torch.empty((*x.shape[:-1], N), dtype=torch.float32, device=x.device)
     _extension.native().linear(
         (math.prod(x.shape[:-1]), N, K),
         DTYPES[weight.dtype],

@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import math
 import numbers
+import sys
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -26,10 +26,11 @@ from torch.autograd.function import _SingleLevelFunction
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention import reference
-from dalle_fast.ops.calls import autocast_dtype, device_type, is_plain, needs_grad
+from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
 
 MAX_HEAD_DIM = 128
+_LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
@@ -112,7 +113,8 @@ def check_scale(scale, D) -> float:
         return D**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number or None, got {scale!r} of type {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # Not math.isfinite, which takes neither a number that a compiled graph leaves open nor any integer.
+    if not -_LARGEST <= scale <= _LARGEST:
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 
@@ -134,7 +136,7 @@ def canonical_lengths(text_lengths, T):
     if text_lengths is None:
         return None
     if not text_lengths.is_cpu:
-        return text_lengths.clamp(0, T).to(torch.int32).contiguous()
+        return text_lengths.to(torch.int64).clamp(0, T).to(torch.int32).contiguous()  # T may be more than a byte
     if text_lengths.numel():
         low, high = (int(x) for x in torch.aminmax(text_lengths))
         if low < 0 or high > T:
@@ -277,7 +279,7 @@ def _with_autograd(op, function, tensors):
     compute = functools.partial(_below_autograd, op)
 
     def autograd_kernel(*args):
-        if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args[:tensors]):
+        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in args[:tensors]):
             raise NotImplementedError(
                 f'sparse_attention has forward-mode derivatives with impl="reference" only, got impl={args[-1]!r}'
             )
@@ -290,10 +292,6 @@ def _with_autograd(op, function, tensors):
             return op(*args)
 
     return autograd_kernel
-
-
-def _has_tangent(x):
-    return x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
 def _directly(op, kernel, alone, function, tensors):
