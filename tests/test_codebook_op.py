@@ -149,6 +149,21 @@ def test_one_graph_for_every_tau_seed_and_batch():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("values", [(0.9, 0.8, 0.7), (1, 2, 3)])
+def test_numbers_that_change_are_compiled(values):
+    """A schedule's numbers too: from the second value on they are open in the graph."""
+    torch._dynamo.reset()
+    hidden, weight, bias, codebook = inputs(N, K, I, D)
+    for function in (
+        lambda tau: F.gumbel_codebook(hidden, weight, bias, codebook, tau, seed=1).embedding,
+        lambda tau: F.codebook_sample(hidden, weight, bias, temperature=tau, seed=1),
+        lambda tau: F.gumbel_softmax(hidden, tau, seed=1),
+    ):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for value in values:
+            assert torch.equal(compiled(value), function(value))
+
+
 def test_seed_none_when_compiled():
     torch._dynamo.reset()
     zeros = torch.zeros(50, 1), torch.zeros(1000, 1)
@@ -156,7 +171,69 @@ def test_seed_none_when_compiled():
     assert (compiled() == compiled()).float().mean() < 0.1
 
 
-# -- autocast, checkpoints -----------------------------------------------------------------------------------------------
+# -- what a program may have set, and how often it goes backward --------------------------------------------------------
+
+TRAIN = """
+import torch
+import dalle_fast.nn.functional as F
+
+hidden, weight, bias, codebook = torch.randn(64, 16), torch.randn(300, 16), torch.randn(300), torch.randn(300, 8)
+with torch.inference_mode():
+    F.codebook_argmax(hidden, weight, bias)
+    F.gumbel_codebook(hidden, weight, bias, codebook, 1.0, seed=1)
+for default in (torch.bfloat16, torch.float64, torch.float32):
+    torch.set_default_dtype(default)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias, codebook)]
+    for hard in (False, True):
+        soft = F.gumbel_codebook(*leaves, 1.0, seed=1, hard=hard)
+        (soft.embedding.sum() + soft.kl.sum()).backward()
+    F.codebook_cross_entropy(*leaves[:3], torch.arange(64)).backward()
+    grads = [x.grad for x in leaves]
+    assert all(x.dtype == torch.float32 for x in grads)
+    first = grads if default == torch.bfloat16 else first
+    assert all(map(torch.equal, first, grads)), default
+"""
+
+
+@pytest.mark.parametrize("isa", _extension.native().instruction_sets() if not _extension.why_missing() else [])
+def test_defaults_and_inference_mode_change_nothing(isa):
+    """In a process of its own: with another default dtype memory was written past its end."""
+    environment = {**os.environ, "DALLE_FAST_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_that_were_given_away_are_not_needed_again(serve, reduction):
+    hidden, weight, bias, *_, target = arguments(serve.device, requires_grad=True)
+    loss = F.codebook_cross_entropy(hidden, weight, bias, target, reduction=reduction, impl=serve.impl).sum()
+    first = grad(loss, (hidden, weight, bias), retain_graph=True)
+    copies = [x.clone() for x in first]
+    for x in first:
+        x.data.zero_()
+    assert all(map(torch.equal, copies, grad(loss, (hidden, weight, bias))))
+
+
+def test_forward_mode_is_refused(serve):
+    hidden, weight, bias, codebook, _, _, target = arguments(serve.device)
+    for function in (
+        lambda x: F.codebook_cross_entropy(x, weight, bias, target, impl=serve.impl),
+        lambda x: F.gumbel_codebook(x, weight, bias, codebook, 1.0, impl=serve.impl).kl,
+        lambda x: F.gumbel_softmax(x, impl=serve.impl),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(function, (hidden,), (torch.ones_like(hidden),))
+
+
+def test_a_hard_row_that_is_not_finite_has_no_code(serve):
+    hidden, weight, bias, codebook, *_ = arguments(serve.device)
+    hidden[1, 0], hidden[3, 2] = torch.nan, torch.inf
+    out = F.gumbel_codebook(hidden, weight, bias, codebook, 1.0, hard=True, seed=1, impl=serve.impl)
+    bad = ~hidden.isfinite().all(1)
+    assert torch.equal(out.embedding.isnan().all(1), bad) and torch.equal(out.embedding.isnan().any(1), bad)
+
+
+# -- autocast, checkpoints# -- autocast, checkpoints -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

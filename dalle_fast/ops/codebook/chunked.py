@@ -41,6 +41,7 @@ class Chunked:
         self._each_chunk(chunk, weight, hidden, seed, stats, kl, codes, embedding)
         if hard:
             torch.index_select(codebook, 0, codes, out=embedding)
+            embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # such a row has no code
         return embedding, kl, codes, stats
 
     def gumbel_codebook_backward(
@@ -142,7 +143,7 @@ class _Gradients:
         self.rows, self.bias, self.needs = rows, bias, needs
         self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.of_weight = rows.Sum(weight, hidden.shape[0]) if needs[1] else None
-        self.of_bias = torch.zeros(bias.shape, device=bias.device) if needs[2] else None
+        self.of_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if needs[2] else None
 
     def add(self, grad_logits, hidden, weight, grad_hidden):
         """What a chunk contributes; grad_hidden, its rows of of_hidden, is written."""
@@ -163,7 +164,7 @@ class _Gradients:
 
 
 def _sum_by_code(codebook, codes, grad_embedding):
-    total = torch.zeros(codebook.shape, device=codebook.device)
+    total = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
     return total.index_add_(0, codes, grad_embedding.float()).to(codebook.dtype)
 
 

@@ -81,7 +81,8 @@ def _keep(name, size):
     if memory is None or memory.numel() < size:
         memory = None
         setattr(_kept, name, None)  # both gone before there is a larger one
-        memory = torch.empty(size)
+        with torch.inference_mode(False):  # else no later call outside of that mode could write to it
+            memory = torch.empty(size, dtype=torch.float32, device="cpu")
         setattr(_kept, name, memory)
     return memory[:size]
 
@@ -111,7 +112,7 @@ def product(a, b, out=None):
     """a (R, I) @ b (J, I).T -> (R, J) in float32, in `out` where it is given: neighbours in a row side by side."""
     if not _ours(a, b):
         return _vendor_product(a, b, out)
-    out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
+    out = _floats(a.shape[0], b.shape[0]) if out is None else out
     _multiply(a, b, out, False)
     return out
 
@@ -141,8 +142,10 @@ class Sum:
     """
 
     def __init__(self, like, num_rows):
-        self._result = torch.empty(like.shape, dtype=like.dtype)
-        self._lower = None if like.dtype == torch.float32 else torch.empty(like.shape, dtype=torch.uint8)
+        self._result = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        self._lower = None
+        if like.dtype != torch.float32:
+            self._lower = torch.empty(like.shape, dtype=torch.uint8, device="cpu")
         self._begun, self._rows_left = False, num_rows
 
     def add(self, a, b):
@@ -166,7 +169,11 @@ def add_columns(total, a):
     if a.dtype == torch.float32:
         total += a.sum(0)
     else:  # torch would make a float32 copy
-        _multiply(torch.ones(1, a.shape[0], dtype=a.dtype), a.T, total[None], True)
+        _multiply(a.new_ones(1, a.shape[0]), a.T, total[None], True)
+
+
+def _floats(*shape):
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _multiply(a, b, out, add):
@@ -182,7 +189,7 @@ def _vendor_product(a, b, out):
     a = a.float()
     if b.dtype == torch.float32:
         return torch.mm(a, b.T, out=out)
-    out = torch.empty(a.shape[0], b.shape[0]) if out is None else out
+    out = _floats(a.shape[0], b.shape[0]) if out is None else out
     if b.stride(0) >= b.stride(1):  # parts of what lies together in memory: of its rows
         for part in _parts(*b.shape, CONVERTED_BYTES):
             torch.mm(a, _converted(b[part]).T, out=out[:, part])

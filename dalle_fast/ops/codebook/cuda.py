@@ -69,6 +69,7 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     )  # fmt: skip
     if hard:
         torch.index_select(codebook, 0, codes, out=embedding)
+        embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # such a row has no code
     return embedding, kl, codes, stats
 
 
@@ -176,7 +177,7 @@ class _Gradients:
         self.of_bias = self._bias_totals = None
         if needs[2]:
             self.of_bias = rows.total(rows.bias, rows.bias.dtype)
-            self._bias_totals = torch.empty(BIAS_TOTALS, len(rows.bias), device=rows.bias.device)
+            self._bias_totals = torch.empty(BIAS_TOTALS, len(rows.bias), dtype=torch.float32, device=rows.bias.device)
         self.numbers = (
             _address(self.of_hidden),
             _address(self.of_weight),
@@ -199,7 +200,7 @@ def _result(gradient, like):
 
 def _sum_by_code(codebook, codes, grad_embedding):
     """In float32. Not index_add_, whose order of additions, and so the last bits, differs from run to run on a GPU."""
-    total = torch.zeros(codebook.shape, device=codebook.device)
+    total = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
     return total.index_put_((codes,), grad_embedding.float(), accumulate=True)
 
 

@@ -17,8 +17,9 @@ import numbers
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from dalle_fast.ops.calls import autocast_dtype, device_type
+from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.codebook import chunked, reference
 
@@ -107,6 +108,7 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
         raise ValueError(f"dim must be a dimension of logits {tuple(logits.shape)}, got {dim}")
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {tuple(logits.shape)}")
+    _check_tangents(logits)
     tau = _plain_number("tau", tau, positive=True)
     moved = logits.movedim(dim, -1)
     seed, _ = _seed(seed, moved, per_row=False)
@@ -158,9 +160,16 @@ def _check_product(hidden, weight, bias, impl, **codebook):
     K = weight.shape[0]
     if bias is not None and bias.shape != (K,):
         raise ValueError(f"bias must have shape ({K},), got {tuple(bias.shape)}")
+    _check_tangents(hidden, *others.values())
     for name, tensor in codebook.items():
         if tensor.dim() != 2 or tensor.shape[0] != K:
             raise ValueError(f"{name} must have shape ({K}, D), got {tuple(tensor.shape)}")
+
+
+def _check_tangents(*tensors):
+    """torch would take an operation that has no forward-mode derivative for one whose derivative is 0."""
+    if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
+        raise NotImplementedError("the codebook operation has no forward-mode derivatives")
 
 
 def _check_target(target, hidden, start, num_codes, ignore_index):
@@ -214,7 +223,7 @@ def _plain_number(name, value, *, positive):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not 0 <= value < math.inf or (positive and value == 0):  # math.isfinite takes nothing that a graph leaves open
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
     return min(max(float(value), 1e-37), 1e37) if value else 0.0
 
@@ -498,6 +507,11 @@ def _cross_entropy_reduced_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
+def _is_graph_kept():
+    """May this backward pass be run again (retain_graph)? Then what was saved is not given away."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
     # The saved gradients are outputs, so a derivative of what was made from them arrives here and is not lost.
     if any(grad is not None for grad in of_gradients):
@@ -505,8 +519,8 @@ def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
     if grad_loss is None:
         return (None,) * 8
     grads = ctx.saved_tensors
-    if _is_traced(grad_loss) or grad_loss.device.type != "cpu" or grad_loss != 1:  # else a copy as large as the weight
-        grads = tuple((grad * grad_loss).to(grad.dtype) for grad in grads)
+    if _is_traced(grad_loss) or grad_loss.device.type != "cpu" or grad_loss != 1 or _is_graph_kept():
+        grads = tuple((grad * grad_loss).to(grad.dtype) for grad in grads)  # else a copy as large as the weight
     return *_wanted(grads, ctx.needs), None, None, None, None, None
 
 
