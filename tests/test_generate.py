@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dalle_fast.nn as fnn
+from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
 from dalle_fast.nn.generation import Sampling
 from dalle_fast.ops.codebook.noise import gumbel_noise
@@ -107,6 +108,14 @@ def keep_p(logits, p):
             kept[code] = logits[code]
         mass += float(probabilities[code])
     return kept
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1.0, 1e39])
+def test_one_most_likely_code_at_any_temperature(temperature):
+    """Of two that are equally likely too."""
+    hidden, weight = torch.tensor([[2.0]]).expand(500, 1), torch.tensor([[0.5], [3.0], [-1.0], [3.0]])
+    drawn = Sampling(temperature, top_k=1).draw(hidden, weight, F.noise_seed(3) + torch.arange(500))
+    assert len(drawn.unique()) == 1 and drawn[0] in (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +262,7 @@ ZEROS = torch.zeros(P, G, dtype=torch.int64)
         ({"temperature": float("nan")}, TypeError, "temperature must be a finite number, got nan"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1\.5"),
+        ({"num_images": 10**9}, ValueError, "num_images must be at most .* images of a caption, got 1000000000"),
         ({"top_k": 0}, ValueError, "top_k must be an integer from 1 to 11, the model's codes, got 0"),
         ({"top_k": 12}, ValueError, "top_k must be an integer from 1 to 11, the model's codes, got 12"),
         ({"guidance": "3"}, TypeError, "guidance must be a finite number, got '3'"),

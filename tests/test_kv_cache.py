@@ -199,6 +199,15 @@ def test_appending_past_capacity_is_refused():
     assert all(map(torch.equal, before, after))
 
 
+@pytest.mark.parametrize("mask", [row_mask(2, (3, 2)), column_mask(2, (3, 2))], ids=str)
+def test_more_than_an_image_is_refused(mask):
+    cache = fnn.KVCache([mask], num_prompts=1, num_images=1, num_heads=1, head_dim=1)
+    key = torch.zeros(1, 1, 9, 1)
+    with pytest.raises(ValueError, match=r"key must have at most 2 \+ 6 tokens, got 9"):
+        cache.layer(0).prefill(key, key)
+    cache.layer(0).prefill(key[:, :, :8], key[:, :, :8])
+
+
 def test_a_cache_of_another_size_is_refused():
     model = make_model(PAPER, "cpu")
     text, codes = make_batch(0)

@@ -70,11 +70,11 @@ def generate(
         TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
         torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
     """
+    model.check_text(text, text_lengths, look=True)
     G, P = model.config.image_len, len(text)
     sampling = Sampling(temperature, top_k, top_p, guidance)
     sampling.check(model.config.num_codes)
     seeds = _seeds(seed, first_image, num_images, G, text.device)
-    model.check_text(text, text_lengths, look=True)
     codes, known, n = _completion(model, codes, known, text)
     if n == G or P == 0:
         return codes.repeat_interleave(num_images, 0).view(-1, *model.config.grid)
@@ -123,10 +123,12 @@ class Sampling(NamedTuple):
         if self.temperature == 0 or (self.top_k is None and self.top_p is None):
             return F.codebook_sample(hidden, weight, temperature=self.temperature, seed=seeds, impl=impl)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.float() @ weight.float().T / self.temperature
+            logits = hidden.float() @ weight.float().T
         if self.top_k is not None:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            most_likely = logits.topk(self.top_k)
+            logits = torch.full_like(logits, -torch.inf).scatter(1, *reversed(most_likely))
+        # The largest becomes 0, which no temperature makes infinite; codebook_sample takes these as the extremes too.
+        logits = (logits - logits.amax(-1, keepdim=True)) / min(max(self.temperature, 1e-37), 1e37)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
             p = ordered.softmax(-1)
@@ -244,6 +246,8 @@ def _seeds(seed, first_image, num_images, image_len, device):
     if not _is(num_images, numbers.Integral) or num_images < 1:
         raise ValueError(f"num_images must be an integer of at least 1, got {num_images!r}")
     last = (1 << 32) // image_len - num_images
+    if last < 0:
+        raise ValueError(f"num_images must be at most {(1 << 32) // image_len} images of a caption, got {num_images}")
     if not _is(first_image, numbers.Integral) or not 0 <= first_image <= last:
         raise ValueError(f"first_image must be an integer from 0 to {last}, got {first_image!r}")
     if seed is None:

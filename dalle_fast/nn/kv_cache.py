@@ -37,7 +37,7 @@ class LayerCache:
         """Take the first T + n tokens of the stream, (P, H, T + n, D), the n image tokens for all images of a prompt.
 
         Raises:
-            ValueError: the keys are of another number of prompts, heads or head size.
+            ValueError: the keys are of another number of prompts, heads or head size, or more than the stream has.
         """
         T, C = self.mask.text_len, self.mask.cache_slots
         P, H, _, D = self.text_key.shape
@@ -45,6 +45,8 @@ class LayerCache:
             shape = f"({P}, {H}, {T} + n, {D})"
             raise ValueError(f"key must have shape {shape} for this cache of {P} prompts, got {tuple(key.shape)}")
         n = key.shape[2] - T
+        if n > self.mask.image_len:
+            raise ValueError(f"key must have at most {T} + {self.mask.image_len} tokens, got {key.shape[2]}")
         first = max(0, n - C)  # what was before is out of reach
         slots = self.mask.cache_slot(torch.arange(first, n, device=key.device))
         for new, text, image in ((key, self.text_key, self.image_key), (value, self.text_value, self.image_value)):
