@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 
 import dalle_fast
@@ -48,13 +49,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; `argv` is `sys.argv[1:]` if None. Returns the exit status: 2 for what the user can put right."""
-    arguments = make_parser().parse_args(argv)
     try:
+        arguments = make_parser().parse_args(argv)
         status = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"dalle-fast: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # training loops save first, and return the same status
+        print("dalle-fast: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output, as `head` does, has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         return 1

@@ -39,6 +39,10 @@ def collect() -> dict:
     import torch
 
     has_gpu = torch.cuda.is_available()
+    native = _native()
+    attention = {device: _attention_on(device) for device in (["cpu", "cuda"] if has_gpu else ["cpu"])}
+    if native.get("isa_error"):
+        attention["cpu"]["cpu"].append(native["isa_error"])
     return {
         "versions": {
             "dalle_fast": dalle_fast.__version__,
@@ -48,10 +52,10 @@ def collect() -> dict:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "native": _native(),
+        "native": native,
         "gpus": [_gpu(x) for x in range(torch.cuda.device_count())] if has_gpu else [],
         "why_no_gpu": None if has_gpu else _why_no_gpu(),
-        "attention": {device: _attention_on(device) for device in (["cpu", "cuda"] if has_gpu else ["cpu"])},
+        "attention": attention,
     }
 
 

@@ -60,6 +60,7 @@ def test_a_wrong_instruction_set_is_reported():
     run = run_module("info", DALLE_FAST_ISA="abacus")
     assert run.returncode == 0, run.stderr
     assert "DALLE_FAST_ISA must be" in run.stdout and "portable" in run.stdout and "'abacus'" in run.stdout
+    assert " cpu: DALLE_FAST_ISA must be" in run.stdout
 
 
 def test_the_instruction_set_can_be_chosen():
@@ -72,7 +73,7 @@ def test_help_shows_defaults(name, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([name, "--help"])
     assert exit_.value.code == 0
-    assert "(default: " in capsys.readouterr().out
+    assert "(default:" in capsys.readouterr().out
 
 
 def test_help_and_version_do_not_import_torch():
@@ -86,6 +87,17 @@ def test_a_command_is_required():
     run = run_module()
     assert run.returncode == 2
     assert "COMMAND" in run.stderr
+
+
+def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for module, name in ((info, "collect"), (cli, "make_parser")):
+        monkeypatch.setattr(module, name, interrupt)
+        assert cli.main(["info"]) == 130
+        assert capsys.readouterr().err == "dalle-fast: interrupted\n"
+        monkeypatch.undo()
 
 
 def test_a_reader_that_stops_reading_is_no_error_message():

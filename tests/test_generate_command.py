@@ -138,6 +138,9 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         checkpoint.export(tmp_path / name / checkpoint.MODEL, make(fnn.DiscreteVAE, config))
     Image.new("RGB", (20, 24)).save(tmp_path / "large.png")
     Image.new("RGB", (S, S)).save(tmp_path / "right.png")
+    right = (tmp_path / "right.png").read_bytes()
+    at = right.index(b"IDAT")  # behind its length, which shall be too small
+    (tmp_path / "broken.png").write_bytes(right[: at - 4] + b"\0\0\0\4" + right[at:])
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "text.json").write_text("{}")
     cases = {
@@ -157,10 +160,12 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         (CAPTION, "--seed", -1): ["seed", "-1"],
         (CAPTION, "--batch-size", 0): ["batch_size must be at least 1, got 0"],
         (CAPTION, "--complete", tmp_path / "large.png"): ["20 x 24 pixels", "16 x 16"],
-        (CAPTION, "--complete", tmp_path / "empty.txt"): ["cannot read", "empty.txt"],
+        (CAPTION, "--complete", tmp_path / "empty.txt"): ["empty.txt: not a picture"],
+        (CAPTION, "--complete", tmp_path / "broken.png"): ["broken.png: ", "broken PNG"],
         (CAPTION, "--complete", tmp_path / "right.png", "--keep-rows", 4): ["from 1 to 3", "4 rows", "got 4"],
         (CAPTION, "--keep-rows", 2): ["--keep-rows needs --complete"],
         (CAPTION, "--best-of", 3): ["--best-of and --score"],
+        (CAPTION, "--best-of", 0, "--score", "math:fsum"): ["--best-of must be at least 1, got 0"],
         (CAPTION, "--best-of", 3, "--score", "nowhere:x"): ["nowhere"],
         (CAPTION, "--best-of", 1, "--num-images", 2, "--score", "math:fsum"): ["keep must be from 1 to 1", "got 2"],
         ("--captions", tmp_path / "missing.txt"): ["cannot read captions", "missing.txt"],
@@ -172,8 +177,23 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         assert line.startswith("dalle-fast: error: ")
         for word in words:
             assert word in line, (arguments, line)
-    assert generate(CAPTION, out=tmp_path / "nothing.xyz") == 2
-    assert "cannot write" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(generate, tmp_path, capsys, monkeypatch):
+    def forbid(*_, **__):
+        raise AssertionError("drawn in vain")
+
+    monkeypatch.setattr(sampling, "draw", forbid)
+    (tmp_path / "file").write_text("")
+    for name in ("nothing.xyz", "nothing", "only_read.cur", "not_in_colour.xbm", "file/x.png", "file/"):
+        assert generate(CAPTION, out=f"{tmp_path}/{name}") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("dalle-fast: error: --out") and name in error and error.count("\n") == 1
+    (tmp_path / "old.png").write_text("old")
+    for name in ("new.png", "old.png"):
+        with pytest.raises(AssertionError, match="in vain"):
+            generate(CAPTION, out=tmp_path / name)
+    assert (tmp_path / "old.png").read_text() == "old" and not (tmp_path / "new.png").exists()
 
 
 def test_parts_that_are_missing(model, tmp_path, capsys):

@@ -420,7 +420,8 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
         (run, tmp_path / "out"): ["holds a DALLE, expected a DiscreteVAE"],
         (tmp_path / "nothing", tmp_path / "out"): ["nothing holds no model"],
         (dvae, tmp_path / "out", "--text-len", "4"): ["at most text_len 4 tokens, got", "'a "],
-        (dvae, tmp_path / "out", "--examples", "0"): ["at least 1, got 0"],
+        (dvae, tmp_path / "out", "--examples", "0"): ["--examples must be at least 1, got 0"],
+        (dvae, tmp_path / "out", "--workers", "-1"): ["--workers must be at least 0, got -1"],
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "text.json"): ["text.json: not a BPE tokenizer"],
         (dvae, tmp_path / "out", "--width", "0"): ["width must be a positive integer, got 0"],
         (dvae, tmp_path / "out", "--vocab-size", "10"): ["vocab_size", "257", "10"],
@@ -432,3 +433,19 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
         for word in words:
             assert word in line, (arguments, line)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):
+    dvae, _ = folders
+    (tmp_path / "file").write_text("{}")
+    monkeypatch.setattr(codes, "_encode", forbid)
+    cases = {
+        (dvae, tmp_path / "file"): "--out must be a folder that can be written to, got",
+        (dvae, tmp_path / "out", "--codes", tmp_path / "file"): "the folder of codes must be a folder that can",
+        (dvae, tmp_path / "out", "--tokenizer", tmp_path / "file"): "file: not a BPE tokenizer",
+        (dvae, tmp_path / "out", "--tokenizer", tmp_path / "nosuch"): "nosuch: not a BPE tokenizer",
+    }
+    for arguments, words in cases.items():
+        assert command(*arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1

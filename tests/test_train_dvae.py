@@ -57,7 +57,8 @@ def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
     from PIL import Image
 
     out = pictures / "out.png"
-    assert run("reconstruct", "--model", trained, pictures / "scene.png", pictures / "wide.png", "--out", out) == 0
+    flags = ["--model", trained, "--out", out, "--device", "cpu"]
+    assert run("reconstruct", pictures / "scene.png", pictures / "wide.png", *flags) == 0
     with Image.open(out) as image, Image.open(pictures / "scene.png") as scene:
         grid, scene = np.asarray(image), np.asarray(scene)
     assert grid.shape == (2 + 2 * 98, 2 + 2 * 98, 3)
@@ -77,6 +78,9 @@ def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
         (["--tau", "0"], ["tau", "0.0"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--device", "abacus"], ["--device", "abacus"]),
+        (["--workers", "-1"], ["--workers", "-1"]),
+        (["--min-log-scale", "nan"], ["--min-log-scale", "nan"]),
+        (["--min-log-scale", "inf"], ["--min-log-scale", "inf"]),
         (["--log-every", "-1"], ["log_every", "-1"]),
         (["--ema-decay", "2"], ["decay", "2"]),
         (["--out", "/dev/null/x"], ["/dev/null"]),
@@ -88,6 +92,14 @@ def test_wrong_flags_are_one_line(tmp_path, capsys, flags, words):
     assert error.startswith("dalle-fast: error: ") and error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+def test_a_wrong_instruction_set_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "dalle_fast", *TRAIN, "--steps", "1", "--out", tmp_path]
+    environment = {**os.environ, "DALLE_FAST_ISA": "abacus"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("dalle-fast: error: ")
+    assert "DALLE_FAST_ISA" in done.stderr and "'abacus'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_folder_without_pictures(tmp_path, capsys):
@@ -118,6 +130,9 @@ def test_what_reconstruct_cannot_read(trained, pictures, capsys):
     assert "holds no model" in capsys.readouterr().err
     assert run("reconstruct", "--model", trained, pictures / "scene.png", "--out", pictures / "no" / "out.png") == 2
     assert "cannot write" in capsys.readouterr().err
+    assert run("reconstruct", "--model", trained, pictures / "scene.png", "--out", out, "--device", "abacus") == 2
+    error = capsys.readouterr().err
+    assert "--device abacus cannot be used" in error and error.count("\n") == 1
     assert not out.exists()
 
 

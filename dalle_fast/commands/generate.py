@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
 
 from dalle_fast.commands import training
+from dalle_fast.commands.reconstruct import read_picture
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.errors import UserError
 
@@ -23,7 +25,7 @@ def add_arguments(parser) -> None:
     who = parser.add_argument_group("who draws")
     who.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dalle")
     who.add_argument("--dvae", metavar="DIR", help="folder of another run of train-dvae (default: the model's own)")
-    who.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
+    training.add_device_argument(who)
     who.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at once, at most")
     how = parser.add_argument_group("how")
     how.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely codes")
@@ -52,12 +54,15 @@ def run(arguments) -> int:
         raise UserError(f"--num-images must be at least 1, got {arguments.num_images}")
     if (arguments.best_of is None) != (arguments.score is None):
         raise UserError("--best-of and --score must be given together: how many are drawn, and what is best")
+    if arguments.best_of is not None and arguments.best_of < 1:
+        raise UserError(f"--best-of must be at least 1, got {arguments.best_of}")
     if arguments.keep_rows is not None and arguments.complete is None:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
     dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=training.device(arguments.device))
     try:
         codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
+        _check_out(arguments.out)
         drawn = sampling.draw(
             dalle,
             dvae,
@@ -121,7 +126,7 @@ def write(rows, path) -> list[str]:
 
     from dalle_fast.training.pictures import picture_grid
 
-    if os.path.isdir(path) or str(path).endswith(os.sep):
+    if _is_folder(path):
         pictures = {
             os.path.join(path, f"{row:04d}-{number:04d}.png"): picture
             for row, of_caption in enumerate(rows)
@@ -136,6 +141,36 @@ def write(rows, path) -> list[str]:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {name}: {error}") from error
     return list(pictures)
+
+
+def _is_folder(path) -> bool:
+    return os.path.isdir(path) or str(path).endswith(os.sep)
+
+
+def _check_out(path) -> None:
+    """Refuse what `write` could not write now, not when all is drawn. It makes folders, but leaves no file."""
+    from PIL import Image
+
+    from dalle_fast.training.folders import make_folder
+
+    if _is_folder(path):
+        make_folder(path, "--out")
+        return
+    memory = io.BytesIO()
+    memory.name = path  # whose ending says the format
+    try:
+        Image.new("RGB", (1, 1)).save(memory)
+    except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
+        raise UserError(f"--out must end as a colour picture that Pillow writes, as .png does, got {path}") from error
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        there = os.path.exists(path)
+        with open(path, "ab"):
+            pass
+        if not there:
+            os.remove(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
 
 
 def _captions(arguments) -> list[str]:
@@ -169,9 +204,7 @@ def _function(name):
 
 def _first_rows(dvae, arguments, count):
     """The codes (count, rows, w) of the first rows of the picture to complete."""
-    import numpy as np
     import torch
-    from PIL import Image
 
     size, rows = dvae.config.image_size, arguments.keep_rows
     rows = dvae.config.grid // 2 if rows is None else rows
@@ -179,11 +212,7 @@ def _first_rows(dvae, arguments, count):
         raise UserError(
             f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}"
         )
-    try:
-        with Image.open(arguments.complete) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.complete}: {error}") from error
+    pixels = read_picture(arguments.complete)
     if pixels.shape[:2] != (size, size):
         sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the model's pictures have {size} x {size}"
         raise UserError(f"{arguments.complete} has {sizes}")

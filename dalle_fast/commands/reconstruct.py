@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dalle_fast.commands import training
 from dalle_fast.errors import UserError
 
 
@@ -9,7 +10,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dvae")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    training.add_device_argument(parser)
 
 
 def run(arguments) -> int:
@@ -17,7 +18,7 @@ def run(arguments) -> int:
 
     from dalle_fast.checkpoint import load_model
 
-    model = load_model(arguments.model, kind="DiscreteVAE", device=arguments.device)
+    model = load_model(arguments.model, kind="DiscreteVAE", device=training.device(arguments.device))
     picture = reconstructions(model, arguments.images)
     try:
         Image.fromarray(picture).save(arguments.out)
@@ -50,10 +51,23 @@ def reconstructions(model, paths):
 
 def _read(path, size):
     """The middle square of the picture in a file: (size, size, 3) uint8."""
-    from dalle_fast.data.images import BadImage, decode, read_file
     from dalle_fast.data.loading import centre_crop
 
     try:
-        return centre_crop(decode(read_file(path), draft=size), size)
-    except (BadImage, ValueError) as error:
+        return centre_crop(read_picture(path, draft=size), size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_picture(path, *, draft=None):
+    """The picture in a file: (height, width, 3) uint8. `draft` as of `dalle_fast.data.images.decode`.
+
+    Raises:
+        UserError: it cannot be read as a picture.
+    """
+    from dalle_fast.data.images import BadImage, decode, read_file
+
+    try:
+        return decode(read_file(path), draft=draft)
+    except BadImage as error:
         raise UserError(f"{path}: {error}") from error

@@ -1,8 +1,9 @@
 """Train the transformer over captions and image codes, stage 2.
 
 The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
-copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C it saves
-first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C training
+saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there. Ended while pictures
+become codes it has saved none of them.
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ def make_objective(arguments):
         UserError: a folder or file that is not what the flag needs.
     """
     from dalle_fast import checkpoint
-    from dalle_fast.data import open_source
+    from dalle_fast.data import Tokenizer, open_source
     from dalle_fast.nn import dalle
     from dalle_fast.training.codes import encode_source, fingerprint
+    from dalle_fast.training.folders import make_folder
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
 
+    if arguments.examples is not None and arguments.examples < 1:
+        raise UserError(f"--examples must be at least 1, got {arguments.examples}")
     given, out = vars(arguments), Path(arguments.out)
     going_on = check_folder(out, resume=arguments.resume)
     recipe = training.replaced(DALLE_RECIPES[arguments.preset], given)
@@ -87,6 +91,9 @@ def make_objective(arguments):
     dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
     if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
         raise UserError(f"{out} began with another discrete VAE than the one in {arguments.dvae}")
+    tokenizer = None
+    if arguments.tokenizer or going_on:
+        tokenizer = Tokenizer.load(arguments.tokenizer or out / TOKENIZER)
     sources = {
         split: open_source(
             arguments.data, image_size=dvae.config.image_size, split=split, seed=arguments.seed, require_captions=True
@@ -94,6 +101,7 @@ def make_objective(arguments):
         for split in ("train", "validation")
     }
     counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
+    make_folder(out, "--out")
     encoded = {
         split: encode_source(
             dvae,
@@ -106,7 +114,8 @@ def make_objective(arguments):
         )
         for split, source in sources.items()
     }
-    tokenizer = _tokenizer(arguments, going_on, encoded["train"].captions, preset.vocab_size)
+    if tokenizer is None:
+        tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
     config = training.replaced(
         preset,
         {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
@@ -131,12 +140,9 @@ def make_objective(arguments):
     return objective
 
 
-def _tokenizer(arguments, going_on, captions, vocab_size):
-    """The one of the flag, or of the run that goes on, or a new one."""
-    from dalle_fast.data.text import Tokenizer
+def _new_tokenizer(captions, vocab_size):
+    from dalle_fast.data import Tokenizer
 
-    if arguments.tokenizer or going_on:
-        return Tokenizer.load(arguments.tokenizer or Path(arguments.out) / TOKENIZER)
     tokenizer = Tokenizer.train(captions, vocab_size)
     print(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions", file=sys.stderr)
     return tokenizer

@@ -7,8 +7,10 @@ SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143,
 from __future__ import annotations
 
 import argparse
+import math
 
 from dalle_fast.commands import training
+from dalle_fast.errors import UserError
 from dalle_fast.training.recipes import RECIPES
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
@@ -48,12 +50,15 @@ def make_objective(arguments):
 
     Raises:
         ValueError: a flag's value that the model, the recipe or the data refuse.
+        UserError: one that they would take, but cannot use.
     """
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
     from dalle_fast.training import stage1
 
     given = vars(arguments)
+    if not given.get("min_log_scale", 0.0) < math.inf:  # not a number, too
+        raise UserError(f"--min-log-scale must be a number below infinity, got {arguments.min_log_scale}")
     config = training.replaced(dvae.PRESETS[arguments.preset], given)
     sources = {
         split: open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)

@@ -17,9 +17,13 @@ def add_run_arguments(group, presets) -> None:
     group.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in DIR")
     group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
     group.add_argument("--seed", type=int, default=0, help="of all that is random: weights, noise, order")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
+    add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
     group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
+
+
+def add_device_argument(group) -> None:
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
 
 
 def add_recipe_arguments(group, recipes) -> None:
@@ -59,6 +63,8 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
     from dalle_fast.training import LoopSettings, train
     from dalle_fast.training.malloc import keep_freed_memory
 
+    if arguments.workers < 0:
+        raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     try:
         objective = make_objective(arguments)
         settings = LoopSettings(
@@ -104,10 +110,14 @@ def device(name: str):
     """
     import torch
 
+    from dalle_fast import _extension
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros((), device=name)
-    except (RuntimeError, AssertionError) as error:
+        found = torch.zeros((), device=name).device
+        if found.type == "cpu" and not _extension.why_missing():
+            _extension.native().instruction_set()  # refuses a wrong DALLE_FAST_ISA now, not in the first step
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)

@@ -17,6 +17,7 @@ import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
+from dalle_fast.training.folders import make_folder
 
 BATCH, PROBED = 64, 16
 
@@ -48,7 +49,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
         seed: of order and crops. workers: processes that load. progress: say what is computed, on stderr.
 
     Raises:
-        CheckpointError: the file cannot be written. DataError: the source cannot be read.
+        UserError: `folder` or the file cannot be written. DataError: the source cannot be read.
     """
     train = split == "train"
     limit = sys.maxsize if train and source.crop else len(source)
@@ -71,6 +72,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
             return _read(path, key)
         except checkpoint.CheckpointError as error:
             print(f"{error}; computing the codes again", file=sys.stderr)
+    make_folder(folder, "the folder of codes")
     stream = batches(source, BATCH, image_size=dvae.config.image_size, seed=seed, train=train, num_workers=workers)
     encoded = _encode(dvae, stream, count, f"codes of {source.name}, {split}" if progress else None)._replace(key=key)
     _write(path, encoded)
@@ -115,7 +117,6 @@ def _write(path, encoded) -> None:
         "captions": torch.frombuffer(bytearray(b"".join(text) or b" "), dtype=torch.uint8),
         "caption_lengths": torch.tensor([len(caption) for caption in text]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(path, tensors, header=encoded.key)
 
 
