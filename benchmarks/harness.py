@@ -48,6 +48,7 @@ except ImportError as error:
     sys.exit(f"dalle_fast cannot be imported ({error}); install it from the repository's root: pip install -e .")
 
 from dalle_fast.ops.choice import IMPLS
+from dalle_fast.verify.output import can_write
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -830,14 +831,14 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def output_file(*endings: str):
-    """An argparse type: a file to be written, in a folder that exists, with one of these endings."""
+    """An argparse type: a file that can be written, in a folder that exists, with one of these endings."""
 
     def parse(text: str) -> Path:
         path = Path(text)
         if path.suffix.lower() not in endings:
             raise argparse.ArgumentTypeError(f"expected a file name ending in {' or '.join(endings)}, got {text!r}")
-        if path.is_dir() or not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
+        if not can_write(path):
+            raise argparse.ArgumentTypeError(f"expected a writable file in an existing folder, got {text!r}")
         return path
 
     return parse

@@ -22,9 +22,12 @@ import numpy as np
 import torch
 
 from dalle_fast import sampling
+from dalle_fast.commands import training
 from dalle_fast.commands.generate import load_parts, write
 from dalle_fast.data.shapes import Shapes, caption_of_scene, read_captions, scene_of_caption
 from dalle_fast.errors import UserError
+from dalle_fast.nn import functional as F
+from dalle_fast.nn.generation import Sampling
 from dalle_fast.training.stage1 import to_uint8
 
 SPLITS = {"heldout": "held out", "train": "seen"}
@@ -132,7 +135,7 @@ def parse(argv):
     parser.add_argument("--top-p", type=float, metavar="P", help="of sampling")
     parser.add_argument("--guidance", type=float, metavar="X", help="of sampling")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
-    parser.add_argument("--device", default=harness.best_device(), help="cpu or cuda")
+    parser.add_argument("--device", default=harness.best_device(), help="cpu, cuda or cuda:N")
     parser.add_argument("--json", type=harness.output_file(".json"), metavar="FILE", help="write the numbers there")
     parser.add_argument(
         "--picture",
@@ -140,7 +143,14 @@ def parse(argv):
         metavar="FILE",
         help="draw first pictures of held-out captions there",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.device = training.device(args.device)
+        Sampling(args.temperature, top_p=args.top_p, guidance=args.guidance).check(num_codes=0)  # of top_k alone
+        F.noise_seed(args.seed)
+    except (UserError, ValueError, TypeError) as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv=None) -> int:

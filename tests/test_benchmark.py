@@ -380,7 +380,9 @@ def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
         (["--pass", "backward"], "argument --pass: invalid choice: 'backward'"),
         (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
         (["--seconds", "0"], "argument --seconds: expected a positive number of seconds, got '0'"),
-        (["--json", "no/such/folder/a.json"], "argument --json: expected a file in an existing folder"),
+        (["--json", "no/such/folder/a.json"], "argument --json: expected a writable file in an existing folder"),
+        (["--json", "/proc/a.json"], "argument --json: expected a writable file in an existing folder"),
+        (["--plot", "/proc/a.png"], "argument --plot: expected a writable file in an existing folder"),
         (["--json", "a.txt"], "argument --json: expected a file name ending in .json, got 'a.txt'"),
         (["--plot", "a.jpeg"], "argument --plot: expected a file name ending in .png, got 'a.jpeg'"),
     ],
@@ -390,6 +392,15 @@ def test_a_bad_flag_is_named(modules, capsys, flags, message):
         modules[1].parse(flags)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused(modules, capsys):
+    import mask_picture
+
+    with pytest.raises(SystemExit) as stop:
+        mask_picture.main(["/proc/a.png"])
+    assert stop.value.code == 2
+    assert "expected a writable file in an existing folder, got '/proc/a.png'" in capsys.readouterr().err
 
 
 def test_help_shows_the_defaults(modules, capsys):

@@ -1,5 +1,6 @@
 """`dalle-fast verify`: its figures at a smaller size, and that what goes wrong is counted, never passed over."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,9 +13,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from dalle_fast import cli, provenance
-from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
+from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, output, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
 # Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
@@ -161,6 +163,19 @@ def test_the_end_of_the_budget_is_no_failure(verify):
     assert time.monotonic() - start < 2
 
 
+def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path):
+    finish = runner._Run._add
+
+    def add(run, found, bar):
+        finish(run, found, bar)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner._Run, "_add", add)
+    with pytest.raises(KeyboardInterrupt):  # `dalle_fast.cli` says so in one line
+        verify(["fine", "hang"])
+    assert json.loads((tmp_path / "evidence.json").read_text())["figures"]["trial"]["done"] == 1
+
+
 def test_what_was_killed_leaves_no_files(verify, monkeypatch, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -212,6 +227,22 @@ def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="NAME must be one of diff, .*, got nothing"):
         runner.verify(["nothing"], tmp_path / "x.json", gpu=False, budget=1, restart=False)
-    for out in (tmp_path, tmp_path / "missing" / "x.json"):
-        with pytest.raises(ValueError, match="--out must name a file in a folder that exists, got "):
+    for out in (tmp_path, tmp_path / "missing" / "x.json", pathlib.Path("/proc/x.json"), pathlib.Path(os.devnull)):
+        with pytest.raises(ValueError, match="--out must name a writable file in a folder that exists, got "):
             runner.verify(["diff"], out, gpu=False, budget=1, restart=False)
+
+
+def test_whether_a_file_can_be_written_is_asked_without_writing(tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.write_text("kept")
+    assert output.can_write(there) and output.can_write(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [there] and there.read_text() == "kept"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != there)  # root may write whatever its mode
+    assert output.can_write(tmp_path / "new") and not output.can_write(there)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", [name for name, figure in FIGURES.items() if figure.gpu_total])
+def test_without_a_gpu_its_figures_are_not_run(name):
+    with pytest.raises(NotRun, match="torch finds no CUDA device here"):
+        dataclasses.replace(FIGURES[name], device="cuda").case(0)

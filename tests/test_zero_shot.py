@@ -66,3 +66,21 @@ def test_some_wrong(measure, capsys):
     for result in results.values():
         assert result["right"] == pytest.approx(0.6, abs=0.01) and result["interval"][0] < 0.6 < result["interval"][1]
     assert capsys.readouterr().out.count("MISSED") == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--device", "foo"], "--device foo cannot be used"),
+        (["--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["--top-p", "7"], "top_p must be in (0, 1], got 7.0"),
+        (["--guidance", "nan"], "guidance must be a finite number, got nan"),
+        (["--seed", "-1"], "seed must be from 0 to 1048575, got -1"),
+        (["--picture", "/proc/a.png"], "argument --picture: expected a writable file in an existing folder"),
+    ],
+)
+def test_a_bad_flag_is_named(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        zero_shot.main(["--model", "no/such/run", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

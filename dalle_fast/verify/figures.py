@@ -44,7 +44,12 @@ class Figure:
     gpu_total: int = 0
 
     def case(self, number: int) -> dict | None:
-        """Try one case: returns numbers to keep, by their names, and raises what went wrong."""
+        """Try one case: returns numbers to keep, by their names, and raises what went wrong, or `NotRun`."""
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise NotRun("torch finds no CUDA device here")
         return importlib.import_module(f"dalle_fast.verify.{self.name}").case(number, self.device)
 
 

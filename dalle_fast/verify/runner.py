@@ -22,6 +22,7 @@ from dalle_fast.checkpoint import write_json
 from dalle_fast.errors import UserError
 from dalle_fast.provenance import describe_commit, describe_machine, describe_versions
 from dalle_fast.verify.figures import FIGURES, Figure
+from dalle_fast.verify.output import can_write
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 GPU = "gpu"  # the name of all that a GPU changes
@@ -39,13 +40,13 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     """Measure the figures and write FILE; see `dalle_fast.verify`. Returns the exit status.
 
     Raises:
-        VerifyError: no such figure or folder, or FILE holds results of another commit, machine or set of versions.
+        VerifyError: no such figure, or FILE cannot be written or holds results of another commit, machine or set of versions.
     """
     unknown = [name for name in names if name not in (*FIGURES, GPU)]
     if unknown:
         raise VerifyError(f"NAME must be one of {', '.join((*FIGURES, GPU))}, got {', '.join(unknown)}")
-    if not out.parent.is_dir() or out.is_dir():
-        raise VerifyError(f"--out must name a file in a folder that exists, got {out}")
+    if not can_write(out):
+        raise VerifyError(f"--out must name a writable file in a folder that exists, got {out}")
     report = _report(out, gpu, restart)
     chosen = _figures(names, gpu)
     deadline = time.monotonic() + budget
