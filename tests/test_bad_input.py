@@ -76,6 +76,11 @@ CASES = {
     ),
     "impl None": ({"impl": None}, ValueError, ["impl must be one of", "got None"]),
     "impl list": ({"impl": ["cpu"]}, ValueError, ["impl must be one of", "got ['cpu']"]),
+    "sparse lengths": (
+        {"text_lengths": torch.ones(B, dtype=torch.long).to_sparse()},
+        TypeError,
+        ["text_lengths must be a dense (strided) tensor", "got layout torch.sparse_coo"],
+    ),
     "lengths as a list": ({"text_lengths": [3, 4]}, TypeError, ["text_lengths must be an integer tensor", "got list"]),
     "lengths of floats": (
         {"text_lengths": torch.ones(B)},

@@ -223,8 +223,8 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=Non
 
     What a discrete VAE does between encoder and decoder (Ramesh et al. 2021, section 2.1; Jang et al. 2016), without a
     tensor of size (..., K) in memory, forward or backward: noise and probabilities are computed again. Noise is float32
-    and a function of (seed, row, code) alone. Differentiable in hidden, weight, bias and codebook, and bit-repeatable.
-    Under autocast these four are cast to autocast's dtype.
+    and a function of (seed, row, code) alone. Differentiable in hidden, weight, bias and codebook, and bit-repeatable; by
+    autograd, not by torch.func's transforms. Under autocast these four are cast to autocast's dtype.
 
     Args:
         hidden: (..., Din); float32, float16, bfloat16, or float64 on the reference. It may have no rows.
@@ -295,8 +295,8 @@ def codebook_cross_entropy(
 ):
     """`torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target)` without the logits in memory.
 
-    Differentiable once, in hidden, weight and bias. With reduction "mean" or "sum" the forward pass also makes the
-    gradients that are needed, up to their common factor.
+    Differentiable once, in hidden, weight and bias, by autograd, not by torch.func's transforms. With reduction "mean" or
+    "sum" the forward pass also makes the gradients that are needed, up to their common factor.
 
     Args:
         hidden, weight, bias, impl: as in `gumbel_codebook`.

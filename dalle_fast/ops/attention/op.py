@@ -100,11 +100,15 @@ def check_tensor(name, tensor):
     """Raise TypeError where `tensor` is no dense tensor of floating-point numbers that an operation takes."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    _check_dense(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def _check_dense(name, tensor):
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
 
 
 def check_scale(scale, D) -> float:
@@ -123,6 +127,7 @@ def check_text_lengths(text_lengths, B, device):
     """Raise for all but the range, which only a look at the numbers can tell: see `canonical_lengths`."""
     if not isinstance(text_lengths, torch.Tensor):
         raise TypeError(f"text_lengths must be an integer tensor or None, got {type(text_lengths).__name__}")
+    _check_dense("text_lengths", text_lengths)
     if text_lengths.dtype not in LENGTH_DTYPES:
         raise TypeError(f"text_lengths must be an integer tensor (int32 or int64), got {text_lengths.dtype}")
     if text_lengths.shape != (B,):
