@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(generate, tm
     for name in ("nothing.xyz", "nothing", "only_read.cur", "not_in_colour.xbm", "file/x.png", "file/"):
         assert generate(CAPTION, out=f"{tmp_path}/{name}") == 2
         error = capsys.readouterr().err
-        assert error.startswith("dalle-fast: error: --out") and name in error and error.count("\n") == 1
+        assert error.startswith("dalle-fast: error: --out") and name.split("/")[0] in error and error.count("\n") == 1
     (tmp_path / "old.png").write_text("old")
     for name in ("new.png", "old.png"):
         with pytest.raises(AssertionError, match="in vain"):

@@ -15,8 +15,8 @@ import time
 import pytest
 import torch
 
-from dalle_fast import cli, provenance
-from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, output, runner, sampler, static
+from dalle_fast import cli, outputs, provenance
+from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
 # Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
@@ -235,10 +235,10 @@ def test_the_command_refuses_what_is_wrong(tmp_path, capsys):
 def test_whether_a_file_can_be_written_is_asked_without_writing(tmp_path, monkeypatch):
     there = tmp_path / "there"
     there.write_text("kept")
-    assert output.can_write(there) and output.can_write(tmp_path / "new")
+    assert outputs.can_write(there) and outputs.can_write(tmp_path / "new")
     assert list(tmp_path.iterdir()) == [there] and there.read_text() == "kept"
     monkeypatch.setattr(os, "access", lambda path, mode: path != there)  # root may write whatever its mode
-    assert output.can_write(tmp_path / "new") and not output.can_write(there)
+    assert outputs.can_write(tmp_path / "new") and not outputs.can_write(there)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -151,7 +151,7 @@ def _check_out(path) -> None:
     """Refuse what `write` could not write now, not when all is drawn. It makes folders, but leaves no file."""
     from PIL import Image
 
-    from dalle_fast.training.folders import make_folder
+    from dalle_fast.outputs import can_write, make_folder
 
     if _is_folder(path):
         make_folder(path, "--out")
@@ -162,15 +162,9 @@ def _check_out(path) -> None:
         Image.new("RGB", (1, 1)).save(memory)
     except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
         raise UserError(f"--out must end as a colour picture that Pillow writes, as .png does, got {path}") from error
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        there = os.path.exists(path)
-        with open(path, "ab"):
-            pass
-        if not there:
-            os.remove(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
+    make_folder(os.path.dirname(path) or ".", "--out's folder")
+    if not can_write(path):
+        raise UserError(f"--out must name a file that can be written, got {path}")
 
 
 def _captions(arguments) -> list[str]:

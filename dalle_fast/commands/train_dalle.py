@@ -76,8 +76,8 @@ def make_objective(arguments):
     from dalle_fast import checkpoint
     from dalle_fast.data import Tokenizer, open_source
     from dalle_fast.nn import dalle
+    from dalle_fast.outputs import make_folder
     from dalle_fast.training.codes import encode_source, fingerprint
-    from dalle_fast.training.folders import make_folder
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
 

@@ -167,7 +167,7 @@ class DALLE(nn.Module):
                 nothing) with values out of range.
         """
         T = self.config.text_len
-        self.check_text(text, text_lengths, look=False)
+        _check_integers("text", text)
         codes = self.check_codes(codes, len(text), least=self.config.image_len)
         hidden = self.hidden(text, codes[:, :-1], text_lengths=text_lengths)  # (B, T + G, W)
         padding = self._padding(text, text_lengths)

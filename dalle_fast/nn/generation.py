@@ -16,6 +16,7 @@ import torch
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.codebook.noise import gumbel_noise
+from dalle_fast.ops.codebook.op import bounded
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes, in sizes of its cache
@@ -127,8 +128,8 @@ class Sampling(NamedTuple):
         if self.top_k is not None:
             most_likely = logits.topk(self.top_k)
             logits = torch.full_like(logits, -torch.inf).scatter(1, *reversed(most_likely))
-        # The largest becomes 0, which no temperature makes infinite; codebook_sample takes these as the extremes too.
-        logits = (logits - logits.amax(-1, keepdim=True)) / min(max(self.temperature, 1e-37), 1e37)
+        # The largest becomes 0, which no temperature makes infinite.
+        logits = (logits - logits.amax(-1, keepdim=True)) / bounded(self.temperature)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
             p = ordered.softmax(-1)

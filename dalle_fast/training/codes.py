@@ -17,7 +17,7 @@ import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
-from dalle_fast.training.folders import make_folder
+from dalle_fast.outputs import make_folder
 
 BATCH, PROBED = 64, 16
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from dalle_fast.checkpoint import write_json
 from dalle_fast.errors import UserError
+from dalle_fast.outputs import can_write
 from dalle_fast.provenance import describe_commit, describe_machine, describe_versions
 from dalle_fast.verify.figures import FIGURES, Figure
-from dalle_fast.verify.output import can_write
 
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 GPU = "gpu"  # the name of all that a GPU changes
@@ -40,7 +40,8 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     """Measure the figures and write FILE; see `dalle_fast.verify`. Returns the exit status.
 
     Raises:
-        VerifyError: no such figure, or FILE cannot be written or holds results of another commit, machine or set of versions.
+        VerifyError: no such figure, or FILE cannot be written, or holds results of another commit, machine or set of
+            versions.
     """
     unknown = [name for name in names if name not in (*FIGURES, GPU)]
     if unknown:

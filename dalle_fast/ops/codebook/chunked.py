@@ -41,7 +41,6 @@ class Chunked:
         self._each_chunk(chunk, weight, hidden, seed, stats, kl, codes, embedding)
         if hard:
             torch.index_select(codebook, 0, codes, out=embedding)
-            embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # such a row has no code
         return embedding, kl, codes, stats
 
     def gumbel_codebook_backward(

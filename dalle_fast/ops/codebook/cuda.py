@@ -69,7 +69,6 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     )  # fmt: skip
     if hard:
         torch.index_select(codebook, 0, codes, out=embedding)
-        embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # such a row has no code
     return embedding, kl, codes, stats
 
 

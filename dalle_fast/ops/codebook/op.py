@@ -214,10 +214,7 @@ def _offset(codes, start):
 
 
 def _plain_number(name, value, *, positive):
-    """`value` as a float: finite, and above 0 or at least 0.
-
-    Not below 1e-37, whose inverse is about the largest float32, and not above 1e37, as noise is up to 23 times as large.
-    """
+    """`value` as a float: finite, and above 0 or at least 0. `bounded`, but for 0."""
     if isinstance(value, torch.Tensor):
         _check_scalar(name, value)
         value = value.item()
@@ -225,7 +222,12 @@ def _plain_number(name, value, *, positive):
         raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
     if not 0 <= value < math.inf or (positive and value == 0):  # math.isfinite takes nothing that a graph leaves open
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
-    return min(max(float(value), 1e-37), 1e37) if value else 0.0
+    return bounded(value) if value else 0.0
+
+
+def bounded(value) -> float:
+    """Not below 1e-37, whose inverse is about the largest float32, nor above 1e37: noise is up to 23 times as large."""
+    return min(max(float(value), 1e-37), 1e37)
 
 
 def _number(name, value, hidden, *, positive):
@@ -381,7 +383,10 @@ def _gumbel_codebook_fake(hidden, weight, bias, codebook, tau, seed, seed_per_ro
 )
 def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl):
     serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
-    return serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
+    embedding, kl, codes, stats = serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
+    if hard:
+        embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # a row that is not finite has no code
+    return embedding, kl, codes, stats
 
 
 @_operation(

@@ -48,8 +48,6 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     sum_noisy = exponentials.sum(-1, keepdim=True)
     table = _wide(codebook)
     embedding = table[codes] if hard else exponentials / sum_noisy @ table
-    if hard:
-        embedding = embedding.masked_fill(kl.isnan()[:, None], torch.nan)  # such a row has no code
     sums = (z - largest).exp().sum(-1, keepdim=True)
     stats = torch.cat([largest, sums, largest_noisy, sum_noisy], -1)
     return embedding.to(hidden.dtype), kl, codes, stats

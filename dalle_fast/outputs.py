@@ -1,0 +1,41 @@
+"""Whether results can be kept, asked before long work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from dalle_fast.errors import UserError
+
+
+def can_write(path: str | os.PathLike) -> bool:
+    """Whether a file can be written there; tried in its folder, which is left as it is, as is a file that is there.
+
+    What the folder's permissions say is not enough: root has all of them in /proc, where no file can be made.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            return False
+        with tempfile.TemporaryFile(dir=path.parent):
+            return True
+    except OSError:
+        return False
+
+
+def make_folder(path: str | os.PathLike, name: str) -> None:
+    """Make a folder where it is missing, and find out now whether files can be made in it.
+
+    Args:
+        name: what the folder is, for the message.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} must be a folder that can be written to, got {path}: {error.strerror}") from error
