@@ -201,7 +201,7 @@ class AttentionMask:
             any of them sees; entries from counts[i] on mean nothing. counts (H * W,) int32. For causal, slots is one
             row, expanded.
         """
-        return _visible_slots(self, str(device))
+        return _visible_slots(self, _full_name(device))
 
     @property
     def num_pairs(self) -> int:
@@ -371,11 +371,22 @@ def _num_pairs(mask: AttentionMask) -> int:
     return text + image
 
 
+def _full_name(device) -> str:
+    """A device's name with its number, which "cuda" leaves to torch."""
+    if str(device) != "cuda":
+        return str(device)
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}"
+
+
 @functools.lru_cache(maxsize=64)
 def _visible_slots(mask: AttentionMask, device: str):
     import torch
 
     if device != "cpu":
+        if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a mask's first step of decoding on a device must not be captured in a CUDA graph")
         return tuple(x.to(device) for x in _visible_slots(mask, "cpu"))
     N, C = mask.image_len, mask.cache_slots
     if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new

@@ -185,6 +185,19 @@ def test_func_grad_and_vmap(server, make):
     torch.testing.assert_close(per_sample, expected[0])
 
 
+def test_many_gradients_of_one_sample(server, make):
+    """Only grad_out is batched, so that all else has a batch stride of 0."""
+    query, key, value = make((1, H, S, D), device=server.device)
+
+    def jacobian(impl):
+        def function(q):
+            return sparse_attention(q, key, value, MASK, impl=impl).sum((0, 2))
+
+        return torch.func.jacrev(function)(query)
+
+    torch.testing.assert_close(jacobian(server.impl), jacobian("reference"))
+
+
 def test_func_second_derivative(make):
     x = make((1, 1, 3, 2), torch.float64, count=1)[0]
 

@@ -287,6 +287,10 @@ def test_bad_configs_are_refused(changes, message):
 def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="one of 12b, 1b, medium, small, tiny, got 'large'"):
         fnn.DALLE("large")
+    with pytest.raises(ValueError, match="one of 12b, 1b, medium, small, tiny, got None"):
+        fnn.DALLE(None)
+    with pytest.raises(ValueError, match="impl must be one of auto, .*, got 'fast'"):
+        fnn.DALLE("tiny", impl="fast")
 
 
 @pytest.mark.parametrize(

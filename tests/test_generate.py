@@ -4,6 +4,7 @@ P prompts, N images of each, T text positions, G image positions, K codes.
 """
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -323,6 +324,27 @@ def test_running_out_on_the_way_says_so_too(model, text, monkeypatch):
     monkeypatch.setattr(model, "step", step)
     with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to alloc"):
         model.generate(text, num_images=8)
+
+
+def test_what_would_fit_is_told_without_what_did_not(model, text, monkeypatch):
+    caches, init = [], generation.KVCache.__init__
+
+    def remember(self, *args, device, **kwargs):
+        init(self, *args, device=device, **kwargs)
+        if device != "meta":
+            caches.append(weakref.ref(self))
+
+    def hidden(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    sizes = generation.Memory(model, P, 64, torch.device("cpu"))
+    free = int(sizes.needed * generation.WORKING_SPACE)
+    monkeypatch.setattr(generation.KVCache, "__init__", remember)
+    monkeypatch.setattr(generation, "free_memory", lambda device: free - sum(c().nbytes for c in caches if c()))
+    monkeypatch.setattr(model, "hidden", hidden)
+    with pytest.raises(torch.OutOfMemoryError, match="num_images=63 would fit"):
+        model.generate(text, num_images=64)
+    assert len(caches) == 1
 
 
 def test_free_memory_of_this_machine():

@@ -94,6 +94,10 @@ def test_infinity_and_nan_stay_in_their_row():
     assert torch.equal(out[others], expected[others])
 
 
+class Subclass(torch.Tensor):
+    """A weight that has linear layers of its own, as quantized ones do."""
+
+
 def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
     monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3)))
     most = 6
@@ -115,6 +119,7 @@ def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
         "a transformation": lambda: torch.func.jvp(lambda y: F.linear(y, weight, bias), (few,), (few,))[1],
         "vmap": lambda: torch.func.vmap(lambda y: F.linear(y, weight, bias))(few),
         "meta": lambda: F.linear(few.to("meta"), weight.to("meta"), bias.to("meta")),
+        "a subclass": lambda: F.linear(few, weight.as_subclass(Subclass), bias),
     }
     for call in calls.values():
         call()

@@ -117,10 +117,11 @@ class DALLE(nn.Module):
     Args:
         config: a `DALLEConfig` or the name of one of PRESETS.
         activation_checkpointing, gradient_scaling: as of `Transformer`.
-        impl: as in `dalle_fast.nn.functional.sparse_attention`.
+        impl: of attention, as in `dalle_fast.nn.functional.sparse_attention`. Losses and samples, and all other layers,
+            choose for themselves, but that "reference" is for them too.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset or `impl`.
     """
 
     def __init__(
@@ -128,9 +129,9 @@ class DALLE(nn.Module):
     ):
         super().__init__()
         if isinstance(config, str):
-            if config not in PRESETS:
-                raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")
-            config = PRESETS[config]
+            config = PRESETS.get(config, config)
+        if not isinstance(config, DALLEConfig):
+            raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")
         self.config, self.impl = config, impl
         V, T, K, W = config.vocab_size, config.text_len, config.num_codes, config.width
         self.text_embedding = nn.Embedding(V + T, W)  # token V + t is the padding of position t
@@ -233,6 +234,11 @@ class DALLE(nn.Module):
         return [module for module in self.children() if isinstance(module, nn.Embedding)]
 
     @property
+    def codebook_impl(self):
+        """Who computes losses and samples: not all that serve attention have them."""
+        return "reference" if self.impl == "reference" else "auto"
+
+    @property
     def image_weight(self):
         """The output matrix's rows of the codes, (K, W)."""
         return self.head.weight[self.config.vocab_size :]
@@ -260,7 +266,7 @@ class DALLE(nn.Module):
 
     def _mean_loss(self, hidden, weight, target):
         """Mean over the targets that are not ignored, 0 where there are none."""
-        total = F.codebook_cross_entropy(hidden, weight, None, target, reduction="sum", impl=self.impl)
+        total = F.codebook_cross_entropy(hidden, weight, None, target, reduction="sum", impl=self.codebook_impl)
         return total / (target >= 0).sum().clamp(min=1)
 
     # -- checks ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch.nn.functional as torch_F
 from torch import nn
 
 from dalle_fast.nn import functional as F
+from dalle_fast.ops.choice import check_impl
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
 PIXEL_MARGIN = 0.1  # the paper's epsilon: the logit-Laplace distribution lives on (0, 1), pixels go to (0.1, 0.9)
@@ -250,15 +251,16 @@ class DiscreteVAE(nn.Module):
         impl: as in `dalle_fast.nn.functional.gumbel_codebook`.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset or `impl`.
     """
 
     def __init__(self, config: DVAEConfig | str = "openai", *, impl: str = "auto"):
         super().__init__()
         if isinstance(config, str):
-            if config not in PRESETS:
-                raise ValueError(f"config must be a DVAEConfig or one of {', '.join(PRESETS)}, got {config!r}")
-            config = PRESETS[config]
+            config = PRESETS.get(config, config)
+        if not isinstance(config, DVAEConfig):
+            raise ValueError(f"config must be a DVAEConfig or one of {', '.join(PRESETS)}, got {config!r}")
+        check_impl(impl)
         self.config, self.impl = config, impl
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import threading
+import traceback
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,9 @@ from dalle_fast.ops.codebook.op import bounded
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes, in sizes of its cache
+UNIT = float(1 << 40)  # of probabilities that are added up as integers: a GPU adds floats up in any order
+
+_CAPTURING = threading.Lock()  # a process captures one CUDA graph at a time
 
 
 @torch.no_grad()
@@ -86,7 +91,8 @@ def generate(
         text, given = text.repeat(2, 1), given.repeat(2, 1)
     memory = Memory(model, len(text), num_images, text.device)
     memory.check()
-    try:
+
+    def run():
         cache = memory.cache(text.device, model.attention_lengths(text_lengths))
         hidden = model.hidden(text, given, text_lengths=text_lengths, cache=cache)[:, -1]
         samples = Samples(model, cache, sampling, seeds.repeat(P), codes, known)
@@ -94,7 +100,11 @@ def generate(
         for _ in _bar(samples.steps(G - 1 - n), G - 1 - n, progress):
             pass
         return samples.codes.view(-1, *model.config.grid)
+
+    try:
+        return run()
     except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the cache: what is free is asked without it
         raise memory.error(str(error)) from error
 
 
@@ -130,10 +140,11 @@ class Sampling(NamedTuple):
             logits = torch.full_like(logits, -torch.inf).scatter(1, *reversed(most_likely))
         # The largest becomes 0, which no temperature makes infinite.
         logits = (logits - logits.amax(-1, keepdim=True)) / bounded(self.temperature)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             ordered, order = logits.sort(descending=True)
-            p = ordered.softmax(-1)
-            ordered = ordered.masked_fill(p.cumsum(-1) - p >= self.top_p, -torch.inf)  # the first always stays
+            p = (ordered.softmax(-1) * UNIT).to(torch.int64)
+            before = p.cumsum(-1) - p
+            ordered = ordered.masked_fill(before >= self.top_p * UNIT, -torch.inf)  # the first always stays
             logits = logits.scatter(1, order, ordered)
         noise = gumbel_noise(seeds, seeds.new_zeros(1), len(weight))  # codebook_sample's
         return (logits + noise).argmax(-1)
@@ -160,9 +171,7 @@ class Samples:
             if not self.codes.is_cuda or done < EAGER_STEPS:
                 self.step()
             elif graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records, and computes nothing
-                    self.step()
+                graph = _captured(self.step, self.codes.device)
                 graph.replay()
             else:
                 graph.replay()
@@ -181,12 +190,26 @@ class Samples:
             with_caption, without = hidden.chunk(2)
             hidden = torch.lerp(without, with_caption, self.sampling.guidance)
         position = self.cache.position.view(1)
-        codes = self.sampling.draw(hidden, self.model.image_weight, self.seeds + position, self.model.impl)
+        codes = self.sampling.draw(hidden, self.model.image_weight, self.seeds + position, self.model.codebook_impl)
         if self.known is not None:
             codes = torch.where(
                 self.known.index_select(1, position)[:, 0], self.codes.index_select(1, position)[:, 0], codes
             )
         self.codes.index_copy_(1, position, codes[:, None])
+
+
+def _captured(step, device):
+    """A CUDA graph of what `step` does on `device`, which is recorded, not computed."""
+    graph = torch.cuda.CUDAGraph()
+    # Torch's own choice is a stream of the device that was the current one at the process' first capture.
+    stream = torch.cuda.Stream(device)
+    with (
+        _CAPTURING,
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
+        step()
+    return graph
 
 
 class Memory:

@@ -16,22 +16,13 @@ class LayerCache:
     """One layer's keys and values: text (P, H, T, D), which the images of a prompt share, and image (B, H, C, D).
 
     Image tokens lie where the mask says (`AttentionMask.cache_slot`): a ring as long as the reach of a row or conv
-    layer, columns one after another for a column layer.
+    layer, columns one after another for a column layer. A view: the cache holds no layers, so that no cycle of
+    references keeps its memory.
     """
 
-    def __init__(self, cache, mask):
-        self.cache, self.mask = cache, mask
-        text = (cache.num_prompts, cache.num_heads, mask.text_len, cache.head_dim)
-        image = (cache.num_prompts * cache.num_images, cache.num_heads, mask.cache_slots, cache.head_dim)
-        self.text_key, self.text_value, self.image_key, self.image_value = (
-            torch.empty(shape, device=cache.device, dtype=cache.dtype) for shape in (text, text, image, image)
-        )
-        if self.text_key.device.type == "cpu":  # as its kernel reads them: positions beside each other in memory
-            self.text_key = self.text_key.view(*text[:2], text[3], text[2]).mT
-
-    @property
-    def tensors(self):
-        return self.text_key, self.text_value, self.image_key, self.image_value
+    def __init__(self, cache, mask, tensors):
+        self.cache, self.mask, self.tensors = cache, mask, tensors
+        self.text_key, self.text_value, self.image_key, self.image_value = tensors
 
     def prefill(self, key, value):
         """Take the first T + n tokens of the stream, (P, H, T + n, D), the n image tokens for all images of a prompt.
@@ -95,7 +86,8 @@ class KVCache:
     def __init__(
         self, masks, *, num_prompts, num_images, num_heads, head_dim, text_lengths=None, device=None, dtype=None
     ):
-        for name, value in (("num_prompts", num_prompts), ("num_images", num_images)):
+        sizes = {"num_prompts": num_prompts, "num_images": num_images, "num_heads": num_heads, "head_dim": head_dim}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         masks = tuple(masks)
@@ -105,14 +97,26 @@ class KVCache:
         self.text_lengths, self.device, self.dtype = text_lengths, device, dtype
         self.length = 0
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self._layers = [LayerCache(self, mask) for mask in masks]
+        self._layers = [(mask, self._allocate(mask)) for mask in masks]
+        if self.position.is_cuda:  # what a captured step reads is made before, and stays as long as the cache
+            self._tables = [mask.visible_slots(self.position.device) for mask in masks]
+
+    def _allocate(self, mask):
+        text = (self.num_prompts, self.num_heads, mask.text_len, self.head_dim)
+        image = (self.num_prompts * self.num_images, self.num_heads, mask.cache_slots, self.head_dim)
+        key, *others = (
+            torch.empty(shape, device=self.device, dtype=self.dtype) for shape in (text, text, image, image)
+        )
+        if key.device.type == "cpu":  # as its kernel reads them: positions beside each other in memory
+            key = key.view(*text[:2], text[3], text[2]).mT
+        return key, *others
 
     def layer(self, index) -> LayerCache:
-        return self._layers[index]
+        return LayerCache(self, *self._layers[index])
 
     def check_room(self):
         """Raise ValueError where the image is complete."""
-        mask = self._layers[0].mask
+        mask, _ = self._layers[0]
         if self.length >= mask.image_len:
             full = f"the cache holds {self.length} image tokens, all of a grid of {mask.grid[0]} x {mask.grid[1]}"
             raise ValueError(f"{full}: no more can be appended")
@@ -125,7 +129,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(tensor.nbytes for layer in self._layers for tensor in layer.tensors)
+        return sum(tensor.nbytes for _, tensors in self._layers for tensor in tensors)
 
     @property
     def nbytes_read(self) -> float:
@@ -134,8 +138,7 @@ class KVCache:
         The text of a prompt is read once for all its images.
         """
         total = 0
-        for layer in self._layers:
-            mask, text, image = layer.mask, layer.text_key, layer.image_key
+        for mask, (text, _, image, _) in self._layers:
             G, T = mask.image_len, mask.text_len
             image_pairs = mask.num_pairs - T * (T + 1) // 2 - G * T
             per_key = 2 * self.num_heads * self.head_dim * image.element_size()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
+from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.norm import add_norm
 
 INIT_STD = 0.02  # GPT-2's
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
 
     Raises:
         TypeError: masks holds something else.
-        ValueError: there are no masks, or a size is wrong.
+        ValueError: there are no masks, a size is wrong, or there is no such `impl`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Transformer(nn.Module):
         impl="auto",
     ):
         super().__init__()
+        check_impl(impl)
         masks = tuple(masks)
         for mask in masks:
             if not isinstance(mask, AttentionMask):

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
@@ -61,6 +62,8 @@ def _activate(out, activation):
 def _automatic(x, weight, bias):
     """The implementation for "auto"; few operations of torch for the calls that are none of ours."""
     if torch.compiler.is_compiling() or x.dim() == 0:  # compilers have their own ways
+        return "reference"
+    if has_torch_function((x, weight, bias)):  # and so have subclasses, as of quantized weights
         return "reference"
     rows = math.prod(x.shape[:-1])
     if x.is_cpu and rows in _rows()[x.dtype != torch.float32]:

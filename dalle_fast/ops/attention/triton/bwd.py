@@ -413,6 +413,7 @@ def attention_backward(
     if B * H * S == 0:
         return tuple(grads)
     grad_query, grad_key, grad_value = grads
+    out, lse = out.contiguous(), lse.contiguous()  # the kernels take no strides of theirs
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     exact = query.dtype == torch.float32
     correction = torch.empty_like(lse) if exact else lse2  # not looked at
@@ -428,7 +429,7 @@ def attention_backward(
         _launch_query(
             launch.query_grid(B * H, S, numbers, cut),
             *inputs,
-            out.contiguous(),
+            out,
             lse,
             None if grad_lse is None else grad_lse.contiguous(),
             lse2,
