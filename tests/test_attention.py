@@ -415,7 +415,9 @@ def test_instruction_set_is_the_one_asked_for():
 def test_every_instruction_set(run_with_instruction_set):
     """The CPU tests of this file, of test_attention_grad.py and of test_decode.py, with another instruction set."""
     files = ("test_attention.py", "test_attention_grad.py", "test_decode.py")
-    select = "instruction_set_is or (cpu and (every_mask or head_size or every_stride or long_texts))"
+    select = (
+        "instruction_set_is or beyond_any_integer or (cpu and (every_mask or head_size or every_stride or long_texts))"
+    )
     run_with_instruction_set(*files, select=select)
 
 
@@ -455,14 +457,15 @@ def test_a_shorter_sequence_waits_for_no_longer_layout():
     assert all(known is not mask for known, _ in cpu._WHOLE_LAYOUTS.values())
 
 
+@pytest.mark.parametrize("size", [1e8, 1e12])  # where float32's own unit is 8, and 65,536
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_beyond_any_integer(dtype):
+def test_scores_beyond_any_integer(dtype, size):
     """Of some queries alone: they choose their largest score, and their neighbours' results are what they are without."""
     torch.manual_seed(0)
     mask = row_mask(40, (6, 32))
     query, key, value = torch.randn(3, 1, 2, mask.seq_len, 64).to(dtype)
     large = query.clone()
-    large[:, :, ::5] *= 1e8  # about 1e8 powers of 2
+    large[:, :, ::5] *= size  # scores of about as many powers of 2
     out = sparse_attention(large, key, value, mask)
     expected = sparse_attention(large.double(), key.double(), value.double(), mask, impl="reference")
     eps = torch.finfo(dtype).eps  # of one value, which is the result

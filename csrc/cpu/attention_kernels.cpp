@@ -318,13 +318,11 @@ DF_INLINE ForwardScratch forward_arrays(const AttentionLayout& layout, int64_t D
 
 // scores (8, keys) -> exp(scale * (scores - max)), their sums and lse
 DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, float* scores, float* sum, float* lse) {
-    const NaturalLog natural_log(scale);
-    float scale_log2e = scale * LOG2E;
-    if (!(scale_log2e > 0)) {  // rare: only a positive scale keeps the order of the scores
-        for (int64_t x = 0; x < int64_t(count) * kBlock * kPanel; x += VW) store(scores + x, load(scores + x) * scale_log2e);
-        scale_log2e = 1;
-    }
-    float row_max[kBlock], natural_max[kBlock];  // of scores times scale_log2e, and of scores times scale
+    const ScoreScale by(scale);
+    const float power = by.size * LOG2E;
+    for (int64_t x = 0; by.sign != 1 && x < int64_t(count) * kBlock * kPanel; x += VW)  // rare
+        store(scores + x, load(scores + x) * by.sign);
+    float row_max[kBlock];
     for (int r = 0; r < kBlock; ++r) {
         Vec highest = splat(minus_infinity());
         for (int32_t x = 0; x < count; ++x)
@@ -334,8 +332,7 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, floa
                 if (!tiles[x].full) s = select(tiles[x].rows[r], v, s, splat(minus_infinity()));
                 highest = max(s, highest);
             }
-        row_max[r] = horizontal_max(highest) * scale_log2e;
-        natural_max[r] = horizontal_max(highest) * scale;
+        row_max[r] = horizontal_max(highest);
     }
     for (int r = 0; r < kBlock; ++r) {
         Vec total = Vec{};
@@ -343,7 +340,7 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, floa
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 float* p = scores + (int64_t(x) * kBlock + r) * kPanel + v * VW;
-                Vec e = exp2(load(p) * scale_log2e - row_max[r]);
+                Vec e = exp2((load(p) - row_max[r]) * power);
                 if (!tiles[x].full) e = select(tiles[x].rows[r], v, e, Vec{});
                 store(p, e);
                 total += e;
@@ -351,9 +348,7 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, floa
         sum[r] = horizontal_sum(total);
     }
     for (int r = 0; r < kBlock; ++r)
-        lse[r] = sum[r] == 0               ? minus_infinity()
-                 : kIsFused || scale <= 0 ? natural_log.of(row_max[r], __builtin_logf(sum[r]))
-                                          : natural_max[r] + __builtin_logf(sum[r]);  // row_max is rounded as all powers are
+        lse[r] = sum[r] == 0 ? minus_infinity() : row_max[r] * by.size + __builtin_logf(sum[r]);
 }
 
 template <class T, class Engine>

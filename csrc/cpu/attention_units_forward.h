@@ -53,6 +53,7 @@ struct UnitForward : UnitHead<T> {
     static constexpr int kAtOnce = groups_at_once(kParts), kQueryScores = tiles_of_scores(kParts) * kTile;
 
     const int64_t num_slots;
+    const ScoreScale score_scale;
     const float scale;    // of scores, for powers of 2
     Word *keys, *values;  // of each slot
     int32_t* packed;      // (slot) which group is packed there, or -1
@@ -70,7 +71,7 @@ struct UnitForward : UnitHead<T> {
     } fetch;  // what is still to be fetched, and how much at a time
 
     UnitForward(const AttentionArgs& args, const AttentionTask& task, Arena& arena)
-        : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), scale(a.scale > 0 ? a.scale * LOG2E : 1) {
+        : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), score_scale(a.scale), scale(score_scale.size * LOG2E) {
         keys = arena.take<Word>(num_slots * this->words());
         values = arena.take<Word>(num_slots * this->words());
         packed = arena.take<int32_t>(num_slots);
@@ -187,15 +188,15 @@ struct UnitForward : UnitHead<T> {
             const int64_t stride = a.query.stride_s * int64_t(sizeof(T));
             chunk_products<1>(factors, RowsInPlace{stride, kUnit * stride / 4}, count, Dp, kQueryScores, scores, ahead);
         }
-        for (int64_t i = 0; !(a.scale > 0) && i < int64_t(count) * 2 * kQueryScores; i += VW)  // rare, as in the other kernels
-            store(scores + i, load(scores + i) * (a.scale * LOG2E));
+        for (int64_t i = 0; score_scale.sign != 1 && i < int64_t(count) * 2 * kQueryScores; i += VW)  // rare
+            store(scores + i, load(scores + i) * score_scale.sign);
     }
 
     // Adds up what a unit attends to, in `out`.
     //
-    // In bfloat16 the shift is the first group's if all queries see all of it, else the first chunk's, which is nearly always
-    // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is set again for each
-    // chunk. Returns false if there are scores that take `any`.
+    // In bfloat16 the base is the first group's if all queries see all of it, else the first chunk's, which is nearly always
+    // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is chosen again for
+    // each chunk; with `again` it is subtracted from the scores too, which saves the largest. Returns false if there are scores that take `any`.
     template <bool any>
     bool attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
         Conversions conversions;
@@ -224,12 +225,13 @@ struct UnitForward : UnitHead<T> {
                     prefetch_some();
                     if (y % kGroupsAwake == kGroupsAwake - 1) keep_awake();
                 };
-                const Vec shift = softmax[which].shift;
                 if constexpr (kParts == 1) {
-                    if (a.exact_lse) softmax[which].exact += chunk_sums(chunks[which], scale, shift);
-                    chunk_of_bfloat16<any>(chunks[which], scale, shift, totals[which], ahead);
+                    if (again) subtract(chunks[which], softmax[which].base);
+                    const Vec base = again ? Vec{} : softmax[which].base;
+                    if (a.exact_lse) softmax[which].exact += chunk_sums(chunks[which], scale, base);
+                    chunk_of_bfloat16<any>(chunks[which], scale, base, totals[which], ahead);
                 } else {
-                    softmax[which].total += chunk_probabilities<kParts>(chunks[which], scale, shift, ahead);
+                    softmax[which].total += chunk_probabilities<kParts>(chunks[which], scale, softmax[which].base, ahead);
                 }
                 if (which == 0) keep_awake();
             }
@@ -239,7 +241,10 @@ struct UnitForward : UnitHead<T> {
             sum_products<kParts>(factors, some, Dp, kQueryScores, out, x > 0,
                                  [&] { prefetch_among_products(); });
         }
-        for (int which = 0; kParts == 1 && which < 2; ++which) softmax[which].total = join_lanes<Sum>(totals[which]);
+        for (int which = 0; kParts == 1 && which < 2; ++which) {
+            softmax[which].total = join_lanes<Sum>(totals[which]);
+            if (a.lse.data && !a.exact_lse && !again) softmax[which].find_excess(scale);
+        }
         return any || conversions.end();
     }
 
@@ -290,12 +295,10 @@ struct UnitForward : UnitHead<T> {
 
     void write_lse(int32_t unit, uint32_t queries, const RunningSoftmax (&softmax)[2]) {
         const int32_t* tokens = this->tokens_of_unit(unit);
-        const NaturalLog natural_log(a.scale);
         float lse[kUnitQueries];
         for (int which = 0; which < 2; ++which) {
             const RunningSoftmax& s = softmax[which];
-            const bool of_steps = kParts == 1 && !a.exact_lse;
-            store(lse + which * kUnit, s.lse(kParts == 1 && a.exact_lse ? s.exact : s.total, of_steps, natural_log));
+            store(lse + which * kUnit, s.lse(kParts == 1 && a.exact_lse ? s.exact : s.total, score_scale.size));
         }
         for (int r = 0; r < this->queries_of_unit(unit); ++r)
             if (tokens[r] >= 0 && queries >> r & 1) *row_of<float>(a.lse, t.batch, t.head, tokens[r]) = lse[r];

@@ -1,5 +1,5 @@
-// The softmax of attention with Intel's matrix unit: scores become probabilities chunk by chunk, relative to 2^shift, a score
-// near the largest. All of it depends on what a query sees alone: not on its neighbours, nor on keys hidden from it.
+// The softmax of attention with Intel's matrix unit: scores become probabilities chunk by chunk, relative to that of a score
+// near the largest, `base`. All of it depends on what a query sees alone: not on its neighbours, nor on keys hidden from it.
 #pragma once
 
 #include "../gumbel.h"
@@ -10,7 +10,7 @@ namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 namespace {
 
-constexpr float kLargestPower = 8;  // of a probability, where the shift is set again for each chunk
+constexpr float kLargestPower = 8;  // of a probability, where the base is chosen again for each chunk
 constexpr float kSmallestTotal = 0.5f, kLargestTotal = 0x1p64f;  // where it is that of the first keys
 
 // Registers in which 16 queries have a group's scores, and then the parts of its probabilities.
@@ -85,13 +85,13 @@ DF_NOINLINE Vec chunk_maxima(const Chunk& chunk) {
     return join_lanes<Maximum>(highest);
 }
 
-// scores of 16 queries -> parts of exp2(scores * scale - shift), where the scores were; their sums. `ahead` is called for
+// scores of 16 queries -> parts of exp2((scores - base) * scale), where the scores were; their sums. `ahead` is called for
 // each group.
 template <int parts, class Ahead>
-DF_INLINE Vec chunk_probabilities(const Chunk& chunk, float scale, Vec shift, const Ahead& ahead) {
+DF_INLINE Vec chunk_probabilities(const Chunk& chunk, float scale, Vec base, const Ahead& ahead) {
     Vec total[kUnit] = {};
-    float shift_of[kUnit];
-    store(shift_of, shift);
+    float base_of[kUnit];
+    store(base_of, base);
     for (int32_t x = 0; x < chunk.count; ++x) {
         float* s = chunk.scores_of<parts>(x);
         const auto* bits = chunk.bits_of(x);
@@ -103,8 +103,8 @@ DF_INLINE Vec chunk_probabilities(const Chunk& chunk, float scale, Vec shift, co
             }
 #pragma GCC unroll 16
         for (int r = 0; r < kUnit; ++r) {
-            const Vec first = exp2(load(s + r * kUnit) * scale - shift_of[r]);
-            const Vec second = exp2(load(s + kTile + r * kUnit) * scale - shift_of[r]);
+            const Vec first = exp2((load(s + r * kUnit) - base_of[r]) * scale);
+            const Vec second = exp2((load(s + kTile + r * kUnit) - base_of[r]) * scale);
             total[r] += first + second;
             Parts<parts> of_first, of_second;
             split_parts(first, of_first);
@@ -143,8 +143,9 @@ constexpr MantissaTable mantissa_table() {
     return table;
 }
 
-// What is added to steps. Halves of steps are rounded up as often as down.
-DF_INLINE Vec offset_of_steps(Vec shift) { return kStepsOfOne + 0.5f - shift * kStepsPerPower; }
+// What is added to a score's steps. Halves of steps are rounded up as often as down.
+constexpr float kStepsOfBase = kStepsOfOne + 0.5f;
+DF_INLINE Vec offset_of_steps(Vec base, float steps_per_score) { return kStepsOfBase - base * steps_per_score; }
 
 // Whether all floats between begin and end could be converted, and no operation was invalid.
 class Conversions {
@@ -164,27 +165,39 @@ private:
 };
 
 // The sums of 16 queries' probabilities before they are rounded, for an exact lse.
-DF_NOINLINE Vec chunk_sums(const Chunk& chunk, float scale, Vec shift) {
+DF_NOINLINE Vec chunk_sums(const Chunk& chunk, float scale, Vec base) {
     Vec total[kUnit] = {};
-    float shift_of[kUnit];
-    store(shift_of, shift);
+    float base_of[kUnit];
+    store(base_of, base);
     for (int32_t x = 0; x < chunk.count; ++x) {
         const float* s = chunk.scores_of<1>(x);
         const auto* bits = chunk.bits_of(x);
         for (int r = 0; r < kUnit; ++r)
             for (int half = 0; half < 2; ++half) {
-                const Vec each = exp2(load(s + half * kTile + r * kUnit) * scale - shift_of[r]);
+                const Vec each = exp2((load(s + half * kTile + r * kUnit) - base_of[r]) * scale);
                 total[r] += bits ? select(bits[half][r], 0, each, Vec{}) : each;
             }
     }
     return join_lanes<Sum>(total);
 }
 
-// Scores of 16 queries -> bfloat16(-exp2(scores * scale - shift)), where the scores were: pairs of neighbouring keys, in the
+// Subtracts the base of each query from its scores, as products with both would be rounded.
+DF_NOINLINE void subtract(const Chunk& chunk, Vec base) {
+    float base_of[kUnit];
+    store(base_of, base);
+    for (int32_t x = 0; x < chunk.count; ++x)
+        for (int r = 0; r < kUnit; ++r)
+            for (int half = 0; half < 2; ++half) {
+                float* s = chunk.scores_of<1>(x) + half * kTile + r * kUnit;
+                store(s, load(s) - base_of[r]);
+            }
+}
+
+// Scores of 16 queries -> bfloat16(-exp2((scores - base) * scale)), where the scores were: pairs of neighbouring keys, in the
 // order of _mm512_packus_epi32. Their sums are those of `totals`' lanes. Of `any` scores, or of those that can be converted.
 // `ahead` is called for each group.
 template <bool any, class Ahead>
-DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, Vec (&totals)[kUnit], const Ahead& ahead) {
+DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec base, Vec (&totals)[kUnit], const Ahead& ahead) {
     alignas(64) static constexpr MantissaTable table = mantissa_table();
     const __m512i rest = _mm512_load_si512(&table), all = _mm512_set1_epi32(-1);
     const __m512 steps_per_score = _mm512_set1_ps(scale * kStepsPerPower), largest = _mm512_set1_ps(kLargestSteps);
@@ -193,7 +206,7 @@ DF_NOINLINE void chunk_of_bfloat16(const Chunk& chunk, float scale, Vec shift, V
 #pragma GCC unroll 16
     for (int r = 0; r < kUnit; ++r) total[r] = totals[r];
     float offset[kUnit];
-    store(offset, offset_of_steps(shift));
+    store(offset, offset_of_steps(base, scale * kStepsPerPower));
     const auto steps_of = [&](const float* s, __mmask16 seen, float at) DF_INLINE_LAMBDA {
         const __m512 x = _mm512_fmadd_ps((__m512)load(s), steps_per_score, _mm512_set1_ps(at));
         // Of NaN and a number the minimum is the number.
@@ -251,18 +264,19 @@ struct VecLanes {
 };
 
 struct RunningSoftmax {
-    Vec raised = splat(minus_infinity());  // the shift, if any score has been seen
-    Vec shift = {};
+    Vec largest = splat(minus_infinity());  // the base, if any score has been seen
+    Vec base = {};
     Vec total = {}, exact = {};  // of probabilities as they are multiplied with values, and in bfloat16 as they were before
+    Vec excess = {};  // each of those in `total` is 2^excess times too large
     __mmask16 seeing = 0;  // which queries attend to any key
 
-    // The shift, to a chunk's largest scores if they are above it. Returns the factor of what has been added up before.
+    // The base, to a chunk's largest scores if they are above it. Returns the factor of what has been added up before.
     template <int parts>
     Vec raise(const Chunk& chunk, float scale) {
-        const Vec highest = chunk_maxima<parts>(chunk) * scale, before = raised;
-        raised = highest > raised + kLargestPower ? highest : raised;
-        shift = raised == minus_infinity() ? Vec{} : raised;  // keeps infinity from infinity
-        return exp2(before - shift);
+        const Vec highest = chunk_maxima<parts>(chunk), before = largest;
+        largest = (highest - largest) * scale > kLargestPower ? highest : largest;
+        base = largest == minus_infinity() ? Vec{} : largest;  // keeps infinity from infinity
+        return exp2((before - base) * scale);
     }
 
     // Which queries' probabilities are NaN, or too large or too small to be added up.
@@ -274,14 +288,18 @@ struct RunningSoftmax {
 
     // Of a sum: where all scores that a query sees are -inf, both are NaN, as in dense attention.
     Vec inverse() const { return total == 0 ? of_empty_sum(0) : 1 / total; }
-    // Of a sum of probabilities, or of those in bfloat16 that steps made: by their offset, which is rounded itself.
-    Vec lse(Vec sum, bool of_steps, const NaturalLog& natural_log) const {
-        const Vec log = log_of<VecLanes>(split<VecLanes>(sum));
+    // In bfloat16 the offset of steps was rounded, for all of a query's scores alike.
+    void find_excess(float scale) {
+        const float steps_per_score = scale * kStepsPerPower;
+        const __m512 offset = (__m512)offset_of_steps(base, steps_per_score);
+        const Vec of_base = (Vec)_mm512_fmadd_ps((__m512)base, _mm512_set1_ps(steps_per_score), offset);
+        excess = (of_base - kStepsOfBase) / kStepsPerPower;
+    }
+
+    Vec lse(Vec sum, float size) const {  // of scores times size
+        const Vec log = log_of<VecLanes>(split<VecLanes>(sum)) - excess * LN2;
         const Vec empty_or_nan = sum == 0 ? of_empty_sum(minus_infinity()) : sum;
-        const Vec of_sum = of_steps ? natural_log.of(offset_of_steps(shift) * (-1 / kStepsPerPower),
-                                                     log + (kStepsOfOne + 0.5f) / kStepsPerPower * LN2)
-                                    : natural_log.of(shift, log);
-        return sum > 0 ? of_sum : empty_or_nan;
+        return sum > 0 ? base * size + log : empty_or_nan;
     }
 
 private:

@@ -15,18 +15,12 @@ namespace {
 constexpr float LOG2E = 1.4426950408889634f;  // exp2 is the cheap one
 constexpr float LN2 = 0.6931471805599453f;
 
-// The natural logarithm of 2^power * sum, where powers are scores times the float scale * LOG2E: as near as a float can be, as
-// the backward pass takes such a number from scores. Both constants are rounded, so that power * LN2 would be off by the
-// power's 2^-24, and the probabilities of large scores by as much.
-struct NaturalLog {
-    float high, low;  // their sum is what a score times scale is to its power
-    explicit NaturalLog(float scale) {
-        const double power = double(scale * LOG2E), of_power = power != 0 ? double(scale) / power : double(LN2);
-        high = float(of_power);
-        low = float(of_power - double(high));
-    }
-    template <class Float>
-    DF_INLINE_MEMBER Float of(Float power, Float log_of_sum) const { return power * high + (power * low + log_of_sum); }
+// A scale in two factors. The first, exact, is for scores: only a positive scale keeps their order, by which the largest is
+// found. The second is for what a score is above or below the largest: its own product would be rounded, by whole units where
+// scores are large. So lse is the largest times the second, plus the logarithm of the sum, rounded once.
+struct ScoreScale {
+    float sign, size;  // -1, 0 or 1; above 0
+    explicit ScoreScale(float scale) : sign(scale > 0 ? 1 : scale < 0 ? -1 : 0), size(scale == 0 ? 1 : scale * sign) {}
 };
 
 DF_INLINE float minus_infinity() { return -__builtin_inff(); }

@@ -135,13 +135,6 @@ DF_INLINE void store_from_float(T* p, Vec v) {
     for (int x = 0; x < VW; ++x) from_float(v[x], p + x);
 }
 
-// Whether a product is added without having been rounded.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr bool kIsFused = true;
-#else
-constexpr bool kIsFused = false;
-#endif
-
 // -- mathematics ------------------------------------------------------------------------------------------------------
 
 DF_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
