@@ -46,8 +46,12 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint or model file that cannot be written, read or used here; the message names it and says why."""
 
 
+class _Damaged(CheckpointError):
+    """A checkpoint that lacks a file, or has another than was written: the one before it will do."""
+
+
 class CheckpointWarning(UserWarning):
-    """The newest checkpoint was not usable, and an older one was taken."""
+    """The newest checkpoint was not usable, and an older one was taken; or an old one cannot be removed."""
 
 
 class Checkpoint(NamedTuple):
@@ -102,11 +106,15 @@ def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: d
         unfinished.rename(path)
         _fsync(folder)
         _reached("renamed")
-        _remove_all_but_the_last(folder, step)
-        _reached("older removed")
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(_why_not_written(folder, path, error)) from error
+    try:
+        _remove_all_but_the_last(folder, step)
+        _reached("older removed")
+    except OSError as error:
+        reason = f"an older one of {folder} cannot be removed: {error.strerror or error}"
+        warnings.warn(f"{path.name} is written, but {reason}", CheckpointWarning, stacklevel=2)
     return path
 
 
@@ -241,7 +249,7 @@ def _remove_leftovers(folder) -> None:
     """What a write that was cut short left behind."""
     _put_back(folder)
     for path in (*folder.glob(_REPLACED + "*"), *folder.glob(_UNFINISHED + "*")):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def _remove_all_but_the_last(folder, step) -> None:
@@ -250,7 +258,15 @@ def _remove_all_but_the_last(folder, step) -> None:
     kept = sorted(x for x in steps if x <= step)[-KEEP:]
     for x, path in steps.items():
         if x not in kept:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path) -> None:
+    """A folder, or a link to one that was put elsewhere to be kept."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _why_not_written(folder, path, error) -> str:
@@ -270,13 +286,14 @@ def latest(folder) -> Path | None:
 
 
 def load(folder, *, settings: dict | None = None) -> Checkpoint:
-    """Read and verify the newest good checkpoint in `folder`; each newer one that is not good is warned of.
+    """Read and verify the newest good checkpoint in `folder`; each newer one that is damaged is warned of.
 
     Args:
         settings: what the checkpoint's state["settings"] must equal; None: anything.
 
     Raises:
-        CheckpointError: no checkpoint is good, or the newest good one has other settings.
+        CheckpointError: no checkpoint is good, or the newest one that is not damaged has other settings, is of another
+            format or cannot be read.
     """
     folder = Path(folder)
     _put_back(folder)
@@ -284,7 +301,7 @@ def load(folder, *, settings: dict | None = None) -> Checkpoint:
     for path in reversed(_all(folder)):
         try:
             checkpoint = _read(path)
-        except CheckpointError as error:
+        except _Damaged as error:
             wrong.append(str(error))
             continue
         for message in wrong:
@@ -397,11 +414,15 @@ def _read(path) -> Checkpoint:
     for name in (MODEL, TRAINING, STATE):
         try:
             found, expected = _fingerprint(path / name), manifest[name]
-        except (OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {name} is missing") from error
+        except (FileNotFoundError, KeyError) as error:
+            raise _Damaged(f"{path} is damaged: {name} is missing") from error
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error.strerror or error}") from error
+        if not isinstance(expected, dict):
+            raise _Damaged(f"{path} is damaged: {MANIFEST} says nothing of {name}")
         if found != expected:
             what = "bytes" if found["bytes"] != expected.get("bytes") else "sha256"
-            raise CheckpointError(
+            raise _Damaged(
                 f"{path} is damaged: {name} has {what} {found[what]}, the manifest says {expected.get(what)}"
             )
     state = _read_json(path / STATE)
@@ -414,11 +435,13 @@ def _read_json(path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error
+        raise _Damaged(f"{path.parent} is damaged: {path.name} is missing") from error
+    except ValueError as error:
+        raise _Damaged(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} holds no object")
+        raise _Damaged(f"{path.parent} is damaged: {path.name} holds no object")
     return value
 
 

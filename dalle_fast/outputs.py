@@ -1,8 +1,11 @@
-"""Whether results can be kept, asked before long work."""
+"""Whether results can be kept, asked before long work, and that one process at a time keeps them."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,3 +42,31 @@ def make_folder(path: str | os.PathLike, name: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} must be a folder that can be written to, got {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike, name: str, *, wait: bool = False):
+    """While entered, no other process that asks can hold the folder, which must be there.
+
+    It is let go when the process ends, however it ends. A file system without locks holds nothing.
+
+    Args:
+        name: what the folder is, for the message. wait: for the other process, instead of an error.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not wait:
+                raise UserError(f"{name} {path} is in use by another process") from error
+            print(f"waiting for another process that uses {name} {path}", file=sys.stderr, flush=True)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)

@@ -117,6 +117,52 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(save, tmp_path, 
         assert name in str(warning.message)
 
 
+@pytest.mark.parametrize("why", ["format", "permission"])
+def test_what_is_not_damaged_but_cannot_be_read_is_not_passed_over(save, tmp_path, monkeypatch, why):
+    """The next save would take the place of what a newer version, or another user, could still read."""
+    save(1)
+    path = save(2)
+    if why == "format":
+        state = json.loads((path / checkpoint.STATE).read_text())
+        (path / checkpoint.STATE).write_text(json.dumps({**state, "format": "dalle_fast 2"}))
+        manifest = {name: checkpoint._fingerprint(path / name) for name in FILES[:3]}
+        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    else:
+        fingerprint = checkpoint._fingerprint
+
+        def denied(file):
+            if file == path / checkpoint.TRAINING:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return fingerprint(file)
+
+        monkeypatch.setattr(checkpoint, "_fingerprint", denied)
+    words = {"format": "has format 'dalle_fast 2', expected", "permission": "training.safetensors cannot be read: Perm"}
+    with pytest.raises(CheckpointError, match=f"step-000000002.*{words[why]}"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_link_to_one_that_was_put_elsewhere(save, tmp_path):
+    """It goes when its turn comes, and what it leads to stays."""
+    kept = tmp_path.parent / f"{tmp_path.name}-kept"
+    save(1).rename(kept)
+    (tmp_path / "step-000000001").symlink_to(kept)
+    save(2)
+    save(3)
+    assert names(tmp_path) == ["step-000000002", "step-000000003"] and names(kept) == sorted(FILES)
+
+
+def test_an_old_one_that_cannot_be_removed_is_warned_of(save, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    save(1)
+    save(2)
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
+    with pytest.warns(CheckpointWarning, match=r"step-000000003 is written, but an older one of .* cannot be removed"):
+        save(3)
+    assert checkpoint.load(tmp_path).step == 3
+
+
 def test_with_none_whole_each_is_named(save, tmp_path):
     for step in (1, 2):
         damage(save(step) / checkpoint.TRAINING, "truncated")

@@ -14,6 +14,8 @@ from PIL import Image
 
 from dalle_fast.data import DataError, emoji, images, open_source, stamps
 from dalle_fast.data.__main__ import main
+from dalle_fast.data.folder import list_pictures
+from dalle_fast.data.source import SPLITS, identity
 
 SIZE = 16
 
@@ -111,6 +113,24 @@ def test_a_folder_shows_every_picture_with_its_caption(folder):
     assert captions.pop(99) == "A dog, ünder"
     assert set(captions.values()) == {""}
     assert np.array_equal(pickle.loads(pickle.dumps(train))[3].image, train[3].image)
+
+
+def test_data_is_known_by_what_it_is_not_by_where_it_lies(folder, tmp_path, monkeypatch):
+    path = folder({f"{x}.png": encoded(picture(x)) for x in range(40)})
+    known = identity(open_source(path, image_size=SIZE))
+    monkeypatch.chdir(tmp_path)
+    assert known == identity(open_source("data/", image_size=SIZE)) and known.startswith("data, 38 pictures, ")
+    for name in os.listdir("data"):
+        (tmp_path / "data" / name).write_bytes(encoded(picture(7)))
+    assert identity(open_source("data", image_size=SIZE)) != known
+
+
+def test_links_to_folders_are_followed_once_and_hidden_folders_are_not_looked_at(folder, tmp_path):
+    path = folder({"a.png": encoded(picture(1)), "b/.c/d.png": encoded(picture(2)), "../e/f.png": encoded(picture(3))})
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "e")
+    (tmp_path / "data" / "b" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "e" / "back").symlink_to(tmp_path / "e")
+    assert list_pictures(path)[0] == ["a.png", "link/f.png"]
 
 
 def test_a_split_does_not_depend_on_seed_or_place(folder, tmp_path):
@@ -243,6 +263,11 @@ def test_decoding_gives_upright_rgb_on_white():
     assert np.array_equal(clear[:, 3:], red[:, 3:])
     gray = np.linspace(0, 65_535, 24).astype(np.uint16).reshape(4, 6)
     assert np.array_equal(images.decode(encoded(gray)), np.repeat((gray >> 8)[..., None], 3, 2))
+    clear = images.decode(encoded(gray, transparency=int(gray[1, 2])))
+    assert (clear[1, 2] == 255).all() and np.array_equal(clear[0], np.repeat((gray[0] >> 8)[:, None], 3, 1))
+    for kind in (np.float32, np.int32):  # from 0 to 1, or to 255, or to 65,535?
+        with pytest.raises(images.BadImage, match="32 bits of gray, of which it is not known what is white"):
+            images.decode(encoded(gray.astype(kind), "TIFF"))
     palette = io.BytesIO()
     Image.fromarray(red).convert("P").save(palette, "GIF")
     assert abs(images.decode(palette.getvalue()).astype(int) - red).max() < 40
@@ -290,6 +315,15 @@ def test_shards_show_every_picture_with_its_caption(shard, tmp_path, spec):
         number = int(image[0, 0, 0])
         assert caption == (f"number {number}" if number % 3 else "")
     assert np.array_equal(pickle.loads(pickle.dumps(train))[3].image, train[3].image)
+
+
+def test_a_picture_beside_its_masks_is_the_plain_one(shard):
+    pytest.importorskip("webdataset")
+    files = [("k.depth.png", encoded(picture(1))), ("k.jpg", encoded(picture(2))), ("l.left.png", encoded(picture(3)))]
+    assert sorted(numbers(open_source(shard(files), image_size=SIZE, split=x))[0] for x in SPLITS) == [2, 3]
+    files = [("k.left.png", encoded(picture(1))), ("k.right.png", encoded(picture(2)))]
+    with pytest.raises(DataError, match=r"k: which is its picture, \.left\.png or \.right\.png\?"):
+        open_source(shard(files), image_size=SIZE)
 
 
 def test_webdataset_reads_the_same_pairs_in_the_same_shard(shard):

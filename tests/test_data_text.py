@@ -173,6 +173,18 @@ def test_a_tokenizer_that_would_drop_unknown_text_in_silence_is_refused(tmp_path
         loaded.encode(["ab"], 3, dropout=0.1, seed=0)
 
 
+def test_ids_with_gaps(tmp_path):
+    """The model needs an embedding for the largest."""
+    path = foreign(tmp_path, unk_token="[UNK]", vocab={"[UNK]": 0, "a": 1, "b": 2, "ab": 3000})
+    assert Tokenizer.load(path).vocab_size == 3001
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_caption_that_is_no_text_is_refused(tokenizer, dropout):
+    with pytest.raises(ValueError, match=r"caption must be text in UTF-8, got 'caf\\udcff'"):
+        tokenizer.encode(["a", "caf\udcff"], 5, dropout=dropout, seed=0)
+
+
 def test_a_caption_that_is_too_long_is_refused_or_cut(tokenizer):
     with pytest.raises(ValueError, match="caption must have at most text_len 5 tokens, got 12: 'a small red circle at"):
         tokenizer.encode(["a red", CAPTIONS[0]], 5)

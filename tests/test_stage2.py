@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from dalle_fast.checkpoint import CheckpointError
 from dalle_fast.commands import train_dalle
 from dalle_fast.data import Example, Tokenizer, open_source
 from dalle_fast.nn import dalle
+from dalle_fast.outputs import held
 from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, stage2, train
 from dalle_fast.training.codes import encode_source
 from dalle_fast.training.recipes import DALLE_RECIPES
@@ -163,6 +165,68 @@ def test_a_full_disk_leaves_no_half_of_a_file(dvae, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_was_computed_before_the_process_ended_is_kept(dvae, tmp_path, monkeypatch, split):
+    monkeypatch.setattr(codes, "BATCH", 2)
+    monkeypatch.setattr(codes, "SAVE_SECONDS", -1)
+    whole = encode_source(dvae, few(size=9), folder=tmp_path / "whole", split=split, progress=False)
+    encode, seen = dvae.encode, []
+
+    def ending(images, calls):
+        if not next(calls):
+            raise Ended
+        seen.append(len(images))
+        return encode(images)
+
+    for batches in (2, 1):
+        calls = iter([True] * batches + [False])
+        monkeypatch.setattr(dvae, "encode", lambda images, calls=calls: ending(images, calls))
+        with pytest.raises(Ended):
+            encode_source(dvae, few(size=9), folder=tmp_path / "parts", split=split, progress=False)
+    assert len(list((tmp_path / "parts").iterdir())) == 3
+    monkeypatch.setattr(dvae, "encode", lambda images: seen.append(len(images)) or encode(images))
+    resumed = encode_source(dvae, few(size=9), folder=tmp_path / "parts", split=split, progress=False)
+    assert len(seen) == 5  # each batch once
+    assert torch.equal(resumed.codes, whole.codes) and resumed[1:] == whole[1:]
+    ours, theirs = (list((tmp_path / name).iterdir()) for name in ("parts", "whole"))
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+def test_a_damaged_part_is_computed_again(dvae, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "BATCH", 2)
+    monkeypatch.setattr(codes, "SAVE_SECONDS", -1)
+    whole = encode_source(dvae, few(size=9), folder=tmp_path / "whole", split="train", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        calls = iter([True, True, True])
+        patch.setattr(dvae, "encode", lambda images, e=dvae.encode: e(images) if next(calls, False) else raise_ended())
+        encode_source(dvae, few(size=9), folder=tmp_path / "parts", split="train", progress=False)
+    second = sorted((tmp_path / "parts").iterdir())[1]
+    second.write_bytes(second.read_bytes()[:-10])
+    again = encode_source(dvae, few(size=9), folder=tmp_path / "parts", split="train", progress=False)
+    assert torch.equal(again.codes, whole.codes) and again.captions == whole.captions
+
+
+def raise_ended():
+    raise Ended
+
+
+def test_another_process_that_wants_the_same_codes_waits(dvae, tmp_path, capsys):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(encode_source(dvae, few(), folder=tmp_path, split="train", progress=False))
+    )
+    with held(tmp_path, "the folder"):
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not results
+    thread.join(60)
+    assert len(results) == 1 and "waiting for another process" in capsys.readouterr().err
 
 
 def test_more_examples_than_pictures_are_further_crops(dvae, tmp_path):
@@ -424,7 +488,6 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
         (dvae, tmp_path / "out", "--workers", "-1"): ["--workers must be at least 0, got -1"],
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "text.json"): ["text.json: not a BPE tokenizer"],
         (dvae, tmp_path / "out", "--width", "0"): ["width must be a positive integer, got 0"],
-        (dvae, tmp_path / "out", "--vocab-size", "10"): ["vocab_size", "257", "10"],
     }
     for arguments, words in cases.items():
         assert command(*arguments) == 2, arguments
@@ -436,7 +499,7 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
 
 
 def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):
-    dvae, _ = folders
+    dvae, run = folders
     (tmp_path / "file").write_text("{}")
     monkeypatch.setattr(codes, "_encode", forbid)
     cases = {
@@ -444,7 +507,17 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
         (dvae, tmp_path / "out", "--codes", tmp_path / "file"): "the folder of codes must be a folder that can",
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "file"): "file: not a BPE tokenizer",
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "nosuch"): "nosuch: not a BPE tokenizer",
+        (dvae, tmp_path / "out", "--tokenizer", tmp_path / "unknown.json"): "must be 0 for a tokenizer with unk_token",
+        (dvae, tmp_path / "out", "--vocab-size", "10"): "--vocab-size must be at least 257, got 10",
+        (dvae, tmp_path / "out", "--head-dim", "300"): "head_dim must be at most 128, got 300",
+        (dvae, tmp_path / "out", "--seed", "2000000"): "seed must be from 0 to 1048575, got 2000000",
+        (dvae, tmp_path / "out", "--ema-decay", "1"): "ema_decay must be from 0 to below 1, got 1.0",
+        (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be at least 0, got -1",
+        (dvae, tmp_path / "out", "--learning-rate", "1e300"): "learning_rate must be a positive number below 1e+38",
     }
+    tokenizer = json.loads((run / train_dalle.TOKENIZER).read_text())
+    tokenizer["model"]["unk_token"] = "a"
+    (tmp_path / "unknown.json").write_text(json.dumps(tokenizer))
     for arguments, words in cases.items():
         assert command(*arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ import dalle_fast.nn as fnn
 from dalle_fast import checkpoint
 from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
+from dalle_fast.errors import UserError
+from dalle_fast.outputs import held
 from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, loop, random_state, train
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.recipes import RECIPES
@@ -121,9 +125,9 @@ def test_the_average_follows_its_formula(every):
     for update in range(1, 20):
         with torch.no_grad():
             model.weight.fill_(float(update))
-        ema.update(model, update)
-        if update % every == 0:
-            n = update // every
+        ema.update(model, update, last=update == 19)
+        if update % every == 0 or update == 19:
+            n = math.ceil(update / every)
             decay = min(0.7, (1 + n) / (10 + n))
             expected = decay * expected + (1 - decay) * update
         assert ema.model.weight.item() == pytest.approx(expected, rel=1e-12)
@@ -230,6 +234,52 @@ def test_resuming_a_finished_run_evaluates_it_again(tmp_path, uninterrupted):
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_model_without_its_checkpoints_is_not_replaced(tmp_path, resume):
+    train(objective(), tmp_path, settings(), **QUIET)
+    shutil.rmtree(tmp_path / checkpoint.CHECKPOINTS)
+    with pytest.raises(TrainingError, match="holds a trained model, and no checkpoint to go on from: choose another"):
+        train(objective(), tmp_path, settings(), resume=resume, **QUIET)
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+    with held(tmp_path, "the folder"), pytest.raises(UserError, match="is in use by another process"):
+        train(objective(), tmp_path, settings(), **QUIET)
+    train(objective(), tmp_path, settings(), **QUIET)
+
+
+def test_a_report_that_cannot_be_written_ends_the_run_behind_a_checkpoint(tmp_path, uninterrupted):
+    o = objective()
+    o.pictures = lambda model: shutil.rmtree(tmp_path / "pictures") or {"a": np.zeros((2, 2, 3), np.uint8)}
+    with pytest.raises(FileNotFoundError):
+        train(o, tmp_path, settings(picture_every=7), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000007"
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lost_loading_process_ends_the_run_behind_a_checkpoint(tmp_path, uninterrupted, number):
+    """SIGKILL as where memory is short; SIGTERM as to the whole group, which is no error."""
+
+    def lose_it():
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, number)
+        worker.join()
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), number)
+
+    o = StopAt(6, lose_it)(objective(workers=1))
+    if number == signal.SIGTERM:
+        assert train(o, tmp_path, settings(), **QUIET).signal == number
+    else:
+        with pytest.raises(TrainingError, match=r"no batch for step \d+: DataLoader worker"):
+            train(o, tmp_path, settings(), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name >= "step-000000007"
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
 def test_settings_must_be_those_of_the_run(tmp_path):
     with pytest.raises(Crash):
         train(StopAt(6, crash)(objective()), tmp_path, settings(), **QUIET)
@@ -292,6 +342,14 @@ def test_too_many_in_a_row_are_an_error_that_names_the_last_checkpoint(tmp_path)
         train(spoil(objective(), range(7, 12), lambda x: x * math.nan), tmp_path, settings(max_skipped=2), **QUIET)
     for value in checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).weights.values():
         assert value.isfinite().all()
+
+
+def test_no_checkpoint_is_made_while_steps_are_skipped(tmp_path):
+    """What made them not finite may have ruined the weights: good ones would make room for them."""
+    with pytest.raises(TrainingError, match="the last checkpoint is step-000000003"):
+        o = spoil(objective(), range(3, 12), lambda x: x * math.nan)
+        train(o, tmp_path, settings(max_skipped=7, checkpoint_every=1), **QUIET)
+    assert len(list((tmp_path / checkpoint.CHECKPOINTS).iterdir())) == 2
 
 
 def test_an_interval_without_a_finite_step(tmp_path):

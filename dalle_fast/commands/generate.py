@@ -171,7 +171,7 @@ def _captions(arguments) -> list[str]:
     captions = list(arguments.caption)
     if arguments.captions is not None:
         try:
-            lines = Path(arguments.captions).read_text(encoding="utf-8").splitlines()
+            lines = Path(arguments.captions).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read captions from {arguments.captions}: {error}") from error
         captions += [line.strip() for line in lines if line.strip()]

@@ -3,7 +3,7 @@
 The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
 copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C training
 saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there. Ended while pictures
-become codes it has saved none of them.
+become codes it ends at once, and begins anew where the codes of the last minute begin.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ def run(arguments) -> int:
     return training.run_training(
         make_objective,
         arguments,
+        DALLE_RECIPES,
         then,
         ema_decay=lambda recipe: recipe.ema_decay,
         ema_every=lambda recipe: recipe.ema_every,
     )
 
 
-def make_objective(arguments):
-    """The `DALLEObjective` of the flags; tokenizer, codes and a copy of the VAE are in the run's folder afterwards.
+def make_objective(arguments, recipe):
+    """The `DALLEObjective` of the flags, trained by `recipe`; tokenizer, codes and a copy of the VAE are in the run's
+    folder afterwards.
 
     Raises:
         ValueError: a flag's value that the model, the recipe or the data refuse.
@@ -75,17 +77,19 @@ def make_objective(arguments):
     """
     from dalle_fast import checkpoint
     from dalle_fast.data import Tokenizer, open_source
+    from dalle_fast.data.text import MIN_VOCAB_SIZE
     from dalle_fast.nn import dalle
-    from dalle_fast.outputs import make_folder
+    from dalle_fast.nn import functional as F
+    from dalle_fast.outputs import held, make_folder
     from dalle_fast.training.codes import encode_source, fingerprint
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
 
     if arguments.examples is not None and arguments.examples < 1:
         raise UserError(f"--examples must be at least 1, got {arguments.examples}")
+    F.noise_seed(arguments.seed)  # refuses what is out of range
     given, out = vars(arguments), Path(arguments.out)
     going_on = check_folder(out, resume=arguments.resume)
-    recipe = training.replaced(DALLE_RECIPES[arguments.preset], given)
     preset = training.replaced(dalle.PRESETS[arguments.preset], given)
     device = training.device(arguments.device)
     dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
@@ -94,6 +98,9 @@ def make_objective(arguments):
     tokenizer = None
     if arguments.tokenizer or going_on:
         tokenizer = Tokenizer.load(arguments.tokenizer or out / TOKENIZER)
+        tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
+    elif preset.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
     sources = {
         split: open_source(
             arguments.data, image_size=dvae.config.image_size, split=split, seed=arguments.seed, require_captions=True
@@ -102,42 +109,43 @@ def make_objective(arguments):
     }
     counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
     make_folder(out, "--out")
-    encoded = {
-        split: encode_source(
-            dvae,
-            source,
-            folder=arguments.codes or out / CODES,
-            split=split,
-            count=counts[split],
-            seed=arguments.seed,
-            workers=arguments.workers,
+    with held(out, "--out"):
+        encoded = {
+            split: encode_source(
+                dvae,
+                source,
+                folder=arguments.codes or out / CODES,
+                split=split,
+                count=counts[split],
+                seed=arguments.seed,
+                workers=arguments.workers,
+            )
+            for split, source in sources.items()
+        }
+        if tokenizer is None:
+            tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
+        config = training.replaced(
+            preset,
+            {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
         )
-        for split, source in sources.items()
-    }
-    if tokenizer is None:
-        tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
-    config = training.replaced(
-        preset,
-        {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
-    )
-    objective = DALLEObjective(
-        config,
-        recipe,
-        dvae,
-        tokenizer,
-        encoded["train"],
-        encoded["validation"],
-        seed=arguments.seed,
-        truncate=arguments.truncate,
-        device=device,
-        activation_checkpointing=arguments.activation_checkpointing,
-    )
-    if not going_on:  # a run's own are never replaced: what does not fit them is refused
-        (out / DVAE).mkdir(parents=True, exist_ok=True)
-        checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
-        tokenizer.save(out / TOKENIZER)
-        (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
-    return objective
+        objective = DALLEObjective(
+            config,
+            recipe,
+            dvae,
+            tokenizer,
+            encoded["train"],
+            encoded["validation"],
+            seed=arguments.seed,
+            truncate=arguments.truncate,
+            device=device,
+            activation_checkpointing=arguments.activation_checkpointing,
+        )
+        if not going_on:  # a run's own are never replaced: what does not fit them is refused
+            (out / DVAE).mkdir(parents=True, exist_ok=True)
+            checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
+            tokenizer.save(out / TOKENIZER)
+            (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
+        return objective
 
 
 def _new_tokenizer(captions, vocab_size):

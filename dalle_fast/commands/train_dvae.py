@@ -7,11 +7,10 @@ SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143,
 from __future__ import annotations
 
 import argparse
-import math
 
 from dalle_fast.commands import training
 from dalle_fast.errors import UserError
-from dalle_fast.training.recipes import RECIPES
+from dalle_fast.training.recipes import LARGEST, RECIPES
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
 
@@ -42,11 +41,11 @@ def _add_model_arguments(group) -> None:
 
 def run(arguments) -> int:
     then = f"dalle-fast reconstruct --model {arguments.out} IMAGE --out FILE.png"
-    return training.run_training(make_objective, arguments, then, ema_decay=lambda recipe: arguments.ema_decay)
+    return training.run_training(make_objective, arguments, RECIPES, then, ema_decay=lambda recipe: arguments.ema_decay)
 
 
-def make_objective(arguments):
-    """The `DVAEObjective` of the flags.
+def make_objective(arguments, recipe):
+    """The `DVAEObjective` of the flags, trained by `recipe`.
 
     Raises:
         ValueError: a flag's value that the model, the recipe or the data refuse.
@@ -57,8 +56,8 @@ def make_objective(arguments):
     from dalle_fast.training import stage1
 
     given = vars(arguments)
-    if not given.get("min_log_scale", 0.0) < math.inf:  # not a number, too
-        raise UserError(f"--min-log-scale must be a number below infinity, got {arguments.min_log_scale}")
+    if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
+        raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")
     config = training.replaced(dvae.PRESETS[arguments.preset], given)
     sources = {
         split: open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
@@ -66,7 +65,7 @@ def make_objective(arguments):
     }
     return stage1.DVAEObjective(
         config,
-        training.replaced(RECIPES[arguments.preset], given),
+        recipe,
         sources["train"],
         sources["validation"],
         heldout=sources.get("heldout"),

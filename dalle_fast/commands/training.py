@@ -51,13 +51,13 @@ def add_loop_arguments(group) -> None:
     group.add_argument("--tensorboard", action=switch, default=True, help="write files for TensorBoard")
 
 
-def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
+def run_training(make_objective, arguments, recipes, then: str, **loop_settings) -> int:
     """Train, and say how it ended: the command's exit status.
 
     Args:
-        make_objective: of the arguments; what it refuses is the user's to put right.
-        then: what can be done with the model.
-        loop_settings: those that `add_loop_arguments` does not have, as functions of the objective's recipe.
+        make_objective: of the arguments and a recipe; what it refuses is the user's to put right.
+        recipes: by preset. then: what can be done with the model.
+        loop_settings: those that `add_loop_arguments` does not have, as functions of the recipe.
     """
     from dalle_fast.data import DataError
     from dalle_fast.training import LoopSettings, train
@@ -66,18 +66,19 @@ def run_training(make_objective, arguments, then: str, **loop_settings) -> int:
     if arguments.workers < 0:
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     try:
-        objective = make_objective(arguments)
+        recipe = replaced(recipes[arguments.preset], vars(arguments))
         settings = LoopSettings(
-            steps=objective.recipe.steps,
-            clip=objective.recipe.clip,
+            steps=recipe.steps,
+            clip=recipe.clip,
             precision=arguments.precision,
             max_skipped=arguments.max_skipped,
             log_every=arguments.log_every,
             picture_every=arguments.picture_every,
             evaluate_every=arguments.evaluate_every,
             checkpoint_every=arguments.checkpoint_every,
-            **{name: value(objective.recipe) for name, value in loop_settings.items()},
+            **{name: value(recipe) for name, value in loop_settings.items()},
         )
+        objective = make_objective(arguments, recipe)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
     if objective.device.type == "cpu":
@@ -114,6 +115,8 @@ def device(name: str):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} cannot be used: it must be cpu, cuda, cuda:N or auto")
     try:
         found = torch.zeros((), device=name).device
         if found.type == "cpu" and not _extension.why_missing():

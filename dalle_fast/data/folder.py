@@ -51,12 +51,14 @@ def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -
 def list_pictures(path: str) -> tuple[list[str], set[str]]:
     """The names of the pictures below a folder, sorted and relative to it, and which of them have a caption.
 
+    What begins with a dot is not looked at. Links to folders are followed, into each folder once.
+
     Raises:
         DataError: a folder cannot be read.
     """
-    pictures, texts = [], set()
-    for folder, folders, files in os.walk(path, onerror=_refuse):
-        folders.sort()
+    pictures, texts, seen = [], set(), {os.path.realpath(path)}
+    for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and _is_new(folder, name, seen)]
         for file in files:
             if file.startswith("."):  # leftovers of other systems
                 continue
@@ -67,6 +69,14 @@ def list_pictures(path: str) -> tuple[list[str], set[str]]:
             elif ending == ".txt":
                 texts.add(stem)
     return sorted(pictures), {name for name in pictures if os.path.splitext(name)[0] in texts}
+
+
+def _is_new(folder, name, seen):
+    place = os.path.realpath(os.path.join(folder, name))
+    if place in seen:
+        return False
+    seen.add(place)
+    return True
 
 
 def _refuse(error: OSError):

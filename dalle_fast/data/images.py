@@ -37,7 +37,7 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
         (height, width, 3) uint8, RGB.
 
     Raises:
-        BadImage: not a picture, truncated, or of more than MAX_PIXELS pixels.
+        BadImage: not a picture, truncated, of more than MAX_PIXELS pixels, or a TIFF of 32 bits a sample.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -47,6 +47,8 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                if image.format == "TIFF" and image.mode in ("I", "F"):
+                    raise BadImage("32 bits of gray, of which it is not known what is white")
                 if draft is not None:
                     image.draft(image.mode, (draft, draft))
                 image.load()
@@ -65,7 +67,10 @@ def _rgb(image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        gray, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((gray >> 8).clip(0, 255).astype(np.uint8))
+        if isinstance(transparent, int):
+            image.paste(255, mask=Image.fromarray(gray == transparent))
     if image.has_transparency_data:
         image = on_white(image)
     return np.array(image.convert("RGB"))

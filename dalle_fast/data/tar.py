@@ -103,7 +103,7 @@ def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
-            or a device; a name that is there twice.
+            or a device; a name that is there twice; several pictures of a key, none with an ending of one part.
     """
     base_plus_ext = _webdataset("tariterators").base_plus_ext
     found: dict[str, dict[str, Entry]] = {}
@@ -117,9 +117,12 @@ def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
         files[ending] = Entry(entry.offset_data, entry.size)
     pairs = {}
     for key, files in found.items():
-        images = [files[ending] for ending in sorted(files) if ("." + ending).endswith(ENDINGS)]
+        images = [ending for ending in sorted(files) if ("." + ending).endswith(ENDINGS)]
+        plain = [ending for ending in images if "." not in ending]  # not .mask.png beside it
+        if len(images) > 1 and not plain:
+            raise DataError(f"{path}: {key}: which is its picture, {' or '.join('.' + ending for ending in images)}?")
         if images:
-            pairs[key] = images[0], files.get("txt")
+            pairs[key] = files[(plain or images)[0]], files.get("txt")
     return pairs
 
 

@@ -36,7 +36,7 @@ class Tokenizer:
     Made by `train` or `load`; can be pickled.
 
     Attributes:
-        vocab_size: V.
+        vocab_size: V, one more than the largest id.
     """
 
     def __init__(self, json_text: str):
@@ -57,6 +57,7 @@ class Tokenizer:
             )
         merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        self._vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
         self._not_plain = [name for name in _UNKNOWN_TO_PIECES if model.get(name)]
         if self._tokenizer.pre_tokenizer is None:
             self._not_plain.append("no pre-tokenizer")
@@ -125,7 +126,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return self._vocab_size
 
     def encode(
         self,
@@ -149,8 +150,9 @@ class Tokenizer:
             ids (B, T) int64, 0 behind a caption's end, and lengths (B,) int64.
 
         Raises:
-            ValueError: a caption has more than T tokens, and `truncate` is False; dropout outside [0, 1] or without a
-                seed, or of a loaded tokenizer that is not a plain BPE.
+            ValueError: a caption has more than T tokens, and `truncate` is False, or halves of characters, as Python
+                makes of bytes that are no UTF-8; dropout outside [0, 1] or without a seed, or of a loaded tokenizer
+                that is not a plain BPE.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, got one string")
@@ -158,6 +160,9 @@ class Tokenizer:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         captions = list(captions)
+        for caption in captions:
+            if any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise ValueError(f"caption must be text in UTF-8, got {caption!r}")
         if dropout:
             rows = self._encode_with_dropout(captions, dropout, seed)
         else:
@@ -198,7 +203,7 @@ class Tokenizer:
         seed = check_count("seed", seed, minimum=0)
         rows = []
         for caption in captions:
-            digest = hashlib.sha256(f"{seed} {caption}".encode("utf-8", "surrogatepass")).digest()
+            digest = hashlib.sha256(f"{seed} {caption}".encode()).digest()
             draw = random.Random(int.from_bytes(digest, "big")).random
             text = caption
             if self._tokenizer.normalizer:

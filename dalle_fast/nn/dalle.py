@@ -21,6 +21,7 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
 from dalle_fast.nn.transformer import INIT_STD, Transformer
+from dalle_fast.ops.attention.op import MAX_HEAD_DIM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class DALLEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight must be from 0 to 1, got {self.text_weight!r}")
         if self.rules is not None:

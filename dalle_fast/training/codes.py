@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
-from dalle_fast.outputs import make_folder
+from dalle_fast.data.source import identity
+from dalle_fast.outputs import held, make_folder
 
-BATCH, PROBED = 64, 16
+BATCH = 64
+SAVE_SECONDS = 60  # between two parts of what is computed
 
 
 class Encoded(NamedTuple):
@@ -36,9 +39,12 @@ class Encoded(NamedTuple):
 def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0, progress=True) -> Encoded:
     """The codes and captions of `count` pictures, from the file in `folder` that holds them, or computed and put there.
 
-    A file is named by a hash of its key: the dVAE's weights, the source's name, length and a few of its pictures, the
-    split, the count and the seed. So another dVAE or other data never read what is not theirs. (A source that changed
-    in a way that name, length and those few pictures do not show is not noticed.)
+    A file is named by a hash of its key: the dVAE's weights, the source's `identity`, the split, the count and the seed.
+    So another dVAE or other data never read what is not theirs. (A source that changed in a way that its identity does
+    not show is not noticed.)
+
+    Codes that were computed when the process ended, but for those of the last minute, are not computed again. Of two
+    processes that want the same, one waits.
 
     Args:
         dvae: a `DiscreteVAE`, on the device that computes.
@@ -58,24 +64,23 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
         raise ValueError(f"count must be at least 1, got {count}")
     key = {
         "dvae": fingerprint(dvae),
-        "data": source.name,
-        "pictures": len(source),
-        "probe": _probe(source),
+        "data": identity(source),
         "split": split,
         "count": count,
         "seed": seed,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = Path(folder) / f"{split}-{digest[:16]}.safetensors"
-    if path.exists():
-        try:
-            return _read(path, key)
-        except checkpoint.CheckpointError as error:
-            print(f"{error}; computing the codes again", file=sys.stderr)
     make_folder(folder, "the folder of codes")
-    stream = batches(source, BATCH, image_size=dvae.config.image_size, seed=seed, train=train, num_workers=workers)
-    encoded = _encode(dvae, stream, count, f"codes of {source.name}, {split}" if progress else None)._replace(key=key)
-    _write(path, encoded)
+    with held(folder, "the folder of codes", wait=True):
+        if path.exists():
+            try:
+                return _read(path, key)
+            except checkpoint.CheckpointError as error:
+                print(f"{error}; computing the codes again", file=sys.stderr)
+        encoded = _encode(dvae, source, count, key, path, workers, progress)
+        _write(path, encoded)
+        _remove_parts(path)
     return encoded
 
 
@@ -89,25 +94,61 @@ def fingerprint(model) -> str:
 
 
 @torch.no_grad()
-def _encode(dvae, stream, count, title):
+def _encode(dvae, source, count, key, path, workers, progress):
     device = next(dvae.parameters()).device
     kind = torch.int16 if dvae.config.num_codes <= 1 << 15 else torch.int32
-    codes, captions = [], []
-    for batch in _bar(itertools.islice(stream, -(-count // BATCH)), -(-count // BATCH), title):
+    parts = _read_parts(path, key)
+    done = first = sum(len(part.captions) for part in parts) // BATCH
+    total = -(-count // BATCH)
+    stream = batches(
+        source,
+        BATCH,
+        image_size=dvae.config.image_size,
+        seed=key["seed"],
+        start=done,
+        train=key["split"] == "train",
+        num_workers=workers,
+    )
+    codes, captions, since = [], [], time.monotonic()
+    title = f"codes of {source.name}, {key['split']}" if progress else None
+    for batch in _bar(itertools.islice(stream, total - done), done, total, title):
         images = batch.images.to(device, non_blocking=True).float() / 255
         codes.append(dvae.encode(images).flatten(1).to("cpu", kind))
         captions += batch.captions
-    return Encoded(torch.cat(codes)[:count], captions[:count], {})
+        done += 1
+        if time.monotonic() - since > SAVE_SECONDS and done < total:
+            parts.append(Encoded(torch.cat(codes), captions, {**key, "first_batch": first}))
+            _write(_part(path, first), parts[-1])
+            codes, captions, first, since = [], [], done, time.monotonic()
+            if title and not sys.stderr.isatty():
+                print(f"{title}: {done} of {total} batches are saved", file=sys.stderr, flush=True)
+    codes = torch.cat([part.codes for part in parts] + codes)
+    captions = [caption for part in parts for caption in part.captions] + captions
+    return Encoded(codes[:count], captions[:count], key)
 
 
-def _probe(source) -> str:
-    """A hash of a few pictures and their captions, evenly spread."""
-    digest = hashlib.sha256()
-    for index in range(0, len(source), max(1, len(source) // PROBED)):
-        image, caption = source[index]
-        digest.update(f"{image.shape} {caption}".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
+# While codes are computed, what there is of them is kept in files of its own, so that little is lost with the process.
+
+
+def _part(path, first_batch):
+    return path.with_name(f"{path.stem}-part-{first_batch:09d}{path.suffix}")
+
+
+def _read_parts(path, key) -> list[Encoded]:
+    """The parts that an encoding which was ended left, one behind the other from the first batch on."""
+    parts, first = [], 0
+    while (part := _part(path, first)).exists():
+        try:
+            parts.append(_read(part, {**key, "first_batch": first}))
+        except checkpoint.CheckpointError:
+            break
+        first += len(parts[-1].captions) // BATCH
+    return parts
+
+
+def _remove_parts(path) -> None:
+    for part in path.parent.glob(f"{path.stem}-part-*"):
+        part.unlink(missing_ok=True)
 
 
 def _write(path, encoded) -> None:
@@ -131,12 +172,12 @@ def _read(path, key) -> Encoded:
     return Encoded(tensors["codes"], captions, key)
 
 
-def _bar(steps, total, title):
+def _bar(steps, done, total, title):
     if title is None:
         return steps
     if not sys.stderr.isatty():
-        print(f"{title}: {total} batches of {BATCH}", file=sys.stderr, flush=True)
+        print(f"{title}: {total - done} batches of {BATCH}", file=sys.stderr, flush=True)
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, total=total, desc=title, unit="batch")
+    return tqdm(steps, initial=done, total=total, desc=title, unit="batch")

@@ -8,7 +8,8 @@ import torch
 
 
 class EMA:
-    """A copy of `model` whose weights follow it: average += (1 - decay) * (weight - average), every `every` updates.
+    """A copy of `model` whose weights follow it: average += (1 - decay) * (weight - average), every `every` updates
+    and at the last.
 
     Early on the decay is smaller, (1 + n) / (10 + n) at the n-th time, or a short run would keep its random start.
 
@@ -29,11 +30,11 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, model, updates: int) -> None:
-        """After the `updates`-th update of `model`, counted from 1."""
-        if updates % self.every:
+    def update(self, model, updates: int, *, last: bool = False) -> None:
+        """After the `updates`-th update of `model`, counted from 1. The last one counts, whatever its number."""
+        if updates % self.every and not last:
             return
-        n = updates // self.every
+        n = -(-updates // self.every)
         decay = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):

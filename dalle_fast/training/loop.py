@@ -16,6 +16,7 @@ a CPU with the same number of threads, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -28,6 +29,7 @@ import torch
 
 from dalle_fast import _extension, checkpoint
 from dalle_fast.errors import UserError
+from dalle_fast.outputs import held, make_folder
 from dalle_fast.training import random_state
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.reports import Reports
@@ -132,22 +134,31 @@ def train(
 ) -> TrainResult:
     """Train `objective.model` and leave everything in the folder `out`.
 
-    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once.
+    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once. What else ends it
+    between two steps, as a report that cannot be written or batches that do not come, ends it with a checkpoint too.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
         tensorboard: write its files where it is installed. progress: show a bar, or lines where no one watches.
 
     Raises:
-        TrainingError: `out` holds a run and `resume` is False; too many steps in a row were not finite.
+        TrainingError: `out` holds a run and `resume` is False; too many steps in a row were not finite; a process that
+            loads batches ended.
         CheckpointError: a checkpoint cannot be written, or the one in `out` is of a run with other settings.
+        UserError: `out` cannot be written to, or is in use by another process.
         OSError: a log or picture cannot be written.
     """
     out = Path(out)
     run = _Run(objective, out, settings)
-    if check_folder(out, resume=resume):
-        run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out / checkpoint.CHECKPOINTS, "the folder of checkpoints")
+    with held(out, "the folder"):
+        if check_folder(out, resume=resume):
+            run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
+        return _train(run, out, tensorboard, progress)
+
+
+def _train(run, out, tensorboard, progress):
+    objective, settings = run.objective, run.settings
     with (
         Reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
         _StopSignals() as stop,
@@ -162,11 +173,13 @@ def check_folder(out, *, resume: bool) -> bool:
     """Whether there is a run in `out` to go on with.
 
     Raises:
-        TrainingError: there is one, and `resume` is False.
+        TrainingError: there is one, and `resume` is False; there is only what a finished one left.
     """
     found = checkpoint.latest(Path(out) / checkpoint.CHECKPOINTS)
     if found and not resume:
         raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
+    if not found and (Path(out) / checkpoint.MODEL).exists():
+        raise TrainingError(f"{out} holds a trained model, and no checkpoint to go on from: choose another folder")
     return found is not None
 
 
@@ -185,7 +198,7 @@ class _Run:
         precision = "float32" if self.autocast is None else "bfloat16"
         self.settings_that_matter = {**settings.that_matter(), "precision": precision, **objective.settings}
         self.reports = None
-        self.step = 0
+        self.step = self.saved_at = 0
         self.updates = 0  # steps that were not skipped
         self.skipped_in_a_row = 0
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
@@ -193,20 +206,45 @@ class _Run:
     def go(self, stop) -> None:
         """Steps until the last one, or until a signal."""
         self.model.train()
-        saved_at = self.step
+        self.saved_at = self.step
         batches = self.objective.batches(self.step)
         with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
             batch = next(batches, None)
+        stop.wait_with_lost_children()
         while self.step < self.settings.steps and stop.received is None:
             self.take_step(batch)
-            self.reports.tick()
-            self.report()
-            if self.due(self.settings.checkpoint_every):
-                self.save()
-                saved_at = self.step
-            batch = next(batches, None) if self.step < self.settings.steps else None
-        if saved_at != self.step:
+            with self.saved_if_it_ends_here():
+                self.reports.tick()
+                self.report()
+                # Where steps are skipped, weights may be lost already: those saved before stay.
+                if self.due(self.settings.checkpoint_every) and not self.skipped_in_a_row:
+                    self.save()
+                if self.step < self.settings.steps and stop.received is None:
+                    batch = self.next_of(batches, stop)
+        if self.saved_at != self.step:
             self.save()
+
+    @contextlib.contextmanager
+    def saved_if_it_ends_here(self):
+        """Between two steps: an error is passed on, behind a checkpoint."""
+        try:
+            yield
+        except (checkpoint.CheckpointError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError, checkpoint.CheckpointError):  # the first error says more
+                if self.saved_at != self.step:
+                    self.save()
+            raise
+
+    def next_of(self, batches, stop):
+        """The next batch. A signal to the whole group ends the processes that load them: then there is none."""
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if stop.received is not None:
+                return None
+            raise TrainingError(f"no batch for step {self.step}: {error}") from error
 
     def finish(self) -> dict[str, float]:
         """Evaluate and export the averaged model."""
@@ -237,7 +275,7 @@ class _Run:
         self.optimizer.step()
         self.updates += 1
         self.skipped_in_a_row = 0
-        self.ema.update(self.model, self.updates)
+        self.ema.update(self.model, self.updates, last=self.step == self.settings.steps)
         self.counted += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -249,7 +287,7 @@ class _Run:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}; "
                 f"the last checkpoint is {last.name if last else 'not there yet'}. "
-                "A smaller learning rate or float32 may help"
+                "A smaller learning rate or float32 may help, in another folder"
             )
 
     def report(self) -> None:
@@ -281,6 +319,7 @@ class _Run:
             "random": random_state.get(),
         }
         checkpoint.save(self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state)
+        self.saved_at = self.step
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.ema.model.load_state_dict(saved.weights)
@@ -318,6 +357,14 @@ class _StopSignals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def wait_with_lost_children(self):
+        """From here on a loading process that is lost ends no step halfway: the next batch does not come, which says so.
+
+        Torch's handler, there from the first batch on, raises wherever the main thread is.
+        """
+        if self.before:
+            self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _keep(self, number, _):
         if self.received is not None:

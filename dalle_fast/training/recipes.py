@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from dalle_fast.training.schedules import cosine, warmup
+
+LARGEST = 1e38  # what float32 holds, about
 
 
 def _field(default, help):
@@ -86,11 +87,11 @@ def _check(recipe, *, positive_integers=(), positive=(), not_negative=(), shares
         if not isinstance(getattr(recipe, name), int) or getattr(recipe, name) < 1:
             raise ValueError(f"{name} must be a positive integer, got {getattr(recipe, name)!r}")
     for name in positive:
-        if not 0 < getattr(recipe, name) < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {getattr(recipe, name)!r}")
+        if not 0 < getattr(recipe, name) < LARGEST:
+            raise ValueError(f"{name} must be a positive number below {LARGEST:g}, got {getattr(recipe, name)!r}")
     for name in not_negative:
-        if not 0 <= getattr(recipe, name) < math.inf:
-            raise ValueError(f"{name} must be a number from 0, got {getattr(recipe, name)!r}")
+        if not 0 <= getattr(recipe, name) < LARGEST:
+            raise ValueError(f"{name} must be a number from 0 to below {LARGEST:g}, got {getattr(recipe, name)!r}")
     for name in shares:
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {getattr(recipe, name)!r}")

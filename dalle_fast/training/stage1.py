@@ -13,6 +13,7 @@ import torch
 
 from dalle_fast.checkpoint import config_to_json
 from dalle_fast.data import batches
+from dalle_fast.data.source import identity
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
 from dalle_fast.training import random_state
@@ -65,8 +66,7 @@ class DVAEObjective:
             **dataclasses.asdict(recipe),
             "seed": seed,
             "flip": flip,
-            "data": source.name,
-            "examples": len(source),
+            "data": identity(source),
         }
 
     def parameter_groups(self):
