@@ -3,7 +3,7 @@
 The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
 copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C training
 saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there. Ended while pictures
-become codes it ends at once, and begins anew where the codes of the last minute begin.
+become codes it loses those of the last minute at most: the same command goes on.
 """
 
 from __future__ import annotations

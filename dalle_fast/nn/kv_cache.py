@@ -56,7 +56,8 @@ class LayerCache:
         self.cache.check_room()
         if self.image_key.device.type == "cpu" and not torch.compiler.is_compiling():  # no tensor for the position
             slot = self.mask.cache_slot(self.cache.length)
-            self.image_key[:, :, slot], self.image_value[:, :, slot] = key, value
+            self.image_key.select(2, slot).copy_(key)
+            self.image_value.select(2, slot).copy_(value)
             return
         attention_append(self.image_key, self.image_value, key, value, self.mask, self.cache.position)
 

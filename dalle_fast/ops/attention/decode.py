@@ -25,7 +25,7 @@ from dalle_fast.ops.attention.op import (
     implementation,
     library,
 )
-from dalle_fast.ops.calls import device_type, needs_grad
+from dalle_fast.ops.calls import device_type, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
 
 _NAME_AND_COST = ("sparse_attention_decode", "copies the keys and values that it looks at")
@@ -52,6 +52,9 @@ def sparse_attention_decode(
         raise RuntimeError(
             "sparse_attention_decode has no gradient: call it under torch.no_grad(), or sparse_attention to train"
         )
+    given = tensors if text_lengths is None else (*tensors, text_lengths)
+    if is_plain(given):  # past the dispatcher, which with cold caches takes longer than the kernel
+        return _decode(*tensors, position, text_lengths, mask, scale, impl)
     return _decode_op(*tensors, position, text_lengths, mask.encode(), scale, impl)
 
 
@@ -126,6 +129,10 @@ _decode_op = torch.ops.dalle_fast.sparse_attention_decode.default
 
 def _decode_kernel(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
+    return _decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl)
+
+
+def _decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     if position.is_cpu:
         _check_range(int(position), mask)
