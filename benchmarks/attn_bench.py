@@ -152,8 +152,12 @@ def build_eager(case, device):
     return eager
 
 
-def build_sdpa_mask(case, device):
-    return functools.partial(torch_F.scaled_dot_product_attention, attn_mask=case.mask.to_dense(device))
+def build_sdpa_mask(case, device, *, added=False):
+    """With the mask as booleans, or as what is `added` to scores: which is faster depends on dtype and device."""
+    mask = case.mask.to_dense(device)
+    if added:
+        mask = torch.zeros(mask.shape, dtype=DTYPES[case.dtype], device=device).masked_fill_(~mask, -math.inf)
+    return functools.partial(torch_F.scaled_dot_product_attention, attn_mask=mask)
 
 
 def build_sdpa_causal(case, device, *, backend=None):
@@ -202,7 +206,8 @@ def make_contenders(device: str, impl: str, flex_blocks: list[int], autotune: bo
             found.append(Contender(f"SDPA causal, {name}", "SDPA causal", build, causal=True))
     else:
         found.append(Contender("SDPA causal", "SDPA causal", build_sdpa_causal, causal=True))
-    found.append(Contender("SDPA mask", "SDPA mask", build_sdpa_mask))
+    found.append(Contender("SDPA mask, boolean", "SDPA mask", build_sdpa_mask))
+    found.append(Contender("SDPA mask, added", "SDPA mask", functools.partial(build_sdpa_mask, added=True)))
     if device == "cuda":
         flex("FlexAttention, default", block=128)
     for block in flex_blocks:
