@@ -147,6 +147,12 @@ def test_what_was_computed_from_something_else_is_not_taken(dvae, tmp_path, chan
         assert not torch.equal(first.codes, second.codes)
 
 
+def test_codes_are_read_where_nothing_can_be_written(dvae, tmp_path, monkeypatch):
+    first = encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    monkeypatch.setattr(codes, "make_folder", forbid)
+    assert torch.equal(encode_source(dvae, few(), folder=tmp_path, split="train", progress=False).codes, first.codes)
+
+
 def test_a_damaged_file_is_computed_again(dvae, tmp_path, capsys):
     first = encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
     (path,) = tmp_path.iterdir()

@@ -30,7 +30,7 @@ class GumbelCodebook(torch.nn.Module):
         impl: as in `dalle_fast.nn.functional.gumbel_codebook`.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: a size that is no positive integer.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class GumbelCodebook(torch.nn.Module):
     ):
         super().__init__()
         for name, size in (("in_channels", in_channels), ("num_codes", num_codes), ("embedding_dim", embedding_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         options = {"device": device, "dtype": dtype}
         self.tau, self.hard, self.impl = tau, hard, impl
         self.weight = torch.nn.Parameter(torch.empty(num_codes, in_channels, **options))

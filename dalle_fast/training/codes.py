@@ -71,13 +71,14 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = Path(folder) / f"{split}-{digest[:16]}.safetensors"
+    if kept := _kept(path, key):
+        return kept
     make_folder(folder, "the folder of codes")
     with held(folder, "the folder of codes", wait=True):
+        if kept := _kept(path, key):  # now, by another process
+            return kept
         if path.exists():
-            try:
-                return _read(path, key)
-            except checkpoint.CheckpointError as error:
-                print(f"{error}; computing the codes again", file=sys.stderr)
+            print(f"{path} is damaged: computing the codes again", file=sys.stderr)
         encoded = _encode(dvae, source, count, key, path, workers, progress)
         _write(path, encoded)
         _remove_parts(path)
@@ -137,18 +138,22 @@ def _part(path, first_batch):
 def _read_parts(path, key) -> list[Encoded]:
     """The parts that an encoding which was ended left, one behind the other from the first batch on."""
     parts, first = [], 0
-    while (part := _part(path, first)).exists():
-        try:
-            parts.append(_read(part, {**key, "first_batch": first}))
-        except checkpoint.CheckpointError:
-            break
-        first += len(parts[-1].captions) // BATCH
+    while part := _kept(_part(path, first), {**key, "first_batch": first}):
+        parts.append(part)
+        first += len(part.captions) // BATCH
     return parts
 
 
 def _remove_parts(path) -> None:
     for part in path.parent.glob(f"{path.stem}-part-*"):
         part.unlink(missing_ok=True)
+
+
+def _kept(path, key) -> Encoded | None:
+    try:
+        return _read(path, key) if path.exists() else None
+    except checkpoint.CheckpointError:
+        return None
 
 
 def _write(path, encoded) -> None:

@@ -356,7 +356,7 @@ class _StopSignals:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None is one that is not Python's
 
     def wait_with_lost_children(self):
         """From here on a loading process that is lost ends no step halfway: the next batch does not come, which says so.
