@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import conv2d, interpolate, max_pool2d, one_hot, relu
 
 import dalle_fast.nn as fnn
-from dalle_fast.nn.dvae import PRESETS, map_pixels, unmap_pixels
+from dalle_fast.nn.dvae import LIKELIHOODS, PRESETS, map_pixels, unmap_pixels
 from dalle_fast.ops.codebook.noise import gumbel_noise
 
 SMALL = fnn.DVAEConfig(image_size=16, downsampling=4, num_codes=70, embedding_dim=6, hidden=8, blocks_per_group=1)
@@ -47,20 +47,99 @@ def test_openai_decoder(openai):
     torch.testing.assert_close(model.decode(decoder["z"]), decoder["recon"], rtol=0, atol=2e-5)
 
 
+# -- the architecture --------------------------------------------------------------------------------------------------
+
+
+def with_biases(model):
+    """The same with biases as those of a trained model are: none is 0, and all of them matter."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def convolution(p, name, x, kernel_size=1):
+    return conv2d(x, p[f"{name}.w"], p[f"{name}.b"], padding=kernel_size // 2)
+
+
+def groups(p, name, x, config, kernel_sizes, resize):
+    """OpenAI's residual bottlenecks, four groups of two in the paper; between two groups the image is resized."""
+    count = config.downsampling.bit_length()
+    gain = config.residual_gain or 1 / (count * config.blocks_per_group) ** 2
+    for g in range(1, count + 1):
+        for b in range(1, config.blocks_per_group + 1):
+            block, inner = f"{name}.group_{g}.block_{b}", x
+            for c, kernel_size in enumerate(kernel_sizes, 1):
+                inner = convolution(p, f"{block}.res_path.conv_{c}", relu(inner), kernel_size)
+            x = convolution(p, f"{block}.id_path", x) if f"{block}.id_path.w" in p else x
+            x = x + gain * inner
+        x = resize(x) if g < count else x
+    return x
+
+
+def encoder_written_out(model, images):
+    """Logits (B, K, h, w) of images (B, C, H, W), pixels from 0 to 1."""
+    p, name = dict(model.named_parameters()), "encoder.blocks"
+    x = convolution(p, f"{name}.input", 0.8 * images + 0.1, 7)
+    x = groups(p, name, x, model.config, (3, 3, 3, 1), lambda x: max_pool2d(x, 2))
+    return convolution(p, f"{name}.output.conv", relu(x))
+
+
+def decoder_written_out(model, codes):
+    """mu and ln b, (B, C, H, W) each, of one-hot vectors (B, K, h, w) or what training has in their place."""
+    p, name = dict(model.named_parameters()), "decoder.blocks"
+    x = convolution(p, f"{name}.input", codes)
+    x = groups(p, name, x, model.config, (1, 3, 3, 3), lambda x: interpolate(x, scale_factor=2))
+    return convolution(p, f"{name}.output.conv", relu(x)).chunk(2, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"blocks_per_group": 2}, {"residual_gain": 0.7}], ids=str)
+def test_it_is_openais_architecture(changes):
+    """Features, codes and pictures, with biases that are not 0."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, **changes)
+    model = with_biases(fnn.DiscreteVAE(config, impl="reference")).double()
+    images = torch.rand(3, 3, 16, 24, dtype=torch.float64)
+    logits = encoder_written_out(model, images)
+    torch.testing.assert_close(model.encoder(map_pixels(images)), logits)
+    codes = logits.argmax(1)
+    assert len(codes.unique()) > 2
+    assert torch.equal(model.encode(images), codes)
+    codes = torch.randint(config.num_codes, (3, 4, 6))
+    mu, _ = decoder_written_out(model, one_hot(codes, config.num_codes).movedim(-1, 1).double())
+    pictures = ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1)
+    torch.testing.assert_close(model.decode(codes).double(), pictures, rtol=0, atol=1e-6)
+
+
+def test_initialisation_is_openais():
+    """Normal, with a variance of one over the numbers that are added up, and biases 0."""
+    torch.manual_seed(0)
+    model = fnn.DiscreteVAE(dataclasses.replace(SMALL, hidden=64, num_codes=500, embedding_dim=50))
+    sizes = set()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            assert not parameter.any(), name
+        elif parameter.numel() > 5000:
+            sizes.add(parameter.shape[-1])
+            assert parameter.std().item() == pytest.approx(parameter[0].numel() ** -0.5, rel=0.05), name
+    assert sizes == {1, 3, 7}
+
+
 # -- the objective -----------------------------------------------------------------------------------------------------
 
 
 def eager_loss(model, images, tau, beta, seed):
     """The objective as the paper has it, with all logits, by convolutions of whole one-hot-like maps."""
     config = model.config
-    logits = model.encoder(map_pixels(images)).movedim(1, -1)
+    logits = encoder_written_out(model, images).movedim(1, -1)
     B, h, w, K = logits.shape
     rows = torch.arange(B * h * w)
     noise = gumbel_noise(torch.tensor([seed]), rows, K, torch.float64).view(logits.shape)
     relaxed = torch.softmax((logits + noise) / tau, -1)
     if config.hard:
         relaxed = one_hot(relaxed.argmax(-1), K) + relaxed - relaxed.detach()
-    mu, log_scale = model.decoder.blocks(relaxed.movedim(-1, 1)).chunk(2, 1)
+    mu, log_scale = decoder_written_out(model, relaxed.movedim(-1, 1))
     x = map_pixels(images)
     if config.likelihood == "logit_laplace":
         log_scale = log_scale.clamp(min=config.min_log_scale)
@@ -92,7 +171,7 @@ def eager_loss(model, images, tau, beta, seed):
 )
 def test_objective_and_gradients_equal_the_eager_ones(config):
     torch.manual_seed(0)
-    model = fnn.DiscreteVAE(config, impl="reference").double()
+    model = with_biases(fnn.DiscreteVAE(config, impl="reference")).double()
     images = torch.rand(2, config.channels, config.image_size, config.image_size, dtype=torch.float64)
     out = model(images, tau=0.5, beta=6.6, seed=3)
     expected = eager_loss(model, images, 0.5, 6.6, 3)
@@ -190,6 +269,13 @@ def test_presets():
         assert model.config is PRESETS[name]
 
 
+def test_gains():
+    """The paper's is one over the number of blocks squared."""
+    assert PRESETS["openai"].gain == 1 / 64
+    assert dataclasses.replace(SMALL, blocks_per_group=5).gain == 1 / 225
+    assert PRESETS["tiny"].gain == 1
+
+
 def test_autocast():
     model = fnn.DiscreteVAE(SMALL)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,6 +283,32 @@ def test_autocast():
     assert out.loss.dtype == torch.float32
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_under_autocast_pixels_and_losses_keep_float32s_digits(likelihood):
+    """They are what float64 makes of the same output of the decoder and of the same pixels."""
+    torch.manual_seed(0)
+    model = with_biases(fnn.DiscreteVAE(dataclasses.replace(SMALL, likelihood=likelihood)))
+    outputs = []
+    model.decoder.register_forward_hook(lambda module, arguments, out: outputs.append(out))
+    images = torch.rand(2, 3, 16, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, seed=0)
+        pictures = model.decode(out.codes)
+    assert all(x.dtype == torch.bfloat16 for x in outputs)
+    (mu, log_scale), x = outputs[0].double().chunk(2, 1), 0.8 * images.double() + 0.1
+    b = log_scale.exp()
+    loss = {
+        "logit_laplace": (torch.logit(x) - mu).abs() / b + torch.log(2 * b * x * (1 - x)),
+        "l1": (torch.sigmoid(mu) - x).abs(),
+        "l2": (torch.sigmoid(mu) - x) ** 2,
+    }[likelihood].mean()
+    torch.testing.assert_close(out.reconstruction_loss.double(), loss, rtol=2e-6, atol=0)
+    mu, _ = outputs[1].double().chunk(2, 1)
+    assert pictures.dtype == torch.float32
+    torch.testing.assert_close(pictures.double(), unmap_pixels(torch.sigmoid(mu)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
