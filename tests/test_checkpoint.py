@@ -267,6 +267,8 @@ def test_other_settings_are_named_with_both_values(save, tmp_path):
     save(1)
     with pytest.raises(CheckpointError, match=r"step-000000001 .*seed 1, not 2; steps None, not 5"):
         checkpoint.load(tmp_path, settings={"seed": 2, "steps": 5})
+    with pytest.raises(CheckpointError, match=r"step-000000001 is of a run with seed 1, not None$"):
+        checkpoint.load(tmp_path, settings={})
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def written_out(model, text, codes, text_lengths):
             return p[f"transformer.blocks.{index}.{name}.weight"], p[f"transformer.blocks.{index}.{name}.bias"]
 
         inner = linear(layer_norm(x, x.shape[-1:], *of("attention_norm")), *of("attention.qkv"))
-        q, k, v = (part.unflatten(-1, (H, -1)).transpose(1, 2) for part in inner.chunk(3, -1))
+        q, k, v = (part.unflatten(-1, (H, config.head_dim)).transpose(1, 2) for part in inner.chunk(3, -1))
         lengths = text_lengths + 1 if config.hide_padding else None
         out, _ = eager_attention(q, k, v, mask, text_lengths=lengths)
         x = x + linear(out.transpose(1, 2).flatten(2), *of("attention.out"))
@@ -195,6 +195,16 @@ def test_a_config_goes_through_json():
     assert fnn.DALLEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert [mask.rule for mask in config.masks] == list(config.rules)
     assert fnn.DALLEConfig(grid=8).grid == (8, 8)
+
+
+def test_embeddings_and_the_output_matrix_begin_small():
+    """With GPT-2's 0.02, as the transformer's."""
+    torch.manual_seed(0)
+    model = fnn.DALLE("tiny")
+    for module in (model.text_embedding, model.text_position, model.image_embedding, model.head):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for module in (model.start, model.row_embedding, model.column_embedding):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_matrices_decay_and_nothing_else():

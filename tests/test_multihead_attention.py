@@ -58,6 +58,8 @@ def test_outputs_weights_and_gradients(batch_first, bias, average):
     assert_same(*modules, q, q, q, average_attn_weights=average)
     assert_same(*modules, q, k, k, average_attn_weights=average)
     assert_same(*modules, q, k, v, average_attn_weights=average)
+    assert_same(*modules, q, q, v, average_attn_weights=average)
+    assert_same(*modules, q, k, q, average_attn_weights=average)
     short = inputs(batch_first, 11)[0]
     assert_same(*modules, short, short, short, average_attn_weights=average)
 

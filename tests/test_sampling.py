@@ -112,6 +112,10 @@ def test_best_of(make):
     assert torch.equal(sampling.best_of(images, lambda x: [0, 0, 0, 1]), images[[3]])
     best.zero_()
     assert torch.equal(images, before)
+    images = torch.arange(200)
+    scores = torch.arange(200) % 3  # so many equal ones that a sort mixes them, unless it is asked not to
+    best = sampling.best_of(images, lambda x: scores, keep=130)
+    assert torch.equal(best, torch.cat((images[2::3], images[1::3]))[:130])
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ def make_transformer(masks=MASKS, **options):
     return fnn.Transformer(masks, W, 3, **options)
 
 
-def gradients(model, x, autocast=None):
+def gradients(model, x, autocast=None, text_lengths=None):
     """The gradients of parameters and x for a fixed gradient of the output."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        out = model(x)
+        out = model(x, text_lengths)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights).sum().backward()
     return {**{name: p.grad.clone() for name, p in model.named_parameters()}, "x": x.grad}
@@ -94,9 +94,11 @@ def kept_bytes(model, x):
 def test_checkpointing_keeps_one_activation_a_layer_and_changes_nothing(make):
     x = make((2, S, W))[0]
     model, checkpointed = make_transformer(), make_transformer(activation_checkpointing=True)
-    expected, actual = gradients(model, x), gradients(checkpointed, x)
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    for lengths in (None, torch.tensor([1, 3])):
+        expected = gradients(model, x, text_lengths=lengths)
+        actual = gradients(checkpointed, x, text_lengths=lengths)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
     x.requires_grad_()
     # What the last norm keeps is the same in both; of each layer, x is all.
     assert kept_bytes(checkpointed, x) <= 6 * x.nbytes < kept_bytes(model, x) / 5
@@ -156,8 +158,10 @@ def test_an_overflow_stays_in_its_block(make):
     hook = model.blocks[1].mlp.gelu.register_forward_hook(lambda module, arguments, out: _Overflow.apply(out))
     gradients(model, x)
     hook.remove()
+    model.updates_at_scale.fill_(500)
     dropped = model.unscale_gradients()
     assert dropped.nonzero().tolist() == [[1, 1]]
+    assert model.updates_at_scale.tolist() == [[501, 501], [501, 0], [501, 501]]  # its thousand begins again
     before = torch.full((3, 2), module.FIRST_SCALE)
     before[1, 1] /= 2
     assert torch.equal(model.gradient_scale, before)
