@@ -123,6 +123,16 @@ def golden():
 
 
 @pytest.fixture
+def no_kernels(monkeypatch):
+    """Whoever asks for one of our CPU kernels fails: what runs is the reference."""
+
+    def native():
+        raise AssertionError("a kernel was asked for")
+
+    monkeypatch.setattr(_extension, "native", native)
+
+
+@pytest.fixture
 def threads():
     """torch.set_num_threads, restored after the test."""
     before = torch.get_num_threads()

@@ -107,6 +107,20 @@ def test_gradients_are_those_of_dense_logits(batch):
         torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_reference_serves_all_that_is_asked_of_it(batch, no_kernels):
+    text, codes, lengths = batch
+    model = fnn.DALLE(SMALL, impl="reference")
+    model(text, codes, text_lengths=lengths).loss.backward()
+    model.generate(text, text_lengths=lengths, num_images=2, seed=0)
+
+
+def test_a_named_kernel_serves_attention_or_refuses(batch):
+    """In float64 none computes."""
+    text, codes, lengths = batch
+    with pytest.raises(ValueError, match="impl='cpu' cannot serve this call: it computes in float32"):
+        fnn.DALLE(SMALL, impl="cpu").double()(text, codes, text_lengths=lengths)
+
+
 def test_text_weight(batch):
     text, codes, lengths = batch
     out = make_model(text_weight=0.25)(text, codes, text_lengths=lengths)

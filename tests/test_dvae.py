@@ -200,6 +200,22 @@ def test_cpu_equals_the_reference():
     assert torch.equal(out.codes, expected.codes)
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_reference_serves_all_that_is_asked_of_it(no_kernels, hard):
+    model = fnn.DiscreteVAE(dataclasses.replace(SMALL, hard=hard), impl="reference")
+    images = torch.rand(2, 3, 16, 16)
+    model(images, beta=6.6).loss.backward()
+    model.reconstruct(images)
+
+
+def test_a_named_kernel_serves_or_refuses():
+    """In float64 none computes."""
+    model, images = fnn.DiscreteVAE(SMALL, impl="cpu").double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    for call in (model, model.encode):
+        with pytest.raises(ValueError, match="impl='cpu' cannot serve this call: it computes in float32"):
+            call(images)
+
+
 def test_loss_does_not_depend_on_the_batch():
     """The paper's division: KL is summed over an image's codes and divided by its pixels, whatever the batch is."""
     model = fnn.DiscreteVAE(SMALL)

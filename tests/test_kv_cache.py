@@ -170,6 +170,15 @@ def test_the_allocator_agrees():
     assert slots == [9, 64, 9, 3 * 9 + 1]  # row, column, row, conv 7 x 7 on 8 x 8
 
 
+def test_the_named_implementation_attends(make, no_kernels):
+    cache = fnn.KVCache([row_mask(2, (3, 2))], num_prompts=1, num_images=1, num_heads=2, head_dim=8)
+    layer, (key, query, _) = cache.layer(0), make((1, 2, 3, 8))
+    layer.prefill(key, key)
+    layer.attend(query[:, :, 0], impl="reference")
+    with pytest.raises(AssertionError, match="a kernel was asked for"):
+        layer.attend(query[:, :, 0], impl="cpu")
+
+
 def test_the_tensors_stay_where_they_are():
     model = make_model(PAPER, "cpu")
     text, codes = make_batch(0)
