@@ -1,0 +1,157 @@
+"""What a step of training is given and counts: its number, schedules, autocast, skipped steps, random numbers, averages.
+
+That a run resumes bit for bit is in test_training.py; here is what would be wrong in both runs.
+"""
+
+import math
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from test_training import QUIET, RECIPE, disturb_random_states, log_of, objective, settings, spoil
+
+from dalle_fast.nn import functional as F
+from dalle_fast.training import TrainingError, loop, train
+from dalle_fast.training.ema import EMA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
+    yield
+    torch.set_num_threads(before)
+
+
+def before_each_loss(o, look):
+    """An objective for which look(step) is called first."""
+    loss = o.loss
+
+    def looked_at(batch, step):
+        look(step)
+        return loss(batch, step)
+
+    o.loss = looked_at
+    return o
+
+
+# -- numbers and schedules ---------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_numbered_by_those_before_it(tmp_path):
+    """For the loss, for the learning rate and for the log, which has the mean of an interval's."""
+    steps = []
+    o = before_each_loss(objective(), steps.append)
+    train(o, tmp_path, settings(), **QUIET)
+    assert steps == list(range(12))
+    for line in log_of(tmp_path):
+        interval = range(line["step"] - 3, line["step"])
+        for name in ("learning_rate", "tau", "beta"):
+            expected = np.mean([getattr(RECIPE, f"{name}_at")(step) for step in interval])
+            assert line[name] == pytest.approx(expected, rel=1e-12), (name, line["step"])
+
+
+def test_the_loss_is_the_models_at_the_steps_temperature_and_weight():
+    o = objective()
+    batch, step = next(o.batches(0)), 4
+    assert 0 < RECIPE.beta_at(step) < RECIPE.beta and RECIPE.tau < RECIPE.tau_at(step) < 0.9
+    loss, scalars = o.loss(batch, step)
+    expected = o.model(
+        batch.images.float() / 255,
+        tau=RECIPE.tau_at(step),
+        beta=RECIPE.beta_at(step),
+        seed=F.noise_seed(0, step=step),
+    )
+    torch.testing.assert_close(loss, expected.loss)
+    torch.testing.assert_close(scalars["reconstruction"], expected.reconstruction_loss)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_losses_are_computed_in_the_precision_that_is_asked_for(tmp_path, precision):
+    seen = []
+
+    def look(step):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+
+    train(before_each_loss(objective(), look), tmp_path, settings(steps=2, precision=precision), **QUIET)
+    assert seen == [getattr(torch, precision)] * 2 and not torch.is_autocast_enabled("cpu")
+
+
+# -- steps that are not finite -----------------------------------------------------------------------------------------
+
+
+def test_only_skipped_steps_in_a_row_are_too_many(tmp_path):
+    """Two and two with a good one between them are not four."""
+    train(spoil(objective(), {2, 3, 5, 6}, lambda x: x * math.nan), tmp_path, settings(max_skipped=2), **QUIET)
+    assert [line["skipped"] for line in log_of(tmp_path)] == [1, 3, 4, 4]
+
+
+def test_a_resumed_run_goes_on_counting_what_it_skips(tmp_path):
+    """Two steps in a row before it stopped and one after are three."""
+
+    def stop(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    broken = [spoil(objective(), {4, 5, 6}, lambda x: x * math.nan) for _ in range(2)]
+    assert train(before_each_loss(broken[0], stop), tmp_path, settings(max_skipped=2), **QUIET).step == 6
+    with pytest.raises(TrainingError, match="3 steps in a row, up to step 7"):
+        train(broken[1], tmp_path, settings(max_skipped=2), resume=True, **QUIET)
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_counts_updates_and_no_skipped_steps(tmp_path, monkeypatch):
+    counted = []
+
+    class Counting(EMA):
+        def update(self, model, updates, **options):
+            counted.append(updates)
+            super().update(model, updates, **options)
+
+    monkeypatch.setattr(loop, "EMA", Counting)
+    train(spoil(objective(), {4, 5}, lambda x: x * math.nan), tmp_path, settings(), **QUIET)
+    assert counted == list(range(1, 11))
+
+
+def test_the_average_has_the_models_buffers():
+    model = torch.nn.BatchNorm1d(3)
+    ema = EMA(model, decay=0.9)
+    for update in (1, 2):
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(update)))
+        ema.update(model, update)
+        assert all(torch.equal(a, b) for a, b in zip(ema.model.buffers(), model.buffers(), strict=True))
+    assert ema.model.num_batches_tracked == 2
+
+
+def test_on_the_way_the_average_is_evaluated_and_drawn(tmp_path):
+    o, seen = objective(), []
+    o.evaluate = lambda model: seen.append(model) or {"psnr": 1.0}
+    o.pictures = lambda model: seen.append(model) or {}
+    train(o, tmp_path, settings(evaluate_every=4, picture_every=6), **QUIET)
+    assert len(seen) == 3 + 1 + 2  # evaluations, the last one of a finished run, and pictures
+    assert all(model is seen[-1] for model in seen) and seen[-1] is not o.model
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["evaluate", "pictures"])
+def test_evaluating_and_drawing_do_not_change_the_numbers_of_a_step(tmp_path, what):
+    drawn = []
+    for disturbs in (False, True):
+        numbers = []
+        o = before_each_loss(objective(), lambda step, numbers=numbers: numbers.append(draw()))
+        if disturbs:
+            setattr(o, what, lambda model: disturb_random_states() or random.seed(99) or {})
+        train(o, tmp_path / str(disturbs), settings(steps=4, evaluate_every=1, picture_every=1), **QUIET)
+        drawn.append(numbers)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
