@@ -3,6 +3,7 @@
 The operations have GPU cases of their own (the fixtures `server` and `serve`); here is what is built on them.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import json
@@ -74,6 +75,22 @@ def test_a_replayed_graph_gives_the_bits_of_eager_steps(dtype, options, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(from_graph, eager, strict=True))
     assert torch.equal(from_graph[0], from_graph[2]) and not torch.equal(from_graph[0], from_graph[1])
     assert len(from_graph[0].flatten(1).unique(dim=0)) == 10
+
+
+def test_two_threads_generate_at_once(text):
+    model = make_model().cuda()
+    expected = [model.generate(text.cuda(), num_images=2, seed=seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda seed: model.generate(text.cuda(), num_images=2, seed=seed), range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_images_from_a_gpu_that_is_not_the_current_one(text):
+    model = make_model()
+    expected = model.generate(text, seed=3)
+    for device in ("cuda:0", "cuda:1"):
+        assert torch.equal(copy.deepcopy(model).to(device).generate(text.to(device), seed=3).cpu(), expected)
 
 
 def batch_of(config, size=3):

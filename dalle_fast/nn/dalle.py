@@ -134,7 +134,7 @@ class DALLE(nn.Module):
         if isinstance(config, str):
             config = PRESETS.get(config, config)
         if not isinstance(config, DALLEConfig):
-            raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")
+            raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")  # noqa: TRY004
         self.config, self.impl = config, impl
         V, T, K, W = config.vocab_size, config.text_len, config.num_codes, config.width
         self.text_embedding = nn.Embedding(V + T, W)  # token V + t is the padding of position t

@@ -259,7 +259,7 @@ class DiscreteVAE(nn.Module):
         if isinstance(config, str):
             config = PRESETS.get(config, config)
         if not isinstance(config, DVAEConfig):
-            raise ValueError(f"config must be a DVAEConfig or one of {', '.join(PRESETS)}, got {config!r}")
+            raise ValueError(f"config must be a DVAEConfig or one of {', '.join(PRESETS)}, got {config!r}")  # noqa: TRY004
         check_impl(impl)
         self.config, self.impl = config, impl
         self.encoder = Encoder(config)

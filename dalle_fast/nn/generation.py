@@ -6,6 +6,7 @@ W width, n codes that are known at the start.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import os
@@ -201,15 +202,19 @@ class Samples:
 def _captured(step, device):
     """A CUDA graph of what `step` does on `device`, which is recorded, not computed."""
     graph = torch.cuda.CUDAGraph()
-    # Torch's own choice is a stream of the device that was the current one at the process' first capture.
-    stream = torch.cuda.Stream(device)
     with (
         _CAPTURING,
         torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
     ):
         step()
     return graph
+
+
+@functools.cache
+def _capture_stream(device):
+    """One, as cuBLAS keeps memory for each. Torch's own is of the device that was current at the process' first capture."""
+    return torch.cuda.Stream(device)
 
 
 class Memory:
