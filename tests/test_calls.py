@@ -3,6 +3,8 @@
 B batch, H heads, S sequence, D head size.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -12,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_fast.masks import row_mask
-from dalle_fast.nn.functional import sparse_attention
+from dalle_fast.nn.functional import sparse_attention, sparse_attention_decode
 from dalle_fast.ops.attention import cpu
 from dalle_fast.ops.calls import is_plain
 
@@ -236,3 +238,18 @@ def test_ordinary_calls_go_the_shortest_way(exchange, qkv, monkeypatch):
         sparse_attention(*qkv, MASK)
     sparse_attention(qkv[0].requires_grad_(), *qkv[1:], MASK)
     assert len(went) == 2
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_step_of_decoding_is_the_same_on_both_ways(make, impl):
+    """With every argument; an implementation that cannot serve refuses on both."""
+    query, text, image = (make(shape, count=2) for shape in ((6, H, D), (2, H, 5, D), (6, H, MASK.cache_slots, D)))
+    options = {"text_lengths": torch.tensor([2, 4]), "scale": 0.3}
+    out = sparse_attention_decode(query[0], *text, *image, MASK, 12, impl=impl, **options)
+    with _Operations() as mode:
+        again = sparse_attention_decode(query[0], *text, *image, MASK, 12, impl=impl, **options)
+    assert torch.equal(out, again) and "dalle_fast.sparse_attention_decode.default" in mode.seen
+    doubles = [x.double() for x in (query[0], *text, *image)]
+    for mode in (contextlib.nullcontext(), _Operations()):
+        with mode, pytest.raises(ValueError, match="impl='cpu' cannot serve this call: it computes in float32"):
+            sparse_attention_decode(*doubles, MASK, 12, impl="cpu", **options)

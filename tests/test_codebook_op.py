@@ -3,12 +3,14 @@
 N rows, K codes, I size of hidden (Din), D size of an embedding.
 """
 
+import concurrent.futures
 import copy
 import os
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,52 @@ def test_defaults_and_inference_mode_change_nothing(isa):
     environment = {**os.environ, "DALLE_FAST_ISA": isa}
     run = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()
+
+
+def in_another_thread(function):
+    """What it returns in a thread that has done nothing yet."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_memory_to_work_in_is_a_threads_own_and_stays_until_it_is_too_small():
+    def addresses():
+        return [cpu.scratch(size, torch.device("cpu")).data_ptr() for size in (1000, 10, 1000)]
+
+    mine = addresses()
+    theirs = in_another_thread(addresses)
+    assert len(set(mine)) == len(set(theirs)) == 1 and mine != theirs
+    grown = in_another_thread(lambda: [len(cpu.scratch(size, torch.device("cpu"))) for size in (10, 1000)])
+    assert grown == [10, 1000]
+
+
+def test_memory_from_inference_mode_can_be_written_later():
+    def write():
+        with torch.inference_mode():
+            cpu.scratch(10, torch.device("cpu"))
+        return cpu.scratch(10, torch.device("cpu")).zero_().is_inference()
+
+    assert not in_another_thread(write)
+
+
+def test_memory_that_is_too_small_is_gone_before_there_is_larger(monkeypatch):
+    def grow():
+        cpu.scratch(10, torch.device("cpu"))
+        small, empty, gone = weakref.ref(cpu._kept.rows), torch.empty, []
+        monkeypatch.setattr(
+            torch, "empty", lambda *args, **options: gone.append(small() is None) or empty(*args, **options)
+        )
+        cpu.scratch(1000, torch.device("cpu"))
+        return gone
+
+    assert in_another_thread(grow) == [True]
+
+
+@pytest.mark.parametrize("num_codes", [1, 70, 8192, 100_003, 10_000_000])
+def test_a_chunk_has_whole_groups_of_rows_within_its_memory(num_codes):
+    rows = cpu.chunk_rows(num_codes)
+    assert rows % cpu.MIN_ROWS == 0 and rows > 0
+    assert rows == cpu.MIN_ROWS or 4 * num_codes * rows <= cpu.CHUNK_BYTES < 4 * num_codes * (rows + cpu.MIN_ROWS)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
