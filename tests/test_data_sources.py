@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_fast.data import DataError, emoji, images, open_source, stamps
+from dalle_fast.data import DataError, Example, emoji, images, open_source, stamps
 from dalle_fast.data.__main__ import main
 from dalle_fast.data.folder import list_pictures
 from dalle_fast.data.source import SPLITS, identity
@@ -125,6 +125,23 @@ def test_data_is_known_by_what_it_is_not_by_where_it_lies(folder, tmp_path, monk
     assert identity(open_source("data", image_size=SIZE)) != known
 
 
+class Listed(list):
+    """A source of these examples."""
+
+    name = "data"
+
+
+def test_of_a_few_pictures_each_counts():
+    """Its pixels, its shape and its caption."""
+    examples = [Example(picture(x), f"number {x}") for x in range(10)]
+    known = identity(Listed(examples))
+    assert identity(Listed(examples)) == known
+    for x in range(10):
+        for other in (picture(99), f"number {x}"), (picture(x, 20, 24), f"number {x}"), (picture(x), "another"):
+            changed = [*examples[:x], Example(*other), *examples[x + 1 :]]
+            assert identity(Listed(changed)) != known
+
+
 def test_links_to_folders_are_followed_once_and_hidden_folders_are_not_looked_at(folder, tmp_path):
     path = folder({"a.png": encoded(picture(1)), "b/.c/d.png": encoded(picture(2)), "../e/f.png": encoded(picture(3))})
     (tmp_path / "data" / "link").symlink_to(tmp_path / "e")
@@ -137,6 +154,11 @@ def test_a_split_does_not_depend_on_seed_or_place(folder, tmp_path):
     first = [numbers(source) for source in both_splits(folder(many()), seed=1)]
     os.rename(tmp_path / "data", tmp_path / "moved")
     assert [numbers(source) for source in both_splits(str(tmp_path / "moved"), seed=2)] == first
+
+
+def test_a_name_that_is_no_text_is_a_name(folder):
+    path = folder({**many(), os.fsdecode(b"\xff.png"): encoded(picture(77))})
+    assert 77 in [number for source in both_splits(path) for number in numbers(source)]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -268,6 +290,9 @@ def test_decoding_gives_upright_rgb_on_white():
     for kind in (np.float32, np.int32):  # from 0 to 1, or to 255, or to 65,535?
         with pytest.raises(images.BadImage, match="32 bits of gray, of which it is not known what is white"):
             images.decode(encoded(gray.astype(kind), "TIFF"))
+    for data in (encoded(np.asarray(Image.fromarray(half).convert("LA"))), clear_palette()):
+        clear = images.decode(data)
+        assert (clear[:, :3] == 255).all() and (clear[:, 3:] != 255).any(2).all()
     palette = io.BytesIO()
     Image.fromarray(red).convert("P").save(palette, "GIF")
     assert abs(images.decode(palette.getvalue()).astype(int) - red).max() < 40
@@ -276,9 +301,22 @@ def test_decoding_gives_upright_rgb_on_white():
     assert images.decode(cmyk.getvalue()).shape == (4, 6, 3)
 
 
+def clear_palette():
+    """A PNG of 4 x 6 pixels with a palette, whose left half is transparent."""
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([0, 0, 0, 200, 30, 30])
+    image.paste(0, (0, 0, 3, 4))
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=0)
+    return file.getvalue()
+
+
 def test_a_large_jpeg_is_decoded_at_a_fraction_and_no_warning_is_printed():
     large = encoded(np.zeros((1_600, 800, 3), np.uint8), "JPEG")
     assert images.decode(large, draft=96).shape == (200, 100, 3)
+    assert images.decode(large, draft=101).shape == (400, 200, 3)  # no side may be smaller
+    red = np.full((160, 160, 3), (200, 30, 30), np.uint8)
+    assert abs(images.decode(encoded(red, "JPEG"), draft=80).astype(int) - red[:80, :80]).max() < 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(images.BadImage, match="10000 x 10000 pixels, more than"):
@@ -290,6 +328,8 @@ def test_a_file_of_too_many_bytes_is_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 100)
     with pytest.raises(images.BadImage, match="more than 100 bytes"):
         images.read_file(tmp_path / "x")
+    monkeypatch.setattr(images, "MAX_BYTES", 101)
+    assert images.read_file(tmp_path / "x") == bytes(101)
 
 
 # -- tar shards ---------------------------------------------------------------------------------------------------------
