@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -173,6 +174,63 @@ def test_a_full_disk_leaves_no_half_of_a_file(dvae, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_other_codes_is_not_taken(dvae, tmp_path, capsys):
+    """Were it to have the name of these."""
+    files = []
+    for seed in (1, 2):
+        known = set(tmp_path.glob("*.safetensors"))
+        wanted = encode_source(dvae, few(), folder=tmp_path, split="train", seed=seed, progress=False)
+        files += set(tmp_path.glob("*.safetensors")) - known
+    files[1].write_bytes(files[0].read_bytes())
+    again = encode_source(dvae, few(), folder=tmp_path, split="train", seed=2, progress=False)
+    assert torch.equal(again.codes, wanted.codes) and again.captions == wanted.captions
+    assert "computing the codes again" in capsys.readouterr().err
+
+
+def test_the_seed_decides_the_order(dvae, tmp_path):
+    first, second = (
+        encode_source(dvae, few(), folder=tmp_path, split="train", seed=seed, progress=False) for seed in (1, 2)
+    )
+    assert first.captions != second.captions and sorted(first.captions) == sorted(second.captions)
+
+
+class Captioned(FewShapes):
+    """Scenes with other captions."""
+
+    captions = ("", "ünder", "雨", "")
+
+    def __getitem__(self, index):
+        return self.source[index]._replace(caption=self.captions[index])
+
+
+class Uncaptioned(Captioned):
+    captions = ("",) * 4
+
+
+@pytest.mark.parametrize("kind", [Captioned, Uncaptioned])
+def test_captions_come_back_from_the_file_as_they_were(dvae, tmp_path, monkeypatch, kind):
+    folder = tmp_path / "made" / "where it is missing"
+    for _ in range(2):
+        encoded = encode_source(dvae, kind(*few("validation", 4)), folder=folder, split="validation", progress=False)
+        assert encoded.captions == list(kind.captions)
+        monkeypatch.setattr(codes, "_encode", forbid)
+
+
+@pytest.mark.parametrize(("num_codes", "dtype"), [(1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)], ids=str)
+def test_the_last_code_of_a_large_codebook_is_kept(tmp_path, num_codes, dtype):
+    config = dataclasses.replace(VAE, num_codes=num_codes, embedding_dim=1, hidden=4)
+    dvae = fnn.DiscreteVAE(config).requires_grad_(False)
+    dvae.encoder.blocks.output.conv.b[-1] = 1e3
+    encoded = encode_source(dvae, few(size=2), folder=tmp_path, split="train", progress=False)
+    assert encoded.codes.dtype == dtype and (encoded.codes == num_codes - 1).all()
+
+
+def test_a_model_is_known_by_its_config_too(dvae):
+    other = fnn.DiscreteVAE(dataclasses.replace(VAE, likelihood="l1"))
+    other.load_state_dict(dvae.state_dict())
+    assert codes.fingerprint(other) != codes.fingerprint(dvae) == codes.fingerprint(make_dvae())
+
+
 class Ended(Exception):
     pass
 
@@ -241,7 +299,9 @@ def test_more_examples_than_pictures_are_further_crops(dvae, tmp_path):
     many = encode_source(dvae, large, folder=tmp_path, split="train", count=20, progress=False)
     assert len(many.codes) == len(many.captions) == 20 and len(set(many.captions)) == 5
     assert len({(caption, *row) for caption, row in zip(many.captions, many.codes.tolist())}) > 10
-    assert len(encode_source(dvae, few(size=5), folder=tmp_path, split="train", count=20, progress=False).codes) == 5
+    for source, split in ((few(size=5), "train"), (few("validation", 5, 48, crop=True), "validation")):
+        encoded = encode_source(dvae, source, folder=tmp_path, split=split, count=20, progress=False)
+        assert len(encoded.codes) == encoded.key["count"] == 5
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
@@ -279,6 +339,21 @@ def test_dropout_of_words_and_of_captions(objective):
     assert all(0.15 < share < 0.45 for share in shares) and not torch.equal(*[x == 0 for x in lengths["hidden"]])
 
 
+def test_dropout_differs_between_steps_and_seeds(objective):
+    """The same captions are cut otherwise, and other places of a batch are without one."""
+    cut, hidden = [], []
+    for seed, step in ((0, 0), (0, 1), (1, 0)):  # each an epoch, of which a batch is all
+        for bpe, caption in ((0.3, 0.0), (0.0, 0.5)):
+            recipe = dataclasses.replace(RECIPE, batch_size=10, bpe_dropout=bpe, caption_dropout=caption)
+            batch = next(objective(recipe, seed=seed).batches(step))
+            if bpe:
+                cut.append(sorted(zip(batch.codes.tolist(), batch.text.tolist(), strict=True)))
+            else:
+                hidden.append((batch.text_lengths == 0).tolist())
+    for seen in (cut, hidden):
+        assert all(a != b for a, b in itertools.combinations(seen, 2))
+
+
 def test_a_caption_that_dropout_makes_too_long_is_left_whole(objective, tokenizer, encoded):
     longest = int(tokenizer.encode(encoded[0].captions + encoded[1].captions, 99)[1].max())
     config = dataclasses.replace(SMALL, text_len=longest)
@@ -292,8 +367,48 @@ def test_captions_too_long_are_refused_or_cut(objective):
     config = dataclasses.replace(SMALL, text_len=4)
     with pytest.raises(ValueError, match=r"at most text_len 4 tokens, got \d+: 'a \w+"):
         objective(config=config)
-    batch = next(objective(config=config, truncate=True).batches(0))
+    o = objective(config=config, truncate=True)
+    batch = next(o.batches(0))
     assert batch.text.shape[1] == 4 and batch.text_lengths.max() == 4
+    o.pictures(o.model)  # of captions that are cut too
+
+
+def test_a_long_caption_is_refused_before_its_turn_comes(objective, encoded):
+    train_ = encoded[0]._replace(captions=[*encoded[0].captions[:-1], "a circle " * 20])
+    with pytest.raises(ValueError, match=r"at most text_len 30 tokens, got \d+: 'a circle"):
+        objective(encoded=[train_, encoded[1]])
+
+
+def test_weights_are_the_seeds(objective):
+    torch.manual_seed(99)
+    first = objective().model.state_dict()
+    torch.manual_seed(98)
+    for seed in (0, 1):
+        other = objective(seed=seed).model.state_dict()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (seed == 0)
+
+
+def test_settings_name_all_that_a_run_depends_on(objective):
+    """What differs is one name."""
+    settings = objective().settings
+    for name, other in {
+        "seed": objective(seed=1),
+        "truncate": objective(truncate=True),
+        "learning_rate": objective(dataclasses.replace(RECIPE, learning_rate=1e-3)),
+        "bpe_dropout": objective(dataclasses.replace(RECIPE, bpe_dropout=0.5)),
+        "model.num_heads": objective(config=dataclasses.replace(SMALL, num_heads=4)),
+        "model.text_weight": objective(config=dataclasses.replace(SMALL, text_weight=0.5)),
+    }.items():
+        assert [x for x in settings | other.settings if settings.get(x) != other.settings.get(x)] == [name]
+
+
+def test_the_loss_is_the_models(objective):
+    o = objective(activation_checkpointing=True)
+    assert o.model.transformer.activation_checkpointing
+    batch = next(o.batches(0))
+    loss, scalars = o.loss(batch, 0)
+    expected = o.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
+    assert {"loss": loss, **scalars} == expected._asdict()
 
 
 def test_losses_of_the_validation_examples_are_means_over_their_tokens(objective, monkeypatch):
@@ -310,6 +425,16 @@ def test_losses_of_the_validation_examples_are_means_over_their_tokens(objective
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text, reduction="none")
     valid = torch.arange(SMALL.text_len) < lengths[:, None]
     assert whole["text_loss"] == pytest.approx(losses[valid].mean().item(), rel=1e-4)
+
+
+def test_validation_without_words_has_no_loss_of_text(objective, encoded):
+    o = objective(encoded=[encoded[0], encoded[1]._replace(captions=[""] * 7)])
+    assert o.evaluate(o.model)["text_loss"] == 0
+
+
+def test_a_caption_that_comes_twice_is_shown_once(objective, encoded):
+    captions = [*encoded[1].captions[:1] * 3, *encoded[1].captions[3:]]
+    assert objective(encoded=[encoded[0], encoded[1]._replace(captions=captions)]).shown == captions[2:]
 
 
 def test_pictures_show_the_first_captions(objective):

@@ -445,6 +445,14 @@ def test_the_divergence_does_not_depend_on_the_batch_size():
     assert one["beta"] == 6.6
 
 
+def test_weights_are_the_seeds():
+    disturb_random_states()
+    first = objective().model.state_dict()
+    for seed in (0, 1):
+        other = objective(seed=seed).model.state_dict()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (seed == 0)
+
+
 def test_noise_differs_between_steps_and_seeds_and_batches_follow_the_start():
     o, other = objective(), objective(seed=1)
     other.model.load_state_dict(o.model.state_dict())
