@@ -32,7 +32,12 @@ def add_arguments(parser) -> None:
         metavar="N",
         help="pictures that become codes, at first; more than there are become further crops (default: all there are)",
     )
-    run.add_argument("--codes", metavar="DIR", help="where codes are kept (default: in the run's folder)")
+    run.add_argument(
+        "--codes",
+        metavar="DIR",
+        help="where codes and captions are kept, and found again (default: in the run's folder); empty it after changes "
+        "of few pictures or captions, as a few are all that is looked at",
+    )
     _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's, or the VAE's"))
     recipe = parser.add_argument_group("the recipe; what is not given is the preset's")
     training.add_recipe_arguments(recipe, DALLE_RECIPES)
