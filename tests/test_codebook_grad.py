@@ -462,3 +462,15 @@ def test_at_a_vanishing_tau_only_the_codebook_has_gradients(serve, make):
     grads = torch.autograd.grad(embedding.sum(), (hidden, weight, codebook))
     assert not grads[0].any() and not grads[1].any()
     torch.testing.assert_close(grads[2].sum(), torch.tensor(40.0, device=serve.device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_code_of_many_rows_has_the_sum_of_their_gradients(serve, dtype):
+    """Of 2,000 ones: added up in 16 bits they would stop at 256, or be off."""
+    hidden, weight = torch.ones(2000, 8, device=serve.device, dtype=dtype), torch.zeros(3, 8, device=serve.device)
+    weight[1] = 100
+    codebook = torch.randn(3, 5, device=serve.device).to(dtype).requires_grad_()
+    out = serve.gumbel_codebook(hidden, weight.to(dtype), None, codebook, 1.0, hard=True, seed=0)
+    assert (out.codes == 1).all()
+    (grad,) = torch.autograd.grad(out.embedding, codebook, torch.ones_like(out.embedding))
+    assert torch.equal(grad, torch.tensor([[0.0], [2000], [0]], device=serve.device).expand(3, 5).to(dtype))
