@@ -122,6 +122,15 @@ def golden():
     return load
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models that are smaller than what a second thread costs: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def no_kernels(monkeypatch):
     """Whoever asks for one of our CPU kernels fails: what runs is the reference."""

@@ -281,7 +281,7 @@ def test_a_hard_row_that_is_not_finite_has_no_code(serve):
     assert torch.equal(out.embedding.isnan().all(1), bad) and torch.equal(out.embedding.isnan().any(1), bad)
 
 
-# -- autocast, checkpoints# -- autocast, checkpoints -----------------------------------------------------------------------------------------------
+# -- autocast, checkpoints -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

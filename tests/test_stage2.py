@@ -25,6 +25,8 @@ from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes
 from dalle_fast.training.codes import encode_source
 from dalle_fast.training.recipes import DALLE_RECIPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VAE = fnn.DVAEConfig(image_size=16, downsampling=4, num_codes=12, embedding_dim=4, hidden=16, blocks_per_group=1)
 SMALL = fnn.DALLEConfig(
     vocab_size=300, text_len=30, num_codes=12, grid=4, layers=2, width=16, num_heads=2, head_dim=8, kernel_size=3
@@ -33,14 +35,6 @@ RECIPE = DALLERecipe(
     steps=12, batch_size=4, learning_rate=1e-2, warmup_share=0.25, ema_decay=0.9, ema_every=2, caption_dropout=0.3
 )
 QUIET = {"tensorboard": False, "progress": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
-    yield
-    torch.set_num_threads(before)
 
 
 class FewShapes(NamedTuple):

@@ -25,17 +25,11 @@ from dalle_fast.training.recipes import RECIPES
 from dalle_fast.training.schedules import cosine, warmup
 from dalle_fast.training.stage1 import evaluate, usage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = fnn.DVAEConfig(image_size=16, downsampling=8, num_codes=12, embedding_dim=4, hidden=8, blocks_per_group=1)
 RECIPE = DVAERecipe(steps=12, batch_size=4, learning_rate=1e-2, learning_rate_share=1, beta_share=0.5, tau_share=0.8)
 QUIET = {"tensorboard": False, "progress": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
-    yield
-    torch.set_num_threads(before)
 
 
 class FewShapes(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a step of training is given and counts: its number, schedules, autocast, skipped steps, random numbers, averages.
+"""What a step of training is given and counts: number, schedules, autocast, skipped steps, random numbers, averages.
 
 That a run resumes bit for bit is in test_training.py; here is what would be wrong in both runs.
 """
@@ -17,13 +17,7 @@ from dalle_fast.nn import functional as F
 from dalle_fast.training import TrainingError, loop, train
 from dalle_fast.training.ema import EMA
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models here are smaller than what a second thread costs
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def before_each_loss(o, look):

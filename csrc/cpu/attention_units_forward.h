@@ -71,7 +71,8 @@ struct UnitForward : UnitHead<T> {
     } fetch;  // what is still to be fetched, and how much at a time
 
     UnitForward(const AttentionArgs& args, const AttentionTask& task, Arena& arena)
-        : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), score_scale(a.scale), scale(score_scale.size * LOG2E) {
+        : UnitHead<T>(args, task, arena), num_slots(num_group_slots(layout)), score_scale(a.scale),
+          scale(score_scale.size * LOG2E) {
         keys = arena.take<Word>(num_slots * this->words());
         values = arena.take<Word>(num_slots * this->words());
         packed = arena.take<int32_t>(num_slots);
@@ -196,7 +197,8 @@ struct UnitForward : UnitHead<T> {
     //
     // In bfloat16 the base is the first group's if all queries see all of it, else the first chunk's, which is nearly always
     // near enough and saves reading most scores twice. With `again`, and in the other dtypes always, it is chosen again for
-    // each chunk; with `again` it is subtracted from the scores too, which saves the largest. Returns false if there are scores that take `any`.
+    // each chunk; with `again` it is subtracted from the scores first, as large products would be rounded. Returns false if
+    // there are scores that take `any`.
     template <bool any>
     bool attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
         Conversions conversions;

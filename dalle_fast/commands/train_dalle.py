@@ -35,8 +35,8 @@ def add_arguments(parser) -> None:
     run.add_argument(
         "--codes",
         metavar="DIR",
-        help="where codes and captions are kept, and found again (default: in the run's folder); empty it after changes "
-        "of few pictures or captions, as a few are all that is looked at",
+        help="where codes and captions are kept, and found again (default: in the run's folder); empty it after "
+        "changes of few pictures or captions, as a few are all that is looked at",
     )
     _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's, or the VAE's"))
     recipe = parser.add_argument_group("the recipe; what is not given is the preset's")
@@ -81,12 +81,12 @@ def make_objective(arguments, recipe):
         UserError: a folder or file that is not what the flag needs.
     """
     from dalle_fast import checkpoint
-    from dalle_fast.data import Tokenizer, open_source
+    from dalle_fast.data import Tokenizer
     from dalle_fast.data.text import MIN_VOCAB_SIZE
     from dalle_fast.nn import dalle
     from dalle_fast.nn import functional as F
     from dalle_fast.outputs import held, make_folder
-    from dalle_fast.training.codes import encode_source, fingerprint
+    from dalle_fast.training.codes import fingerprint
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
 
@@ -106,27 +106,10 @@ def make_objective(arguments, recipe):
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
-    sources = {
-        split: open_source(
-            arguments.data, image_size=dvae.config.image_size, split=split, seed=arguments.seed, require_captions=True
-        )
-        for split in ("train", "validation")
-    }
-    counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
+    sources = _sources(arguments, dvae)
     make_folder(out, "--out")
     with held(out, "--out"):
-        encoded = {
-            split: encode_source(
-                dvae,
-                source,
-                folder=arguments.codes or out / CODES,
-                split=split,
-                count=counts[split],
-                seed=arguments.seed,
-                workers=arguments.workers,
-            )
-            for split, source in sources.items()
-        }
+        encoded = _encoded(arguments, dvae, sources)
         if tokenizer is None:
             tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
         config = training.replaced(
@@ -146,11 +129,47 @@ def make_objective(arguments, recipe):
             activation_checkpointing=arguments.activation_checkpointing,
         )
         if not going_on:  # a run's own are never replaced: what does not fit them is refused
-            (out / DVAE).mkdir(parents=True, exist_ok=True)
-            checkpoint.export(out / DVAE / checkpoint.MODEL, dvae)
-            tokenizer.save(out / TOKENIZER)
-            (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
+            _leave(out, objective)
         return objective
+
+
+def _sources(arguments, dvae) -> dict:
+    from dalle_fast.data import open_source
+
+    size, seed = dvae.config.image_size, arguments.seed
+    return {
+        split: open_source(arguments.data, image_size=size, split=split, seed=seed, require_captions=True)
+        for split in ("train", "validation")
+    }
+
+
+def _encoded(arguments, dvae, sources) -> dict:
+    """The codes and captions of each split."""
+    from dalle_fast.training.codes import encode_source
+
+    counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
+    return {
+        split: encode_source(
+            dvae,
+            source,
+            folder=arguments.codes or Path(arguments.out) / CODES,
+            split=split,
+            count=counts[split],
+            seed=arguments.seed,
+            workers=arguments.workers,
+        )
+        for split, source in sources.items()
+    }
+
+
+def _leave(out, objective) -> None:
+    """What generating needs beside the model, and the captions that are drawn on the way."""
+    from dalle_fast import checkpoint
+
+    (out / DVAE).mkdir(parents=True, exist_ok=True)
+    checkpoint.export(out / DVAE / checkpoint.MODEL, objective.dvae)
+    objective.tokenizer.save(out / TOKENIZER)
+    (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
 
 
 def _new_tokenizer(captions, vocab_size):

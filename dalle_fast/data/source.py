@@ -50,9 +50,9 @@ PROBED = 16  # pictures at least, where there are more
 
 
 def identity(source) -> str:
-    """What tells this data from other data, wherever it lies: its name without folders, how many pictures, and a hash of a few.
+    """What tells this data from other data, wherever it lies: its name without folders, how many pictures, and a hash.
 
-    Of 16 to 31 pictures, evenly spread, with their captions. A change of others alone is not noticed.
+    The hash is of 16 to 31 pictures, evenly spread, with their captions. A change of others alone is not noticed.
     """
     digest = hashlib.sha256()
     for index in range(0, len(source), max(1, len(source) // PROBED)):
