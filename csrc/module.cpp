@@ -41,6 +41,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("build_info", &build_info, "How this module was built; `cuda` is None where `why_no_cuda` says why.");
     dalle_fast::bind_attention(m);
     dalle_fast::bind_decode(m);
+    dalle_fast::bind_blocks(m);
     dalle_fast::bind_codebook(m);
     dalle_fast::bind_linear(m);
 #if DALLE_FAST_CUDA

@@ -282,6 +282,9 @@ def test_no_gradient(make):
         F.sparse_attention_decode(query, *tensors, ROW, 12)
     with torch.no_grad():
         assert not F.sparse_attention_decode(query, *tensors, ROW, 12).requires_grad
+    query = query.detach()
+    with pytest.raises(RuntimeError, match="sparse_attention_decode has no gradient"):  # which torch takes for one of 0
+        torch.func.jvp(lambda x: F.sparse_attention_decode(x, *tensors, ROW, 12), (query,), (query,))
 
 
 # -- bad arguments -----------------------------------------------------------------------------------------------------

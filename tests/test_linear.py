@@ -5,6 +5,7 @@ R rows, K in, N out.
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -292,12 +293,17 @@ def test_it_is_a_good_torch_operation():
     torch.library.opcheck(torch.ops.dalle_fast.linear.default, (x, weight, bias, "gelu", "cpu"))
 
 
-def test_gelu_is_torchs_of_the_result(make):
+def test_gelu_is_of_the_result(make):
+    """Torch's in the reference; on a CPU ours, of the float32 sum."""
     x, weight, bias = make((3, 33), count=1)[0], make((50, 33), seed=1, count=1)[0], make((50,), seed=2, count=1)[0]
-    for impl in ("reference", "cpu"):
-        expected = torch.nn.functional.gelu(F.linear(x, weight, bias, impl=impl))
-        assert torch.equal(F.linear(x, weight, bias, activation="gelu", impl=impl), expected)
-        weight.requires_grad_(impl == "cpu")
+    reference, gelu = torch.nn.functional.linear(x, weight, bias), torch.nn.functional.gelu
+    assert torch.equal(F.linear(x, weight, bias, activation="gelu", impl="reference"), gelu(reference))
+    for dtype in DTYPES:
+        low = [tensor.to(dtype) for tensor in (x, weight, bias)]
+        exact = gelu(torch.nn.functional.linear(*(tensor.double() for tensor in low)))
+        eager = F.linear(*low, activation="gelu", impl="reference")
+        assert_as_exact_as_eager("gelu", F.linear(*low, activation="gelu", impl="cpu"), eager, exact)
+    weight.requires_grad_()
     grads = [
         torch.autograd.grad(out.sum(), weight)[0]
         for out in (
@@ -308,6 +314,19 @@ def test_gelu_is_torchs_of_the_result(make):
     assert torch.equal(*grads)
     with pytest.raises(ValueError, match="activation must be None or 'gelu', got 'relu'"):
         F.linear(x, weight, bias, activation="relu")
+
+
+def test_gelu_keeps_its_digits_everywhere():
+    """Also where 1 + erf would cancel. What exp makes of an exponent's rounding grows with the exponent."""
+    x = torch.cat(
+        [torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-30, -1e-30, 1e10, -1e10, torch.inf, -torch.inf])]
+    )
+    out = F.linear(x[:, None], torch.ones(1, 1), activation="gelu", impl="cpu")[:, 0].tolist()
+    for argument, actual in zip(x.tolist(), out, strict=True):
+        phi = math.erfc(-argument / math.sqrt(2)) / 2
+        exact = argument * phi if phi else 0.0
+        assert actual == exact or abs(actual - exact) <= 6e-7 * (1 + argument**2) * abs(exact) + 1e-29
+    assert F.linear(torch.tensor([[torch.nan]]), torch.ones(1, 1), activation="gelu", impl="cpu").isnan().all()
 
 
 def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):

@@ -49,6 +49,7 @@ struct InstructionSet {
     const CodebookKernels& codebook;
     const LinearKernels& linear;
     const ProductKernels& product;
+    const BlocksKernels& blocks;
 };
 
 // CMake defines DALLE_FAST_WITH_* for what it compiled. The plainest one first.
@@ -56,28 +57,28 @@ const std::vector<InstructionSet>& compiled() {
     static const std::vector<InstructionSet> sets = {
         {"portable", true, true,
          portable::attention_kernels, portable::decode_kernels, portable::codebook_kernels, portable::linear_kernels,
-         portable::product_kernels},
+         portable::product_kernels, portable::blocks_kernels},
 #if defined(DALLE_FAST_WITH_avx2)
         {"avx2", cpu_has_avx2(), true,
          avx2::attention_kernels, avx2::decode_kernels, avx2::codebook_kernels, avx2::linear_kernels,
-         avx2::product_kernels},
+         avx2::product_kernels, avx2::blocks_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512)
         {"avx512", cpu_has_avx512(), true,
          avx512::attention_kernels, avx512::decode_kernels, avx512::codebook_kernels, avx512::linear_kernels,
-         avx512::product_kernels},
+         avx512::product_kernels, avx512::blocks_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512_bf16)
         // Intel's cores issue vdpbf16ps at a quarter of the rate of a float32 FMA (measured on Sapphire Rapids): half
         // the multiply-adds. There bfloat16 is faster converted to float32, as avx512 does.
         {"avx512_bf16", cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0,
          avx512_bf16::attention_kernels, avx512_bf16::decode_kernels, avx512_bf16::codebook_kernels,
-         avx512_bf16::linear_kernels, avx512_bf16::product_kernels},
+         avx512_bf16::linear_kernels, avx512_bf16::product_kernels, avx512_bf16::blocks_kernels},
 #endif
 #if defined(DALLE_FAST_WITH_avx512_amx)
         {"avx512_amx", cpu_has_amx(), true,
          avx512_amx::attention_kernels, avx512_amx::decode_kernels, avx512_amx::codebook_kernels,
-         avx512_amx::linear_kernels, avx512_amx::product_kernels},
+         avx512_amx::linear_kernels, avx512_amx::product_kernels, avx512_amx::blocks_kernels},
 #endif
     };
     return sets;
@@ -118,5 +119,6 @@ const DecodeKernels& decode_kernels() { return active().decode; }
 const CodebookKernels& codebook_kernels() { return active().codebook; }
 const LinearKernels& linear_kernels() { return active().linear; }
 const ProductKernels& product_kernels() { return active().product; }
+const BlocksKernels& blocks_kernels() { return active().blocks; }
 
 }  // namespace dalle_fast

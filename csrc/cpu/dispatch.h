@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "blocks.h"
 #include "codebook.h"
 #include "decode.h"
 #include "linear.h"
@@ -25,5 +26,6 @@ const DecodeKernels& decode_kernels();
 const CodebookKernels& codebook_kernels();
 const LinearKernels& linear_kernels();
 const ProductKernels& product_kernels();
+const BlocksKernels& blocks_kernels();
 
 }  // namespace dalle_fast

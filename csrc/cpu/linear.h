@@ -1,4 +1,5 @@
-// A linear layer of few rows: out (R, N) = x (R, K) @ weight (N, K)^T + bias, the weights read once and where they lie.
+// A linear layer of few rows: out (R, N) = x (R, K) @ weight (N, K)^T + bias, the weights read once and where they lie, and
+// perhaps GELU of that.
 //
 // What one token after another needs. Libraries pack the weights for every product, which costs more than a product of
 // few rows. Plain structures only, as in attention.h.
@@ -19,6 +20,7 @@ struct LinearArgs {
     int64_t stride_weight; // of rows, in elements
     const void* bias;      // (N), contiguous, or null
     float* out;            // (R, N), contiguous
+    bool gelu;
 };
 
 struct LinearKernels {

@@ -17,7 +17,7 @@ void bind_linear(py::module_& m) {
     // addresses: x, weight, bias (0: none), out; x and out are float32
     m.def("linear",
           [](const std::array<int64_t, 3>& sizes, int dtype, const std::array<int64_t, 4>& addresses,
-             int64_t stride_weight, int threads) {
+             int64_t stride_weight, bool gelu, int threads) {
               LinearArgs a{};
               a.R = sizes[0];
               a.N = sizes[1];
@@ -28,6 +28,7 @@ void bind_linear(py::module_& m) {
               a.stride_weight = stride_weight;
               a.bias = reinterpret_cast<const void*>(addresses[2]);
               a.out = reinterpret_cast<float*>(addresses[3]);
+              a.gelu = gelu;
               linear(linear_kernels(), a, threads);
           },
           py::call_guard<py::gil_scoped_release>());

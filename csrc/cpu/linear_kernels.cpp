@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "gelu.h"
 #include "simd.h"
 
 namespace dalle_fast {
@@ -82,12 +83,20 @@ void columns_of(const LinearArgs& a, int64_t begin, int64_t end) {
     for (; column < end; ++column) rows<1, T>(a, 0, a.R, column);
 }
 
+void gelu_of(float* x, int64_t count) {
+    int64_t k = 0;
+    for (; k + VW <= count; k += VW) store(x + k, gelu(load(x + k)));
+    for (; k < count; ++k) x[k] = gelu(splat(x[k]))[0];
+}
+
 void columns(const LinearArgs& a, int64_t begin, int64_t end) {
     switch (a.dtype) {
-        case DType::float32: return columns_of<float>(a, begin, end);
-        case DType::float16: return columns_of<Half>(a, begin, end);
-        default: return columns_of<BFloat16>(a, begin, end);
+        case DType::float32: columns_of<float>(a, begin, end); break;
+        case DType::float16: columns_of<Half>(a, begin, end); break;
+        default: columns_of<BFloat16>(a, begin, end);
     }
+    if (a.gelu)
+        for (int64_t r = 0; r < a.R; ++r) gelu_of(a.out + r * a.N + begin, end - begin);
 }
 
 }  // namespace

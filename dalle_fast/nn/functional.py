@@ -350,8 +350,8 @@ def linear(x, weight, bias=None, *, activation=None, impl="auto"):
 
     Args:
         x: (..., K). weight: (N, K). bias: (N,) or None.
-        activation: None, or "gelu" for `torch.nn.functional.gelu` of the result. On a GPU ours takes it of the float32
-            sum, before that is rounded to x's dtype; the others of the rounded result.
+        activation: None, or "gelu" for `torch.nn.functional.gelu` of the result. Ours take it of the float32 sum, before
+            that is rounded to x's dtype; torch's of the rounded result.
         impl: "auto" decides as above; "reference" is torch's; "cpu" and "triton" are ours, or raise. "triton" serves
             1 to 64 rows of any size in float16 and bfloat16.
 

@@ -10,6 +10,7 @@ import torch
 
 from dalle_fast.nn import functional as F
 from dalle_fast.ops.attention import attention_append
+from dalle_fast.ops.blocks import BlockCaches
 
 
 class LayerCache:
@@ -81,7 +82,7 @@ class KVCache:
         device, dtype: as of torch.empty. On device "meta" there are only sizes.
 
     Attributes:
-        length: number of image tokens that all layers hold; position: the same as an int64 tensor on the device.
+        masks: as given. length: number of image tokens that all layers hold; position: the same as an int64 tensor on the device.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class KVCache:
         self.length = 0
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._layers = [(mask, self._allocate(mask)) for mask in masks]
+        self.masks, self.of_blocks = masks, BlockCaches(masks, [tensors for _, tensors in self._layers])
         if self.position.is_cuda:  # what a captured step reads is made before, and stays as long as the cache
             self._tables = [mask.visible_slots(self.position.device) for mask in masks]
 

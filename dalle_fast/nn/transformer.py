@@ -9,10 +9,13 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.kv_cache import KVCache
+from dalle_fast.ops.blocks import blocks_step
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.norm import add_norm
 
@@ -36,6 +39,18 @@ class Linear(nn.Linear):
     def forward(self, x, activation=None):
         impl = "reference" if self.impl == "reference" else "auto"
         return F.linear(x, self.weight, self.bias, activation=activation, impl=impl)
+
+
+def is_as_made(part):
+    """Whether a `Linear` or a norm does what it was made for and nothing else: it has no hooks, and its impl allows it."""
+    kind = type(part)
+    if kind is Linear:
+        if part.impl not in ("auto", "cpu"):
+            return False
+    elif kind is not nn.LayerNorm:
+        return False
+    state = part.__dict__
+    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 class Attention(nn.Module):
@@ -97,6 +112,12 @@ class Block(nn.Module):
         x, inner = add_norm(x, update, self.attention_norm, impl=self.attention.impl)
         x, inner = add_norm(x, self.attention.step(inner, cache), self.mlp_norm, impl=self.attention.impl)
         return x, self.mlp.down(self.mlp.up(inner, activation="gelu"))  # on a GPU with GELU in the product's kernel
+
+    def parts_of_step(self):
+        """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters."""
+        own = self._modules  # attributes of a module take ten times as long
+        attention, mlp = own["attention"]._modules, own["mlp"]._modules
+        return own["attention_norm"], attention["qkv"], attention["out"], own["mlp_norm"], mlp["up"], mlp["down"]
 
     def residual_blocks(self):
         """The parameters of each residual block."""
@@ -179,7 +200,12 @@ class Transformer(nn.Module):
         Args:
             text_lengths: (B,) or None, as in `dalle_fast.nn.functional.sparse_attention`.
             cache: a `KVCache` that takes the keys and values of these first S positions, or None.
+
+        Raises:
+            ValueError: the cache was made for other masks.
         """
+        if cache is not None:
+            self._check_masks(cache)
         scaled = self.gradient_scaling and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             arguments = (
@@ -196,12 +222,54 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def step(self, x, cache):
-        """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token."""
+        """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token.
+
+        Raises:
+            ValueError: the cache was made for other masks or another batch, or its image is complete.
+        """
+        self._check_masks(cache)
+        out = self._step_at_once(x, cache)
+        if out is not None:
+            return out
         update = None
         for index, block in enumerate(self.blocks):
             x, update = block.step(x, update, cache.layer(index))
         cache.advance()
         return add_norm(x, update, self.norm, impl=self.blocks[-1].attention.impl)[1]
+
+    def _check_masks(self, cache):
+        if not torch.compiler.is_compiling() and cache.masks != self.masks:
+            raise ValueError(f"cache must be made for the transformer's masks {self.masks}, got one for {cache.masks}")
+
+    def _step_at_once(self, x, cache):
+        """`step` in one native call on a CPU; None, with nothing done, where that cannot serve."""
+        operands = self._operands_of_step(x, cache)
+        out = None if operands is None else blocks_step(*operands)
+        if out is not None:
+            cache.advance()
+        return out
+
+    def _operands_of_step(self, x, cache):
+        """The arguments of `blocks_step`; None where something is not as it was made, and may do something else."""
+        if not x.is_cpu or type(cache) is not KVCache or _has_any_global_hook():
+            return None
+        parts = []
+        for block in self.blocks:
+            if type(block) is not Block or type(block.attention) is not Attention:
+                return None
+            parts += block.parts_of_step()
+        parts.append(self.norm)
+        if not all(is_as_made(part) for part in parts):
+            return None
+        cache.check_room()
+        return (
+            x,
+            [part._parameters[name] for part in parts for name in ("weight", "bias")],
+            [part.eps for part in parts if type(part) is nn.LayerNorm],
+            cache.of_blocks,
+            cache.length,
+            cache.text_lengths,
+        )
 
     @torch.no_grad()
     def unscale_gradients(self):

@@ -91,6 +91,11 @@ def _rows():
     return (range(0), range(0)) if _extension.why_missing() else ROWS[_extension.native().instruction_set()]
 
 
+def few_rows(dtype) -> int:
+    """The most rows for which weights are read where they lie on this CPU, not packed; at most 0 where that never is best."""
+    return _rows()[dtype != torch.float32].stop - 1
+
+
 def _why_not(impl, x, weight, bias) -> list[str]:
     """Every reason why this implementation, "cpu" or "triton", cannot serve; empty if it can."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
@@ -151,13 +156,17 @@ _linear_op = torch.ops.dalle_fast.linear.default
 
 def _linear_kernel(x, weight, bias, activation, impl):
     if impl == "cpu":
-        return _activate(_cpu_kernel(x, weight, bias), activation)
+        return linear_product(x, weight, bias, activation).to(x.dtype)
     from dalle_fast.ops import linear_triton
 
     return linear_triton.linear(x, weight, bias, activation)
 
 
-def _cpu_kernel(x, weight, bias):
+def linear_product(x, weight, bias=None, activation=None):
+    """x (..., K) @ weight (N, K).T + bias (N,), in float32, on a CPU.
+
+    x, and weight with bias, in a dtype of DTYPES; neighbours in a row of weight side by side.
+    """
     # Few operations of torch: weights have just gone through the caches, so that each costs ten times what it does alone.
     N, K = weight.shape
     rows = x if x.dtype == torch.float32 else x.to(torch.float32)
@@ -169,9 +178,10 @@ def _cpu_kernel(x, weight, bias):
         DTYPES[weight.dtype],
         (rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
         weight.stride(0),
+        activation == "gelu",
         torch.get_num_threads(),
     )
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+    return out
 
 
 def _linear_fake(x, weight, bias, activation, impl):

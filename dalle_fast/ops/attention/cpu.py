@@ -48,7 +48,7 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
         scale,
         0 if text_lengths is None else text_lengths.data_ptr(),
         bool(exact_lse),
-        [_numbers(x) for x in (query, key, value, out, lse)],
+        [numbers_of(x) for x in (query, key, value, out, lse)],
         torch.get_num_threads(),
     )
     return out, lse
@@ -79,7 +79,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask
         DTYPES[query.dtype],
         scale,
         0 if text_lengths is None else text_lengths.data_ptr(),
-        [_numbers(x) for x in (query, key, value, out, lse, grad_out, grad_lse, *grads)],
+        [numbers_of(x) for x in (query, key, value, out, lse, grad_out, grad_lse, *grads)],
         torch.get_num_threads(),
     )
     return grads
@@ -101,7 +101,7 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
         0 if text_lengths is None else text_lengths.data_ptr(),
         (slots.data_ptr(), slots.stride(0), counts.data_ptr()),
         int(position),
-        [_numbers(x) for x in (query[:, :, None], text_key, text_value, image_key, image_value, out[:, :, None])],
+        [numbers_of(x) for x in (query[:, :, None], text_key, text_value, image_key, image_value, out[:, :, None])],
         torch.get_num_threads(),
     )
     return out
@@ -130,7 +130,7 @@ def _whole_layout(mask, query):
     return known[1]
 
 
-def _numbers(tensor):
+def numbers_of(tensor):
     """Address and strides of a (B, H, S, D) or (B, H, S) tensor; the address of None is 0."""
     if tensor is None:
         return (0, 0, 0, 0, 0)

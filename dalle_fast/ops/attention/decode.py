@@ -11,6 +11,7 @@ from __future__ import annotations
 import numbers
 
 import torch
+from torch.autograd import forward_ad
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.op import (
@@ -25,7 +26,7 @@ from dalle_fast.ops.attention.op import (
     implementation,
     library,
 )
-from dalle_fast.ops.calls import device_type, is_plain, needs_grad
+from dalle_fast.ops.calls import device_type, has_tangent, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
 
 _NAME_AND_COST = ("sparse_attention_decode", "copies the keys and values that it looks at")
@@ -48,7 +49,8 @@ def sparse_attention_decode(
     tensors = (query, text_key, text_value, image_key, image_value)
     scale = _check(*tensors, mask, text_lengths, scale, impl)
     position = _as_tensor(position, mask, query.device)
-    if needs_grad(tensors):
+    # torch would take an operation that has no forward-mode derivative for one whose derivative is 0.
+    if needs_grad(tensors) or (forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors)):
         raise RuntimeError(
             "sparse_attention_decode has no gradient: call it under torch.no_grad(), or sparse_attention to train"
         )

@@ -1,0 +1,71 @@
+// What stands between the products of a transformer's block, for one sample. Compiled once per instruction set.
+#include "blocks.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "rows.h"
+#include "simd.h"
+
+namespace dalle_fast {
+namespace DALLE_FAST_ISA {
+namespace {
+
+// f(a null pointer of the dtype's type)
+template <class F>
+void with_type(DType dtype, F f) {
+    switch (dtype) {
+        case DType::float32: return f(static_cast<float*>(nullptr));
+        case DType::float16: return f(static_cast<Half*>(nullptr));
+        default: return f(static_cast<BFloat16*>(nullptr));
+    }
+}
+
+template <class T>
+void normalize(const AddNormArgs& a, const float* x, float* out) {
+    const T *weight = static_cast<const T*>(a.weights.weight), *bias = static_cast<const T*>(a.weights.bias);
+    // In two passes: the mean of the squares less the mean's would cancel. The row stays in the first-level cache.
+    const int64_t whole = a.W / VW * VW;
+    Vec sums = {}, squares = {};
+    for (int64_t k = 0; k < whole; k += VW) sums += load(x + k);
+    float sum = horizontal_sum(sums);
+    for (int64_t k = whole; k < a.W; ++k) sum += x[k];
+    const float mean = sum / float(a.W);
+    for (int64_t k = 0; k < whole; k += VW) squares += (load(x + k) - mean) * (load(x + k) - mean);
+    float square = horizontal_sum(squares);
+    for (int64_t k = whole; k < a.W; ++k) square += (x[k] - mean) * (x[k] - mean);
+    const float factor = 1 / std::sqrt(square / float(a.W) + a.weights.eps);
+    for (int64_t k = 0; k < whole; k += VW)
+        store(out + k, (load(x + k) - mean) * factor * load_as_float(weight + k) + load_as_float(bias + k));
+    for (int64_t k = whole; k < a.W; ++k) out[k] = (x[k] - mean) * factor * to_float(weight[k]) + to_float(bias[k]);
+}
+
+void add_norm(const AddNormArgs& a, int64_t row) {
+    float* x = a.x + row * a.W;
+    if (a.update)
+        for (int64_t k = 0; k < a.W; ++k) x[k] += a.update[row * a.W + k];
+    with_type(a.dtype, [&](auto* null) { normalize<std::remove_pointer_t<decltype(null)>>(a, x, a.out + row * a.W); });
+}
+
+void store_heads(DType dtype, const float* heads, int64_t H, int64_t D, const Strided& to, int64_t sample, int64_t slot) {
+    with_type(dtype, [&](auto* null) {
+        typedef std::remove_pointer_t<decltype(null)> T;
+        for (int64_t h = 0; h < H; ++h) store_row(heads + h * D, 1, row_of<T>(to, sample, h, slot), to.stride_d, D);
+    });
+}
+
+void load_heads(DType dtype, const Strided& from, int64_t sample, int64_t slot, int64_t H, int64_t D, float* heads) {
+    with_type(dtype, [&](auto* null) {
+        typedef std::remove_pointer_t<decltype(null)> T;
+        for (int64_t h = 0; h < H; ++h)
+            load_row(row_of<const T>(from, sample, h, slot), from.stride_d, D, D, heads + h * D);
+    });
+}
+
+}  // namespace
+
+extern const BlocksKernels blocks_kernels;
+const BlocksKernels blocks_kernels = {add_norm, store_heads, load_heads};
+
+}  // namespace DALLE_FAST_ISA
+}  // namespace dalle_fast
