@@ -24,7 +24,8 @@ SANITIZE_THREADS = "-fsanitize=thread -DDALLE_FAST_STD_THREADS -fno-omit-frame-p
 FOUR_THREADS = """
 import torch
 torch.get_num_threads = lambda: 4  # what the kernels ask for theirs
-from dalle_fast.masks import row_mask
+from dalle_fast.masks import column_mask, row_mask
+from dalle_fast.nn import KVCache, Transformer
 from dalle_fast.nn.functional import sparse_attention
 from dalle_fast.verify import diff
 for number in range(96):
@@ -33,8 +34,19 @@ for dtype in (torch.float32, torch.bfloat16):  # fewer heads than threads, which
     query = torch.randn(1, 3, 310, 72).to(dtype)
     for _ in range(8):
         sparse_attention(query, query, query, row_mask(150, (4, 40)))
+masks = (row_mask(40, (4, 4)), column_mask(40, (4, 4)))
+for dtype in (torch.float32, torch.bfloat16):
+    with torch.no_grad():
+        model = Transformer(masks, 256, 4).to(dtype)
+        cache = KVCache(masks, num_prompts=2, num_images=2, num_heads=4, head_dim=64, dtype=dtype)
+        model(torch.randn(2, 40, 256).to(dtype), None, cache)
+        for _ in range(16):
+            model.step(torch.randn(4, 256).to(dtype), cache)
 """
-CPU_TESTS = ("tests/test_attention.py", "tests/test_attention_grad.py", "tests/test_codebook.py")
+CPU_TESTS = (
+    "tests/test_attention.py", "tests/test_attention_grad.py", "tests/test_codebook.py", "tests/test_decode.py",
+    "tests/test_linear.py", "tests/test_blocks.py",
+)  # fmt: skip
 CUDA_TESTS = ("tests/test_codebook_cuda.py", "tests/test_codebook_streaming.py", "tests/test_masks_cuda.py")
 
 
