@@ -220,8 +220,8 @@ def test_a_generation_run_writes_everything(tmp_path):
 
 def test_peers_of_generation_are_plain_torch(generate_bench, monkeypatch):
     """All but the way to draw: neither our steps, nor our attention, nor our linear layers serve them."""
-    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 17),) * 2)  # with any instruction set
-    monkeypatch.setattr(blocks, "_most_samples", lambda: (16, 16))
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 17),) * 3)  # with any instruction set
+    monkeypatch.setattr(blocks, "_most_samples", lambda: (16,) * 3)
     case = generate_bench.parse(GENERATE_TINY).cases[0]
     inputs = generate_bench.make_inputs(case, "cpu")
     calls = {

@@ -4,6 +4,7 @@ P prompts, B samples, T text positions, W width, H heads, D head size.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ MANY = 16
 @pytest.fixture(autouse=True)
 def any_number_of_samples(monkeypatch):
     """As many as these tests have, whatever is best on this CPU."""
-    monkeypatch.setattr(blocks_ops, "_most_samples", lambda: (MANY, MANY))
+    monkeypatch.setattr(blocks_ops, "_most_samples", lambda: (MANY,) * 3)
 
 
 @pytest.fixture
@@ -110,6 +111,37 @@ def test_a_large_mean_does_not_cancel(served):
     assert served
 
 
+@pytest.mark.parametrize("W", [13, 512, 1000, 2048])
+def test_norms_are_as_exact_as_torchs(served, make, W):
+    """With weights of 0 a step is its last norm, here of rows that little or one number sets apart."""
+    masks, D = (row_mask(1, (3, 3)),), 4
+    noise = make((6, W), count=1)[0]
+    rows = torch.stack(
+        [
+            noise[0],
+            torch.full((W,), 1e4 + 0.1),
+            torch.full((W,), 3e5 / 7),
+            1e4 + 0.01 * noise[3],
+            noise[4],
+            1e-20 * noise[5],
+        ]
+    )
+    rows[4, W // 2] = 1e6
+
+    def last_norm(rows, dtype=torch.float32, impl="auto"):
+        model = make_transformer((W, 1, D), masks=masks, impl=impl)
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+        sizes = {"num_prompts": 1, "num_images": len(rows), "num_heads": 1, "head_dim": D}
+        return model.to(dtype).step(rows.to(dtype), KVCache(masks, **sizes, dtype=dtype))
+
+    ours, eager, exact = last_norm(rows), last_norm(rows, impl="reference"), last_norm(rows, torch.float64, "reference")
+    for row, name in enumerate(("normal", "constant", "constant", "narrow", "outlier", "tiny")):
+        assert_as_exact_as_eager(f"{name}, W {W}", ours[row], eager[row], exact[row])
+    assert not last_norm(1e30 * noise[:1]).isfinite().any()  # of squares that no float holds
+    assert len(served) == 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_does_not_depend_on_the_others_nor_on_the_threads(served, threads, dtype):
     """Bit for bit, so that an image does not depend on its batch."""
@@ -154,6 +186,76 @@ def test_weights_may_change_between_steps(served):
         ours, theirs = (of.step(inputs[:, T + n], cache) for of, cache in zip((model, plain), caches, strict=True))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert len(served) == 3
+
+
+def copied(cache):
+    return copy.deepcopy(cache)
+
+
+def unpickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def elsewhere(cache):
+    """The same cache, whose tensors have gone to other memory."""
+    for layer in range(len(MASKS)):
+        for tensor in cache.layer(layer).tensors:
+            tensor.data = tensor.data.clone()
+    return cache
+
+
+@pytest.mark.parametrize("another", [copied, unpickled, elsewhere], ids=lambda another: another.__name__)
+def test_a_cache_may_be_copied_between_steps(served, another):
+    """And the copy is filled, not what it is of."""
+    inputs = make_inputs(2, 48)
+    results = []
+    for model in (make_transformer(), one_by_one(make_transformer())):
+        first = make_cache(model, inputs, 1)
+        outs = [model.step(inputs[:, T + 1], first)]
+        second = another(first)
+        outs += [model.step(inputs[:, T + 2], second)]
+        outs += [model.step(inputs[:, T + n], cache) for cache in {first, second} for n in (3, 4)]
+        results.append(sorted(outs, key=lambda out: float(out.sum())))
+        assert torch.equal(first.position, torch.tensor(first.length))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert served
+
+
+def test_a_shared_cache_is_found_again(served):
+    model, inputs = make_transformer(), make_inputs(2, 48)
+    cache, plain = make_cache(model, inputs, 1), make_cache(model, inputs, 1)
+    model.step(inputs[:, T + 1], cache)
+    for layer in range(len(MASKS)):
+        for tensor in cache.layer(layer).tensors:
+            tensor.share_memory_()
+    ours = model.step(inputs[:, T + 2], cache)
+    for n in (1, 2):
+        theirs = one_by_one(model).step(inputs[:, T + n], plain)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(served) == 2
+
+
+def test_autograd_learns_that_a_cache_was_written(served):
+    model, inputs = make_transformer(), make_inputs(1, 48)
+    cache = make_cache(model, inputs, 1)
+    weight = torch.ones(1, requires_grad=True)
+    product = (weight * cache.layer(0).image_key).sum()
+    with torch.no_grad():
+        model.step(inputs[:, T + 1], cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    assert served
+
+
+def test_a_cache_of_inference_mode_is_not_half_written(served):
+    model, inputs = make_transformer(), make_inputs(1, 48)
+    with torch.inference_mode():
+        cache = make_cache(model, inputs, 1)
+        model.step(inputs[:, T + 1], cache)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        model.step(inputs[:, T + 2], cache)
+    assert cache.length == int(cache.position) == 2 and len(served) == 1
 
 
 class Subclass(torch.Tensor):
@@ -229,9 +331,48 @@ def with_reference_layer(model):
     model.blocks[0].mlp.up.impl = "reference"
 
 
+def with_compiled(model):
+    model.blocks[1].mlp = torch.compile(model.blocks[1].mlp, backend="eager")
+
+
+def with_tensor(model):
+    up = model.blocks[1].mlp.up
+    weight = 2 * up.weight.data
+    del up.weight
+    up.weight = weight
+
+
+def with_buffer(model):
+    up = model.blocks[1].mlp.up
+    weight = 2 * up.weight.data
+    del up.weight
+    up.register_buffer("weight", weight)
+
+
+def with_sparse(model):
+    up = model.blocks[1].mlp.up
+    up.weight = torch.nn.Parameter(2 * up.weight.to_sparse_csr(), requires_grad=False)
+
+
+def with_step(model):
+    block = model.blocks[1]
+    block.step = lambda x, update, cache: [2 * tensor for tensor in module.Block.step(block, x, update, cache)]
+
+
+def with_attention_step(model):
+    attention = model.blocks[1].attention
+    attention.step = lambda x, cache: 2 * module.Attention.step(attention, x, cache)
+
+
+def with_heads(model):
+    attention = model.blocks[1].attention
+    attention._heads = lambda x: 2 * module.Attention._heads(attention, x)
+
+
 CHANGES = (
     with_hook, with_hook_before, with_adapter, with_forward, with_block, with_attention, with_parametrization,
-    without_bias, with_strides, with_subclass, with_reference_layer,
+    without_bias, with_strides, with_subclass, with_reference_layer, with_compiled, with_tensor, with_buffer, with_sparse,
+    with_step, with_attention_step, with_heads,
 )  # fmt: skip
 
 
@@ -246,8 +387,22 @@ def test_what_is_not_as_made_is_called_itself(served, change):
     changed = all_steps(model, inputs)
     assert len(served) == G - 1
     torch.testing.assert_close(changed, all_steps(one_by_one(model), inputs))
-    if change not in (with_strides, with_subclass, with_reference_layer, with_parametrization):
+    if change not in (with_strides, with_subclass, with_reference_layer, with_parametrization, with_compiled):
         assert not torch.allclose(changed, unchanged, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "patched", ["Linear.forward", "Attention.step", "Attention._heads", "Block.step", "LayerNorm.forward"]
+)
+def test_what_is_patched_in_a_class_is_called(served, monkeypatch, patched):
+    kind, name = patched.split(".")
+    kind = torch.nn.LayerNorm if kind == "LayerNorm" else getattr(module, kind)
+    called, real = [], getattr(kind, name)
+    model, inputs = make_transformer(), make_inputs(1, 48)
+    cache = make_cache(model, inputs, 1)
+    monkeypatch.setattr(kind, name, lambda *arguments, **options: called.append(name) or real(*arguments, **options))
+    model.step(inputs[:, T + 1], cache)
+    assert called and not served
 
 
 def test_a_global_hook_is_called(served):
@@ -260,15 +415,62 @@ def test_a_global_hook_is_called(served):
     assert not served and any(type(part) is module.Linear for part in called)
 
 
+def other_dtype(model):
+    model.blocks[2].mlp.up.bias.data = model.blocks[2].mlp.up.bias.data.bfloat16()
+
+
+def signs_to_come(model):
+    qkv = model.blocks[2].attention.qkv
+    qkv.weight = torch.nn.Parameter(torch._neg_view(-qkv.weight.data), requires_grad=False)
+
+
 def test_calls_that_are_not_served(served):
     model, inputs = make_transformer(), make_inputs(MANY + 1, 48)
-    calls = {
-        "many samples": lambda: all_steps(model, inputs),
-        "float64": lambda: all_steps(copy.deepcopy(model).double(), inputs[:1]),
-        "the reference": lambda: all_steps(make_transformer(impl="reference"), inputs[:1]),
+    all_steps(model, inputs)  # many samples
+    all_steps(make_transformer(impl="reference"), inputs[:1])
+    all_steps(make_transformer(dtype=torch.float64), inputs[:1])
+    with torch.autograd.forward_ad.dual_level():
+        all_steps(model, inputs[:1])
+    with torch.overrides.BaseTorchFunctionMode():
+        all_steps(model, inputs[:1])
+    assert not served
+
+
+def test_signs_that_are_yet_to_come_are_seen(served):
+    inputs = make_inputs(2, 48)
+    expected = all_steps(make_transformer(), inputs)
+    model = make_transformer()
+    signs_to_come(model)
+    torch.testing.assert_close(all_steps(model, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+class OwnCache(KVCache):
+    """With layers of its own."""
+
+
+def test_operands_that_the_kernels_would_misread_are_not_served(served):
+    inputs = make_inputs(2, 48)
+    x = inputs[:, T + 1]
+    model = make_transformer()
+    cache = make_cache(model, inputs, 1)
+    cache.__class__ = OwnCache
+    model.step(x, cache)
+    attempts = {
+        "a bias of another dtype": (other_dtype, x, {}),
+        "three dimensions": (None, x[None], {}),
+        "another width": (None, x[:, :40], {}),
+        "a cache in 16 bits": (None, x, {"dtype": torch.bfloat16}),
+        "a cache of other heads": (None, x, {"num_heads": 6, "head_dim": 8}),
+        "a cache elsewhere": (None, x, {"device": "meta"}),
     }
-    for call in calls.values():
-        call()
+    for name, (change, x_, options) in attempts.items():
+        model = make_transformer()
+        sizes = {"num_prompts": 1, "num_images": 2, "num_heads": 3, "head_dim": 16} | options
+        if change is not None:
+            change(model)
+        with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+            model.step(x_, KVCache(MASKS, **sizes))
+            pytest.fail(name)
     assert not served
 
 
@@ -310,10 +512,21 @@ def test_errors_are_those_of_one_operation_after_another(served_):
         ValueError, match=r"key must have shape \(2, 3, 16\) for|must have shape \(2, 3, 16\), got \(1, 3"
     ):
         model.step(x[:1], make_cache(model, inputs, 1))
-    with pytest.raises(ValueError, match="text_lengths must be from 0 to the mask's text_len 4, got values from 5"):
+    for lengths, kind, message in (
+        (torch.tensor([5]), ValueError, "text_lengths must be from 0 to the mask's text_len 4, got values from 5"),
+        (torch.tensor([3], device="meta"), ValueError, "text_lengths must be on query's device cpu, got meta"),
+        (torch.tensor([3, 3]), ValueError, r"text_lengths must have shape \(1,\), got \(2,\)"),
+        (torch.tensor([3.7]), TypeError, "text_lengths must be an integer tensor .*, got torch.float32"),
+        ([3], TypeError, "text_lengths must be an integer tensor or None, got list"),
+    ):
         cache = make_cache(model, inputs, 1)
-        cache.text_lengths = torch.tensor([5])
-        model.step(x, cache)
+        cache.text_lengths = lengths
+        with pytest.raises(kind, match=message):
+            model.step(x, cache)
+    before = make_cache(model, inputs, 1)
+    before.length = -1
+    with pytest.raises(ValueError, match="the cache holds -1 image tokens"):
+        model.step(x, before)
     full = make_cache(model, inputs, 1)
     full.advance(G - 1)
     with pytest.raises(ValueError, match="the cache holds 15 image tokens, all of a grid of 5 x 3"):

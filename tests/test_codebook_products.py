@@ -17,6 +17,7 @@ from test_codebook_grad import check_cross_entropy
 
 from dalle_fast import _extension
 from dalle_fast.nn import functional as F
+from dalle_fast.ops import linear
 from dalle_fast.ops.codebook import cpu
 from dalle_fast.testing import nan_poisoned
 
@@ -171,6 +172,26 @@ def test_an_element_depends_on_its_two_lanes_alone(threads, of_a, of_b):
         (slice(332, 333), slice(289, 290)),
     ):
         assert torch.equal(cpu.product(a[rows], b[columns]), whole[rows, columns])
+
+
+@pytest.mark.parametrize("who", ["ours", "vendor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_are_drawn_with_the_weight_where_it_lies(monkeypatch, dtype, who):
+    """Where its rows lie so that it can be; all others, and more rows, as before."""
+    monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, who))
+    monkeypatch.setattr(linear, "_rows", lambda: (range(1, 5),) * 3)
+    served, real = [], cpu.linear_product
+    monkeypatch.setattr(cpu, "linear_product", lambda *arguments: served.append(arguments) or real(*arguments))
+    hidden, weight, bias, _ = inputs(9, 300, 40, 1, dtype=dtype)
+    wide = torch.full((300, 50), torch.nan, dtype=dtype)
+    wide[:, 7:47] = weight
+    layouts = {"rows": weight, "parts of rows": wide[:, 7:47], "columns": weight.T.contiguous().T}
+    for name, given in layouts.items():
+        for R in (1, 4, 5, 9):
+            served.clear()
+            exact = hidden[:R].double() @ weight.double().T + bias.double()
+            assert torch.equal(F.codebook_argmax(hidden[:R], given, bias, impl="cpu"), exact.argmax(-1))
+            assert bool(served) == (R <= 4 and name != "columns")
 
 
 GUARDED = """

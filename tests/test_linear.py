@@ -17,9 +17,9 @@ from dalle_fast.ops import linear as linear_ops
 from dalle_fast.testing import assert_as_exact_as_eager, nan_poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 21)  # around the blocks of 8, 4 and 2
-# (N, K): nothing, one, around vectors of 4, 8 and 16 and tiles of 2, 3 and 4, enough weights for all threads.
-SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), (300, 257)]
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 40)  # around the blocks of 32, 16, 8, 4 and 2
+# (N, K): nothing, one, around vectors of 4, 8 and 16 and tiles of 2, 3, 4 and 16, enough weights for all threads.
+SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), (300, 257), (67, 64)]
 
 
 @pytest.fixture
@@ -59,18 +59,20 @@ def test_any_leading_dimensions_and_strides():
     assert torch.equal(F.linear(x.T.contiguous().T, wide[:, 3:35], bias, impl="cpu"), expected)
 
 
-def test_a_row_does_not_depend_on_the_others():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(make, threads, dtype):
     """Bit for bit, so that an image does not depend on its batch, whatever the threads."""
-    x, weight, bias = torch.randn(21, 300), torch.randn(401, 300), torch.randn(401)
-    alone = torch.cat([F.linear(row[None], weight, bias, impl="cpu") for row in x])
-    for R in ROWS:
-        assert torch.equal(F.linear(x[:R], weight, bias, impl="cpu"), alone[:R])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        assert torch.equal(F.linear(x, weight, bias, impl="cpu"), alone)
-    finally:
-        torch.set_num_threads(threads)
+    x, weight, bias = (make(shape, dtype, count=1)[0] for shape in ((ROWS[-1], 1100), (401, 1100), (401,)))
+
+    def linear(x):
+        return F.linear(x, weight, bias, activation="gelu", impl="cpu")
+
+    threads(1)
+    alone = torch.cat([linear(row[None]) for row in x])
+    for count in (1, 2, 3):
+        threads(count)
+        for R in ROWS:
+            assert torch.equal(linear(x[:R]), alone[:R])
 
 
 def test_errors_are_those_of_float32_sums(make):
@@ -85,8 +87,9 @@ def test_errors_are_those_of_float32_sums(make):
         assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_infinity_and_nan_stay_in_their_row():
-    x, weight, _ = operands(9, 12, 40)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_and_nan_stay_in_their_row(dtype):
+    x, weight, _ = operands(9, 12, 40, dtype)
     expected = torch.nn.functional.linear(x, weight)
     x[2, 3], x[5, 39] = torch.nan, torch.inf
     out = F.linear(x, weight, impl="cpu")
@@ -100,7 +103,7 @@ class Subclass(torch.Tensor):
 
 
 def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
-    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3)))
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3), range(1, 3)))
     most = 6
     x, weight, bias = torch.randn(most + 1, 16), torch.randn(8, 16), torch.randn(8)
     few = x[:most]
@@ -120,6 +123,7 @@ def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
         "a transformation": lambda: torch.func.jvp(lambda y: F.linear(y, weight, bias), (few,), (few,))[1],
         "vmap": lambda: torch.func.vmap(lambda y: F.linear(y, weight, bias))(few),
         "meta": lambda: F.linear(few.to("meta"), weight.to("meta"), bias.to("meta")),
+        "a sparse weight": lambda: F.linear(few, weight.to_sparse_csr(), bias),
         "a subclass": lambda: F.linear(few, weight.as_subclass(Subclass), bias),
     }
     for call in calls.values():
@@ -331,7 +335,7 @@ def test_gelu_keeps_its_digits_everywhere():
 
 def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):
     """The same parameters and weights; `impl` chooses."""
-    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3)))
+    monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3), range(1, 3)))
     torch.manual_seed(0)
     theirs = torch.nn.Linear(64, 40)
     torch.manual_seed(0)

@@ -21,20 +21,25 @@ void with_type(DType dtype, F f) {
     }
 }
 
+typedef double Doubles __attribute__((vector_size(VW * 8)));
+
 template <class T>
 void normalize(const AddNormArgs& a, const float* x, float* out) {
     const T *weight = static_cast<const T*>(a.weights.weight), *bias = static_cast<const T*>(a.weights.bias);
-    // In two passes: the mean of the squares less the mean's would cancel. The row stays in the first-level cache.
+    // The row stays in the first-level cache. A mean of squares less the mean's square would cancel.
     const int64_t whole = a.W / VW * VW;
-    Vec sums = {}, squares = {};
-    for (int64_t k = 0; k < whole; k += VW) sums += load(x + k);
-    float sum = horizontal_sum(sums);
-    for (int64_t k = whole; k < a.W; ++k) sum += x[k];
-    const float mean = sum / float(a.W);
-    for (int64_t k = 0; k < whole; k += VW) squares += (load(x + k) - mean) * (load(x + k) - mean);
-    float square = horizontal_sum(squares);
-    for (int64_t k = whole; k < a.W; ++k) square += (x[k] - mean) * (x[k] - mean);
-    const float factor = 1 / std::sqrt(square / float(a.W) + a.weights.eps);
+    const auto mean_of = [&](auto f) DF_INLINE_LAMBDA {
+        Doubles sums = {};  // so that one large number does not swallow the others
+        for (int64_t k = 0; k < whole; k += VW) sums += __builtin_convertvector(f(load(x + k)), Doubles);
+        double sum = 0;
+        for (int k = 0; k < VW; ++k) sum += sums[k];
+        for (int64_t k = whole; k < a.W; ++k) sum += f(x[k]);
+        return float(sum / double(a.W));
+    };
+    const float mean = mean_of([](auto v) DF_INLINE_LAMBDA { return v; });
+    const float variance = mean_of([&](auto v) DF_INLINE_LAMBDA { return (v - mean) * (v - mean); });
+    // What does not fit a float has no norm, and not one of 0.
+    const float factor = variance < __builtin_inff() ? 1 / std::sqrt(variance + a.weights.eps) : __builtin_nanf("");
     for (int64_t k = 0; k < whole; k += VW)
         store(out + k, (load(x + k) - mean) * factor * load_as_float(weight + k) + load_as_float(bias + k));
     for (int64_t k = whole; k < a.W; ++k) out[k] = (x[k] - mean) * factor * to_float(weight[k]) + to_float(bias[k]);

@@ -21,9 +21,12 @@ struct LinearArgs {
     const void* bias;      // (N), contiguous, or null
     float* out;            // (R, N), contiguous
     bool gelu;
+    const void* packed;    // what LinearKernels::pack made of x, or null
 };
 
 struct LinearKernels {
+    size_t (*packed_bytes)(const LinearArgs&);  // 0 where x is read as it is
+    void (*pack)(const LinearArgs&, void* packed);
     void (*columns)(const LinearArgs&, int64_t begin, int64_t end);  // those of out
 };
 

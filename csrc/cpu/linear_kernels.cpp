@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "gelu.h"
+#include "linear_units.h"
 #include "simd.h"
 
 namespace dalle_fast {
@@ -89,20 +90,41 @@ void gelu_of(float* x, int64_t count) {
     for (; k < count; ++k) x[k] = gelu(splat(x[k]))[0];
 }
 
+void columns_of_bfloat16(const LinearArgs& a, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+    unit_columns(a, begin, end);
+#else
+    columns_of<BFloat16>(a, begin, end);
+#endif
+}
+
 void columns(const LinearArgs& a, int64_t begin, int64_t end) {
     switch (a.dtype) {
         case DType::float32: columns_of<float>(a, begin, end); break;
         case DType::float16: columns_of<Half>(a, begin, end); break;
-        default: columns_of<BFloat16>(a, begin, end);
+        default: columns_of_bfloat16(a, begin, end);
     }
     if (a.gelu)
         for (int64_t r = 0; r < a.R; ++r) gelu_of(a.out + r * a.N + begin, end - begin);
 }
 
+size_t packed_bytes(const LinearArgs& a) {
+#if defined(__AMX_BF16__)
+    if (a.dtype == DType::bfloat16) return size_t(unit_groups(a) * unit_steps(a) * kUnitWords) * sizeof(Word);
+#endif
+    return 0;
+}
+
+void pack(const LinearArgs& a, void* packed) {
+#if defined(__AMX_BF16__)
+    if (a.dtype == DType::bfloat16) pack_x(a, static_cast<Word*>(packed));
+#endif
+}
+
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {columns};
+const LinearKernels linear_kernels = {packed_bytes, pack, columns};
 
 }  // namespace DALLE_FAST_ISA
 }  // namespace dalle_fast

@@ -120,7 +120,7 @@ class KVCache:
     def check_room(self):
         """Raise ValueError where the image is complete."""
         mask, _ = self._layers[0]
-        if self.length >= mask.image_len:
+        if not 0 <= self.length < mask.image_len:
             full = f"the cache holds {self.length} image tokens, all of a grid of {mask.grid[0]} x {mask.grid[1]}"
             raise ValueError(f"{full}: no more can be appended")
 

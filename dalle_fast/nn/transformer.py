@@ -41,18 +41,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias, activation=activation, impl=impl)
 
 
-def is_as_made(part):
-    """Whether a `Linear` or a norm does what it was made for and nothing else: it has no hooks, and its impl allows it."""
-    kind = type(part)
-    if kind is Linear:
-        if part.impl not in ("auto", "cpu"):
-            return False
-    elif kind is not nn.LayerNorm:
-        return False
-    state = part.__dict__
-    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
-
-
 class Attention(nn.Module):
     """Self-attention under an `AttentionMask`; the packed projection is read in place."""
 
@@ -114,10 +102,22 @@ class Block(nn.Module):
         return x, self.mlp.down(self.mlp.up(inner, activation="gelu"))  # on a GPU with GELU in the product's kernel
 
     def parts_of_step(self):
-        """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters."""
+        """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters.
+
+        None where this block, or its attention, is not as it was made, and may have a step of its own.
+        """
         own = self._modules  # attributes of a module take ten times as long
-        attention, mlp = own["attention"]._modules, own["mlp"]._modules
-        return own["attention_norm"], attention["qkv"], attention["out"], own["mlp_norm"], mlp["up"], mlp["down"]
+        attention, mlp = own.get("attention"), own.get("mlp")
+        if (type(self), type(attention), type(mlp)) != (Block, Attention, nn.Sequential):
+            return None
+        if "step" in self.__dict__ or not attention.__dict__.keys().isdisjoint(("step", "_heads")):
+            return None
+        if attention.impl not in _NATIVE:
+            return None
+        of_attention, of_mlp = attention._modules.get, mlp._modules.get
+        return (
+            own.get("attention_norm"), of_attention("qkv"), of_attention("out"), own.get("mlp_norm"), of_mlp("up"), of_mlp("down")
+        )  # fmt: skip
 
     def residual_blocks(self):
         """The parameters of each residual block."""
@@ -225,7 +225,8 @@ class Transformer(nn.Module):
         """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token.
 
         Raises:
-            ValueError: the cache was made for other masks or another batch, or its image is complete.
+            ValueError: the cache was made for another batch, or its image is complete; it was made for other masks (which
+                a compiled step does not look at).
         """
         self._check_masks(cache)
         out = self._step_at_once(x, cache)
@@ -255,11 +256,15 @@ class Transformer(nn.Module):
             return None
         parts = []
         for block in self.blocks:
-            if type(block) is not Block or type(block.attention) is not Attention:
+            of_block = block.parts_of_step() if isinstance(block, Block) else None
+            if of_block is None or (block.attention.num_heads, block.attention.head_dim) != (
+                cache.num_heads,
+                cache.head_dim,
+            ):
                 return None
-            parts += block.parts_of_step()
+            parts += of_block
         parts.append(self.norm)
-        if not all(is_as_made(part) for part in parts):
+        if not all(_is_as_made(part) for part in parts) or not _are_functions_as_made():
             return None
         cache.check_room()
         return (
@@ -298,6 +303,37 @@ class Transformer(nn.Module):
         self.updates_at_scale.masked_fill_(grows, 0)
         self.gradient_scale.mul_(1.0 - 0.5 * dropped).mul_(1.0 + 1.0 * grows).clamp_(MIN_SCALE, MAX_SCALE)
         return dropped
+
+
+_NATIVE = ("auto", "cpu")  # values of `impl` that allow one native call for all blocks
+
+
+def _is_as_made(part):
+    """Whether a linear layer or a norm does what it was made for and nothing else; and what it was made of is there."""
+    kind = type(part)
+    if kind is Linear:
+        if part.impl not in _NATIVE:
+            return False
+    elif kind is not nn.LayerNorm:
+        return False
+    state = part.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or "_call_impl" in state:
+        return False
+    return "weight" in state["_parameters"] and "bias" in state["_parameters"]
+
+
+_FUNCTIONS = [
+    (kind, name, vars(kind)[name])
+    for kind, names in (
+        (nn.LayerNorm, ("forward",)), (Linear, ("forward",)), (Attention, ("step", "_heads")), (Block, ("step",))
+    )
+    for name in names
+]  # fmt: skip
+
+
+def _are_functions_as_made():
+    """Whether nobody has put others in their classes."""
+    return all(vars(kind)[name] is function for kind, name, function in _FUNCTIONS)
 
 
 class _Scale(torch.autograd.Function):

@@ -15,33 +15,35 @@ import functools
 import torch
 from torch import _C
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.overrides import has_torch_function
 
 from dalle_fast import _extension
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.cpu import DTYPES, MAX_HEAD_DIM, numbers_of
-from dalle_fast.ops.attention.op import TAGS, canonical_lengths, library
+from dalle_fast.ops.attention.decode import check_position
+from dalle_fast.ops.attention.op import TAGS, canonical_lengths, check_text_lengths, library
 from dalle_fast.ops.calls import is_plain, needs_grad
 
 PER_BLOCK = 12  # parameters: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and down
 
 
-# The most samples for which one call is faster than one operation after another, by the instruction set in use: in float32,
-# and in 16 bits, which oneDNN multiplies with AMX. Measured on an Intel Sapphire Rapids with each (and MKL and oneDNN held
-# to it), 12 layers of width 512 and 3 of width 1,536: 1 sample 1.3 to 2.6 times as fast, 16 in float32 1.05 to 1.4.
+# The most samples for which one call is faster than one operation after another, by the instruction set in use, in the dtypes'
+# order. Measured on an Intel Sapphire Rapids with each (MKL and oneDNN held to it), 12 layers of width 512 and 3 of width
+# 1,536, against torch's layers: 1 sample 1.3 to 2.6 times as fast, 16 in float32 1.05 to 1.4, 64 with AMX in bfloat16 1.5.
 MOST_SAMPLES = {
-    "portable": (4, 4),
-    "avx2": (16, 16),
-    "avx512": (16, 16),
-    "avx512_bf16": (16, 16),
-    "avx512_amx": (16, 4),
+    "portable": (4, 4, 4),
+    "avx2": (16, 16, 16),
+    "avx512": (16, 16, 16),
+    "avx512_bf16": (16, 16, 16),
+    "avx512_amx": (16, 4, 64),
 }
 
 _TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
 class BlockCaches:
-    """The caches of all blocks, and what a native call wants to know of them, which never changes.
+    """The caches of all blocks, and what a native call wants to know of them.
 
     masks: an `AttentionMask` for each block. tensors: for each text_key, text_value, image_key and image_value as
     `dalle_fast.nn.functional.sparse_attention_decode` takes them.
@@ -51,16 +53,23 @@ class BlockCaches:
         self.masks, self.tensors = tuple(masks), tuple(tensors)
         self._kinds = tuple(dict.fromkeys(self.masks))
         self._kind_of_block = [self._kinds.index(mask) for mask in self.masks]
+        self._known = None
 
-    @functools.cached_property
+    def __getstate__(self):
+        return self.__dict__ | {"_known": None}  # a copy's tensors lie elsewhere
+
     def numbers(self):
-        """Addresses and strides of the tensors, and addresses of the tables of visible slots; and those tables."""
-        tables = [mask.visible_slots() for mask in self.masks]
-        return (
-            [tuple(numbers_of(tensor) for tensor in tensors) for tensors in self.tensors],
-            [(slots.data_ptr(), counts.data_ptr(), slots.stride(0)) for slots, counts in tables],
-            tables,
-        )
+        """Addresses and strides of the tensors, and addresses of the tables of visible slots."""
+        addresses = [tensor.data_ptr() for tensors in self.tensors for tensor in tensors]
+        if self._known is None or self._known[0] != addresses:  # a tensor's data may be another's now
+            tables = [mask.visible_slots() for mask in self.masks]
+            self._known = (
+                addresses,
+                [tuple(numbers_of(tensor) for tensor in tensors) for tensors in self.tensors],
+                [(slots.data_ptr(), counts.data_ptr(), slots.stride(0)) for slots, counts in tables],
+                tables,  # which stay where they are
+            )
+        return self._known[1:3]
 
     def slots(self, position):
         """Where the token at `position` goes in each block's image cache."""
@@ -80,8 +89,10 @@ def blocks_step(x, parameters, epsilons, caches, position, text_lengths):
         position: an integer, in the image.
         text_lengths: (P,) or None.
     """
-    if not _is_served(x, parameters, caches, text_lengths):
+    if not _is_served(x, parameters, caches):
         return None
+    if text_lengths is not None:
+        check_text_lengths(text_lengths, len(caches.tensors[0][0]), x.device)
     text_lengths = canonical_lengths(text_lengths, caches.masks[0].text_len)
     if _are_plain(x, parameters):
         return _step(x, parameters, epsilons, caches, position, text_lengths)
@@ -90,25 +101,23 @@ def blocks_step(x, parameters, epsilons, caches, position, text_lengths):
     return _blocks_op(x, parameters, epsilons, flat, masks, position, text_lengths)
 
 
-def _is_served(x, parameters, caches, text_lengths):
+def _is_served(x, parameters, caches):
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in DTYPES or x.dim() != 2:
         return False
     if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active() or _C._is_any_autocast_enabled():
         return False
-    if (
-        x.shape[0] > _most_samples()[x.dtype != torch.float32]
-        or has_torch_function((x,))
-        or needs_grad((x, *parameters))
-    ):
+    if x.shape[0] > _most_samples()[DTYPES[x.dtype]] or has_torch_function((x,)) or needs_grad((x, *parameters)):
         return False
     if not {type(tensor) for tensor in (x, *parameters)} <= _TYPES:  # None, quantized, distributed
         return False
-    text_key, _, image_key, _ = caches.tensors[0]
-    P, H, _, D = text_key.shape
-    B, W = x.shape
-    if image_key.dtype != x.dtype or not image_key.is_cpu or len(image_key) != B or D > MAX_HEAD_DIM:
+    if {parameter.layout for parameter in parameters} != {torch.strided}:
         return False
-    if text_lengths is not None and text_lengths.shape != (P,):
+    text_key, _, image_key, _ = caches.tensors[0]
+    _, H, _, D = text_key.shape
+    B, W = x.shape
+    if image_key.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    if image_key.dtype != x.dtype or not image_key.is_cpu or len(image_key) != B or D > MAX_HEAD_DIM:
         return False
     F = parameters[8].shape[0]
     row, inside, heads = (W,), (F,), (H * D,)
@@ -122,7 +131,7 @@ def _is_served(x, parameters, caches, text_lengths):
 
 @functools.cache
 def _most_samples():
-    return (0, 0) if _extension.why_missing() else MOST_SAMPLES[_extension.native().instruction_set()]
+    return (0,) * len(DTYPES) if _extension.why_missing() else MOST_SAMPLES[_extension.native().instruction_set()]
 
 
 def _are_plain(x, parameters):
@@ -148,11 +157,16 @@ def _blocks_kernel(x, parameters, epsilons, caches, masks, position, text_length
 
 
 def _step(x, parameters, epsilons, caches, position, text_lengths):
+    for mask in caches.masks:
+        check_position(position, mask)
     P, H, T, D = caches.tensors[0][0].shape
     B, W = x.shape
     rows = x.to(torch.float32).contiguous()
     out = torch.empty_like(rows)
-    numbers, tables, _ = caches.numbers
+    numbers, tables = caches.numbers()
+    increment_version(
+        [tensor for _, _, *image in caches.tensors for tensor in image]
+    )  # which autograd would not notice
     _extension.native().blocks_step(
         (B, P, W, H, D, T, parameters[8].shape[0]),
         DTYPES[x.dtype],

@@ -23,15 +23,16 @@ IMPLS = ("auto", "reference", "cpu", "triton")
 ACTIVATIONS = (None, "gelu")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of DType in csrc/cpu/attention.h
 
-# Numbers of rows for which ours is faster than torch's, by the instruction set in use: in float32, where MKL does not pack
-# for one or two, and in 16 bits, which oneDNN multiplies with instructions of their own. Measured on an Intel Sapphire
-# Rapids, the 48 layers of a model of 12 blocks of width 512 one after another.
+# Numbers of rows for which ours is faster than torch's, by the instruction set in use, in the dtypes' order: in float32, where
+# MKL does not pack for one or two, and in 16 bits, which oneDNN multiplies with instructions of their own. Measured on an
+# Intel Sapphire Rapids, the 48 layers of a model of 12 blocks of width 512 one after another.
+NO_ROWS = range(1, 1)
 ROWS = {
-    "portable": (range(0), range(0)),
-    "avx2": (range(4, 17), range(0)),
-    "avx512": (range(3, 17), range(1, 5)),
-    "avx512_bf16": (range(3, 17), range(1, 5)),
-    "avx512_amx": (range(3, 17), range(1, 5)),
+    "portable": (NO_ROWS, NO_ROWS, NO_ROWS),
+    "avx2": (range(4, 17), NO_ROWS, NO_ROWS),
+    "avx512": (range(3, 17), range(1, 5), range(1, 5)),
+    "avx512_bf16": (range(3, 17), range(1, 5), range(1, 5)),
+    "avx512_amx": (range(3, 17), range(1, 5), range(1, 65)),
 }
 
 
@@ -66,7 +67,7 @@ def _automatic(x, weight, bias):
     if has_torch_function((x, weight, bias)):  # and so have subclasses, as of quantized weights
         return "reference"
     rows = math.prod(x.shape[:-1])
-    if x.is_cpu and rows in _rows()[x.dtype != torch.float32]:
+    if x.is_cpu and x.dtype in DTYPES and rows in _rows()[DTYPES[x.dtype]]:
         impl = "cpu"
     elif x.is_cuda and rows in TRITON_ROWS and _is_worth_it(x, weight, bias):
         impl = "triton"
@@ -88,12 +89,12 @@ def _is_worth_it(x, weight, bias):
 
 @functools.cache
 def _rows():
-    return (range(0), range(0)) if _extension.why_missing() else ROWS[_extension.native().instruction_set()]
+    return (NO_ROWS,) * len(DTYPES) if _extension.why_missing() else ROWS[_extension.native().instruction_set()]
 
 
 def few_rows(dtype) -> int:
-    """The most rows for which weights are read where they lie on this CPU, not packed; at most 0 where that never is best."""
-    return _rows()[dtype != torch.float32].stop - 1
+    """The most rows for which weights are read where they lie on this CPU, not packed; 0 where that never is best."""
+    return _rows()[DTYPES[dtype]].stop - 1
 
 
 def _why_not(impl, x, weight, bias) -> list[str]:
@@ -101,6 +102,8 @@ def _why_not(impl, x, weight, bias) -> list[str]:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     dtypes = tuple(DTYPES)
     reasons = []
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        return [f"it needs dense tensors, got {', '.join(str(tensor.layout) for tensor in tensors)}"]
     if impl == "cpu":
         if not all(tensor.is_cpu for tensor in tensors):
             reasons.append("it needs CPU tensors")

@@ -110,11 +110,12 @@ def _as_tensor(position, mask, device):
         return position
     if isinstance(position, bool) or not isinstance(position, numbers.Integral):
         raise TypeError(f"position must be an integer or an int64 tensor, got {position!r}")
-    _check_range(position, mask)
+    check_position(position, mask)
     return torch.full((), position, dtype=torch.int64, device=device)
 
 
-def _check_range(position, mask):
+def check_position(position, mask):
+    """Raise ValueError where there is no image token of this number."""
     if not 0 <= position < mask.image_len:
         raise ValueError(f"position must be from 0 to {mask.image_len - 1}, an image token of {mask!r}, got {position}")
 
@@ -137,7 +138,7 @@ def _decode_kernel(query, text_key, text_value, image_key, image_value, position
 def _decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     if position.is_cpu:
-        _check_range(int(position), mask)
+        check_position(int(position), mask)
     serving = choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, text_key, text_value, mask)
     with current_device(query):
         return serving.decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
