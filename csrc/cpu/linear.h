@@ -21,7 +21,7 @@ struct LinearArgs {
     const void* bias;      // (N), contiguous, or null
     float* out;            // (R, N), contiguous
     bool gelu;
-    const void* packed;    // what LinearKernels::pack made of x, or null
+    const void* packed;    // what LinearKernels::pack made of x
 };
 
 struct LinearKernels {

@@ -27,7 +27,6 @@ from dalle_fast.ops.calls import is_plain, needs_grad
 
 PER_BLOCK = 12  # parameters: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and down
 
-
 # The most samples for which one call is faster than one operation after another, by the instruction set in use, in the dtypes'
 # order. Measured on an Intel Sapphire Rapids with each (MKL and oneDNN held to it), 12 layers of width 512 and 3 of width
 # 1,536, against torch's layers: 1 sample 1.3 to 2.6 times as fast, 16 in float32 1.05 to 1.4, 64 with AMX in bfloat16 1.5.
@@ -164,9 +163,8 @@ def _step(x, parameters, epsilons, caches, position, text_lengths):
     rows = x.to(torch.float32).contiguous()
     out = torch.empty_like(rows)
     numbers, tables = caches.numbers()
-    increment_version(
-        [tensor for _, _, *image in caches.tensors for tensor in image]
-    )  # which autograd would not notice
+    # Autograd would not notice that they are written.
+    increment_version([tensor for _, _, *image in caches.tensors for tensor in image])
     _extension.native().blocks_step(
         (B, P, W, H, D, T, parameters[8].shape[0]),
         DTYPES[x.dtype],
