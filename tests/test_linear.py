@@ -6,6 +6,8 @@ R rows, K in, N out.
 import copy
 import itertools
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from dalle_fast.testing import assert_as_exact_as_eager, nan_poisoned
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 40)  # around the blocks of 32, 16, 8, 4 and 2
 # (N, K): nothing, one, around vectors of 4, 8 and 16 and tiles of 2, 3, 4 and 16, enough weights for all threads.
-SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), (300, 257), (67, 64)]
+SIZES = [(0, 3), (3, 0), (1, 1), (5, 3), (12, 4), (13, 15), (11, 16), (24, 33), (300, 257), (67, 64), (32, 40)]
 
 
 @pytest.fixture
@@ -96,6 +98,34 @@ def test_infinity_and_nan_stay_in_their_row(dtype):
     assert out[2].isnan().all() and not out[5].isfinite()[weight[:, 39] != 0].any()
     others = [r for r in range(9) if r not in (2, 5)]
     assert torch.equal(out[others], expected[others])
+
+
+GUARDED = """
+import itertools, torch
+from dalle_fast import _extension
+from dalle_fast.ops.linear import DTYPES
+from dalle_fast.verify import guard
+
+for at_end in (True, False):
+    guarded = guard.guarding(at_end=at_end)
+    for dtype, R, (N, K) in itertools.product(DTYPES, (1, 5, 17, 40), SIZES):
+        x, weight = guarded(torch.ones(R, K)), guarded(torch.ones(N, K, dtype=dtype))
+        bias, out = guarded(torch.ones(N, dtype=dtype)), guarded(torch.empty(R, N))
+        addresses = [tensor.data_ptr() for tensor in (x, weight, bias, out)]
+        _extension.native().linear((R, N, K), DTYPES[dtype], addresses, K, False, 2)
+        assert (out == K + 1).all()
+        guard._kept.clear()
+print("all")
+"""
+
+
+def test_it_touches_nothing_but_its_operands():
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED.replace("SIZES", repr(SIZES))], check=False, capture_output=True, text=True
+    )
+    if "NotRun" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0 and done.stdout == "all\n", f"ended with {done.returncode}: {done.stderr[-2000:]}"
 
 
 class Subclass(torch.Tensor):
