@@ -12,20 +12,16 @@
 #include "attention.h"
 #include "attention_layout.h"
 #include "dispatch.h"
+#include "tensor_numbers.h"
 
 namespace py = pybind11;
 
 namespace dalle_fast {
 namespace {
 
-using MaskNumbers = std::array<int32_t, 6>;   // AttentionMask.encode()
-using TensorNumbers = std::array<int64_t, 5>;  // address, strides of B, H, S, D in elements; address 0 for none
+using MaskNumbers = std::array<int32_t, 6>;  // AttentionMask.encode()
 
 Mask to_mask(const MaskNumbers& n) { return {static_cast<Rule>(n[0]), n[1], n[2], n[3], n[4], n[5]}; }
-
-Strided to_strided(const TensorNumbers& n) {
-    return {reinterpret_cast<char*>(n[0]), n[1], n[2], n[3], n[4]};
-}
 
 AttentionArgs make_args(const AttentionLayoutStorage& layout, const std::array<int64_t, 3>& sizes, int dtype,
                         float scale, int64_t text_lengths, const std::vector<TensorNumbers>& tensors) {

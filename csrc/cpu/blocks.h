@@ -65,7 +65,8 @@ namespace avx512 { extern const BlocksKernels blocks_kernels; }
 namespace avx512_bf16 { extern const BlocksKernels blocks_kernels; }
 namespace avx512_amx { extern const BlocksKernels blocks_kernels; }
 
-// All between the first norm and the last is float32, but for what goes into the caches and the attention's operands.
+// All between the first norm and the last is float32, but for what goes into the caches, the attention's operands and, where
+// the matrix unit multiplies bfloat16, the linear layers' x.
 // A sample's result depends on nothing else, the other samples and `threads` included.
 void blocks_step(const BlocksKernels&, const LinearKernels&, const DecodeKernels&, const BlocksArgs&, int threads);
 

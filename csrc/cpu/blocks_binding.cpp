@@ -8,20 +8,19 @@
 #include "../bindings.h"
 #include "blocks.h"
 #include "dispatch.h"
+#include "tensor_numbers.h"
 
 namespace py = pybind11;
 
 namespace dalle_fast {
 namespace {
 
-using TensorNumbers = std::array<int64_t, 5>;  // address, strides of B, H, T or C, D in elements
 using CacheNumbers = std::array<TensorNumbers, 4>;  // text_key, text_value, image_key, image_value
-using TableNumbers = std::array<int64_t, 3>;  // addresses of the slots of position 0 and of the counts; between positions
+using TableNumbers = std::array<int64_t, 3>;        // as decode_binding.cpp's
 
 constexpr size_t kParameters = 12;  // of a block: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up, down
 
 const void* at(int64_t address) { return reinterpret_cast<const void*>(address); }
-Strided to_strided(const TensorNumbers& n) { return {reinterpret_cast<char*>(n[0]), n[1], n[2], n[3], n[4]}; }
 
 }  // namespace
 
@@ -48,8 +47,8 @@ void bind_blocks(py::module_& m) {
                   Strided* const fields[] = {&b.text_key, &b.text_value, &b.image_key, &b.image_value};
                   for (size_t f = 0; f < caches[n].size(); ++f) *fields[f] = to_strided(caches[n][f]);
                   b.slot = slots[n];
-                  b.slots = static_cast<const int32_t*>(at(tables[n][0])) + position * tables[n][2];
-                  b.num_slots = static_cast<const int32_t*>(at(tables[n][1]))[position];
+                  b.slots = static_cast<const int32_t*>(at(tables[n][0])) + position * tables[n][1];
+                  b.num_slots = static_cast<const int32_t*>(at(tables[n][2]))[position];
               }
               BlocksArgs a{};
               a.R = sizes[0];

@@ -7,17 +7,11 @@
 #include "../bindings.h"
 #include "decode.h"
 #include "dispatch.h"
+#include "tensor_numbers.h"
 
 namespace py = pybind11;
 
 namespace dalle_fast {
-namespace {
-
-using TensorNumbers = std::array<int64_t, 5>;  // address, strides of B, H, T or C, D in elements
-
-Strided to_strided(const TensorNumbers& n) { return {reinterpret_cast<char*>(n[0]), n[1], n[2], n[3], n[4]}; }
-
-}  // namespace
 
 void bind_decode(py::module_& m) {
     // sizes: B, P, H, T, D

@@ -14,7 +14,7 @@ namespace dalle_fast {
 
 struct LinearArgs {
     int64_t R, N, K;
-    const float* x;        // (R, K), contiguous
+    const float* x;        // (R, K), contiguous; rounded to bfloat16 where the matrix unit multiplies that
     DType dtype;           // of weight and bias
     const void* weight;    // (N, K); a row's elements lie side by side
     int64_t stride_weight; // of rows, in elements

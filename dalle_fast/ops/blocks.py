@@ -58,14 +58,14 @@ class BlockCaches:
         return self.__dict__ | {"_known": None}  # a copy's tensors lie elsewhere
 
     def numbers(self):
-        """Addresses and strides of the tensors, and addresses of the tables of visible slots."""
+        """Addresses and strides of the tensors, and the tables of visible slots as `attention/cpu.py` hands them over."""
         addresses = [tensor.data_ptr() for tensors in self.tensors for tensor in tensors]
         if self._known is None or self._known[0] != addresses:  # a tensor's data may be another's now
             tables = [mask.visible_slots() for mask in self.masks]
             self._known = (
                 addresses,
                 [tuple(numbers_of(tensor) for tensor in tensors) for tensors in self.tensors],
-                [(slots.data_ptr(), counts.data_ptr(), slots.stride(0)) for slots, counts in tables],
+                [(slots.data_ptr(), slots.stride(0), counts.data_ptr()) for slots, counts in tables],
                 tables,  # which stay where they are
             )
         return self._known[1:3]
