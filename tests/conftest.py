@@ -167,24 +167,3 @@ def assert_same_bits_with_any_threads(threads):
                 torch.testing.assert_close(everything(), first, msg=lambda text: f"{count} threads: {text}")
 
     return check
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
-def run_with_instruction_set(request):
-    """run(*files, select=keyword): these test files, in a process that uses an instruction set other than this one's."""
-    isa, native = request.param, _extension.native()
-    if isa not in native.instruction_sets():
-        available = ", ".join(native.instruction_sets())
-        pytest.skip(f"instruction set {isa} is not in this build or CPU, which has {available}")
-    if isa == native.instruction_set():
-        pytest.skip(f"{isa} is in use: the other tests run with it")
-
-    def run(*files, select):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select]
-        command += [str(TESTS / file) for file in files]
-        environment = {**os.environ, "DALLE_FAST_ISA": isa}
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout and "failed" not in done.stdout
-
-    return run

@@ -52,6 +52,7 @@ def test_cpu_kernels_serve_here(make, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
 def test_every_mask(server, make, mask, dtype):
@@ -73,6 +74,7 @@ def test_every_prefix(server, make, mask):
         assert out.shape == (2, 1, end, 16) and lse.shape == (2, 1, end)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 40, 64, 72, 100, 127, 128])
 def test_every_head_size(make, D, server):
     if server.impl == "triton" and D < 16:
@@ -138,6 +140,7 @@ STRIDES = (
 )
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("name", STRIDES)
 def test_every_stride(server, make, name):
     for dtype in DTYPES:
@@ -405,20 +408,12 @@ def test_products_of_torch_are_right_after_ours(make, threads):
 # -- instruction sets ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 def test_instruction_set_is_the_one_asked_for():
     asked = os.environ.get("DALLE_FAST_ISA")
     native = _extension.native()
     assert native.instruction_set() in native.instruction_sets()
     assert asked is None or native.instruction_set() == asked
-
-
-def test_every_instruction_set(run_with_instruction_set):
-    """The CPU tests of this file, of test_attention_grad.py and of test_decode.py, with another instruction set."""
-    files = ("test_attention.py", "test_attention_grad.py", "test_decode.py")
-    select = (
-        "instruction_set_is or beyond_any_integer or (cpu and (every_mask or head_size or every_stride or long_texts))"
-    )
-    run_with_instruction_set(*files, select=select)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e9])
@@ -457,6 +452,7 @@ def test_a_shorter_sequence_waits_for_no_longer_layout():
     assert all(known is not mask for known, _ in cpu._WHOLE_LAYOUTS.values())
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("size", [1e8, 1e12])  # where float32's own unit is 8, and 65,536
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_beyond_any_integer(dtype, size):

@@ -29,6 +29,7 @@ def check(server, qkv, mask, *, with_lse=True, seed=5, **options):
     return check_attention_gradients(server, qkv, mask, grad_out, grad_lse, **options)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
 def test_every_mask(server, make, mask, dtype):
@@ -50,6 +51,7 @@ def test_every_prefix(server, make, mask):
         check(server, [x[:, :, :end] for x in qkv], mask)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("D", [1, 15, 16, 40, 64, 72, 100, 128])
 def test_every_head_size(server, make, D):
     if server.impl == "triton" and D < 16:
@@ -84,6 +86,7 @@ def test_without_lse(server, make):
     check_attention_gradients(attend, qkv, mask, grad_out)
 
 
+@pytest.mark.every_instruction_set
 def test_every_stride(server, make):
     """Packed and odd strides of inputs, and of the gradient that comes in."""
     B, H, S, D = 2, 3, ROW.seq_len, 16

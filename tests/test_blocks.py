@@ -85,6 +85,7 @@ def one_by_one(model):
     return plain
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_steps_are_as_exact_as_one_operation_after_another(served, sizes, dtype):
@@ -102,6 +103,7 @@ def test_steps_are_as_exact_as_one_operation_after_another(served, sizes, dtype)
         assert_as_exact_as_eager("step", actual, eager, exact)
 
 
+@pytest.mark.every_instruction_set
 def test_a_large_mean_does_not_cancel(served):
     """Of a norm, whose rows lie far from 0: no more than in torch's."""
     model, inputs = make_transformer(), make_inputs(3, 48) + 300
@@ -111,6 +113,7 @@ def test_a_large_mean_does_not_cancel(served):
     assert served
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("W", [13, 512, 1000, 2048])
 def test_norms_are_as_exact_as_torchs(served, make, W):
     """With weights of 0 a step is its last norm, here of rows that little or one number sets apart."""
@@ -145,6 +148,7 @@ def test_norms_are_as_exact_as_torchs(served, make, W):
     assert len(served) == 2
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_does_not_depend_on_the_others_nor_on_the_threads(served, threads, dtype):
     """Bit for bit, so that an image does not depend on its batch."""
@@ -164,6 +168,7 @@ def test_a_sample_does_not_depend_on_the_others_nor_on_the_threads(served, threa
     assert served
 
 
+@pytest.mark.every_instruction_set
 def test_nan_stays_in_its_sample(served):
     model, inputs = make_transformer(), make_inputs(3, 48)
     expected = all_steps(model, inputs)
@@ -173,6 +178,7 @@ def test_nan_stays_in_its_sample(served):
     assert actual[1, 4].isnan().all() and served
 
 
+@pytest.mark.every_instruction_set
 def test_weights_may_change_between_steps(served):
     """In place, and for others: nothing of a step is kept."""
     model, inputs = make_transformer(), make_inputs(2, 48)
@@ -427,6 +433,7 @@ def signs_to_come(model):
     qkv.weight = torch.nn.Parameter(torch._neg_view(-qkv.weight.data), requires_grad=False)
 
 
+@pytest.mark.every_instruction_set
 def test_calls_that_are_not_served(served):
     model, inputs = make_transformer(), make_inputs(MANY + 1, 48)
     all_steps(model, inputs)  # many samples
@@ -439,6 +446,7 @@ def test_calls_that_are_not_served(served):
     assert not served
 
 
+@pytest.mark.every_instruction_set
 def test_signs_that_are_yet_to_come_are_seen(served):
     inputs = make_inputs(2, 48)
     expected = all_steps(make_transformer(), inputs)
@@ -451,6 +459,7 @@ class OwnCache(KVCache):
     """With layers of its own."""
 
 
+@pytest.mark.every_instruction_set
 def test_operands_that_the_kernels_would_misread_are_not_served(served):
     inputs = make_inputs(2, 48)
     x = inputs[:, T + 1]
@@ -589,8 +598,3 @@ def test_compiled_steps_are_the_compilers(served):
             compiled(inputs[:, T + n], cache), one_by_one(model).step(inputs[:, T + n], plain), rtol=1e-5, atol=1e-5
         )
     assert not served
-
-
-def test_every_instruction_set(run_with_instruction_set):
-    """This file with another instruction set."""
-    run_with_instruction_set("test_blocks.py", select="not instruction_set and not compiled")

@@ -105,6 +105,7 @@ def test_cpu_kernels_serve_here(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_size(serve, sizes, dtype):
@@ -141,6 +142,7 @@ def test_argmax_and_sample(serve, sizes):
         assert torch.equal(sampled, serve.gumbel_codebook(hidden, weight, bias, codebook, 0.5, seed=SEED).codes)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_cross_entropy(serve, sizes):
     N, K = sizes[:2]
@@ -162,6 +164,7 @@ def test_cross_entropy(serve, sizes):
             assert (loss[target == -100] == 0).all()
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [1, 2, 63, 64, 65, 100, 1000, 8192])
 def test_gumbel_softmax(serve, K, dtype):
@@ -335,6 +338,7 @@ def test_large_logits(serve, tau, spread):
     assert spread < 1000 or 5e3 < logits.abs().max() < 2e4
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [3, 64, 65, 200])
 def test_codes_ruled_out_by_the_bias(serve, K, dtype):
@@ -395,6 +399,7 @@ def test_kl_of_a_row_does_not_depend_on_its_batch(serve):
 # -- broken rows -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("K", [1, 63, 65, 200])
@@ -450,6 +455,7 @@ def test_every_logit_of_a_row_infinite(serve, what):
 # -- the first of equals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("K", [1, 2, 63, 64, 65, 100, 200])
 def test_argmax_is_the_first_of_equals(serve, K):
     """Row (i, j) has its largest logit at the codes i and j, for every pair."""
@@ -509,13 +515,3 @@ def test_arguments_are_not_written(serve):
     serve.codebook_cross_entropy(*tensors[:3], target)
     serve.gumbel_softmax(tensors[1], seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, tau, seed, target), strict=True))
-
-
-# -- instruction sets ------------------------------------------------------------------------------------------------
-
-
-def test_every_instruction_set(run_with_instruction_set):
-    """CPU tests of this file and of test_codebook_grad.py, with another instruction set."""
-    functions = "every_size or test_gumbel_softmax or broken_row or first_of_equals or ruled_out or test_cross_entropy"
-    select = f"cpu and not 8192 and not 1000 and ({functions})"
-    run_with_instruction_set("test_codebook.py", "test_codebook_grad.py", select=select)

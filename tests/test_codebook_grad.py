@@ -100,6 +100,7 @@ def test_float64_is_float64():
 # -- all implementations -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_size(serve, sizes, dtype):
@@ -234,6 +235,7 @@ def test_same_bits_every_time_and_with_any_number_of_threads(serve, assert_same_
         assert_same_bits_with_any_threads(everything, lambda: tensors[0] @ tensors[1].T)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hard", [False, True])
 def test_codes_ruled_out_by_the_bias(serve, dtype, hard):
@@ -245,6 +247,7 @@ def test_codes_ruled_out_by_the_bias(serve, dtype, hard):
         assert (found[1][::2].float().abs() < 1e-30).all() and (found[2][::2].float().abs() < 1e-30).all()
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_broken_row_leaves_the_others_gradients(serve, what):
     for K in (1, 63, 65, 200):
@@ -357,6 +360,7 @@ def check_cross_entropy(serve, tensors, target, *, scale=1.7, **options):
     return actual
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_cross_entropy(serve, reduction, dtype):
@@ -374,6 +378,7 @@ def test_cross_entropy(serve, reduction, dtype):
         check_cross_entropy(serve, [hidden, weight, bias], target, reduction=reduction, ignore_index=K // 2)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_cross_entropy_of_a_range(serve, reduction):
     """Codes outside of it get no gradient; a target that equals ignore_index only after the shift is counted."""
@@ -404,6 +409,7 @@ def test_cross_entropy_all_ignored(serve):
 # -- gumbel_softmax --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gumbel_softmax(serve, dtype, hard):

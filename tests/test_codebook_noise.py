@@ -127,6 +127,7 @@ def probe(serve, K, seed, count=None):
     return stats[:, 2].cpu()
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("K", [1, 63, 65, 200])
 def test_kernels_noise_is_the_definitions(serve, K):
     """Row and code n under one seed; and row 0, code n under a seed for each row."""
@@ -141,6 +142,7 @@ def test_kernels_noise_is_the_definitions(serve, K):
             assert ((found - scalar).abs() <= (6.5 if serve.impl == "cuda" else 2) * ulp).all()
 
 
+@pytest.mark.every_instruction_set
 def test_kernels_noise_on_a_million_words(serve):
     """Logits of 0: differences of tau * log y are differences of noise."""
     N, K, tau = 128, 8192, 4.0
@@ -151,6 +153,7 @@ def test_kernels_noise_on_a_million_words(serve):
     assert difference.abs().max() < 1e-5
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("first_row", [0, 100, 2**32 - 3, 2**40])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rows_are_numbered_from_the_chunks_first(serve, first_row, per_row):
@@ -179,11 +182,6 @@ def test_all_implementations_draw_the_same_codes(serve):
         assert torch.equal(serve.codebook_sample(*on_device, seed=seed).cpu(), expected)
 
 
-def test_every_instruction_set(run_with_instruction_set):
-    """The CPU tests of this file, with another instruction set."""
-    run_with_instruction_set("test_codebook_noise.py", select="cpu and (kernels or rows)")
-
-
 # -- seeds ---------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +207,7 @@ def test_every_bit_of_the_seed_counts(serve):
     assert (same.triu(1) < 0.06).all()  # 1 in 2,000 by chance
 
 
+@pytest.mark.every_instruction_set
 def test_a_rows_code_does_not_depend_on_its_batch(serve):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator).to(serve.device) for shape in ((300, 6), (500, 6)))

@@ -21,6 +21,8 @@ from dalle_fast.ops import linear
 from dalle_fast.ops.codebook import cpu
 from dalle_fast.testing import nan_poisoned
 
+pytestmark = pytest.mark.every_instruction_set
+
 # (M, J, I): nothing, one, around the tiles of 14 x 32, 6 x 16 and 32 x 32 x 32, around the 256 columns and 512 words at
 # once.
 SIZES = [
@@ -441,11 +443,3 @@ class _OnCPU:
     impl, device = "cpu", "cpu"
     gumbel_codebook = staticmethod(F.gumbel_codebook)
     codebook_cross_entropy = staticmethod(F.codebook_cross_entropy)
-
-
-# -- instruction sets ------------------------------------------------------------------------------------------------------
-
-
-def test_every_instruction_set(run_with_instruction_set):
-    """This file with another instruction set."""
-    run_with_instruction_set("test_codebook_products.py", select="not instruction_set")

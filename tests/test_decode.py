@@ -81,6 +81,7 @@ def check(server, q, k, v, mask, P, *, text_lengths=None, scale=None):
     return out
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", SMALL_MASKS, ids=repr)
 def test_every_mask_at_every_position(server, make, mask, dtype):
@@ -91,6 +92,7 @@ def test_every_mask_at_every_position(server, make, mask, dtype):
     check(server, *tensors, mask, 3, text_lengths=lengths, scale=-0.4)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("D", [1, 2, 15, 16, 17, 40, 64, 72, 100, 127, 128])
 def test_every_head_size_of_every_mask_that_stores_otherwise(server, make, D):
     for mask in (row_mask(5, (2, 4)), column_mask(19, (3, 2))):
@@ -98,6 +100,7 @@ def test_every_head_size_of_every_mask_that_stores_otherwise(server, make, D):
             check(server, *sequences(make, mask, 1, 2, 1, D, dtype, server.device), mask, 1)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("samples", [1, 3, 8, 13])
 def test_long_texts_and_wide_grids(server, make, samples):
     """More than one panel, block of samples and part of the text in each direction; every remainder of them."""
@@ -164,6 +167,7 @@ def test_nan_stays_in_its_sample_and_its_prompt(server, make):
 # -- strides, sizes, positions -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [64, 40])
 def test_every_stride(server, make, dtype, D):

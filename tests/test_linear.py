@@ -39,6 +39,7 @@ def operands(R, N, K, dtype=torch.float32):
     return [torch.randint(-2, 3, shape, generator=generator).to(dtype) for shape in shapes]
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_size_and_dtype_is_exact(sizes):
     for dtype in DTYPES:
@@ -51,6 +52,7 @@ def test_every_size_and_dtype_is_exact(sizes):
             assert torch.equal(out, exact.to(dtype)) and torch.equal(with_bias, (exact + bias).to(dtype))
 
 
+@pytest.mark.every_instruction_set
 def test_any_leading_dimensions_and_strides():
     x, weight, bias = operands(6, 10, 32)
     expected = torch.nn.functional.linear(x, weight, bias)
@@ -61,6 +63,7 @@ def test_any_leading_dimensions_and_strides():
     assert torch.equal(F.linear(x.T.contiguous().T, wide[:, 3:35], bias, impl="cpu"), expected)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(make, threads, dtype):
     """Bit for bit, so that an image does not depend on its batch, whatever the threads."""
@@ -77,6 +80,7 @@ def test_a_row_does_not_depend_on_the_others(make, threads, dtype):
             assert torch.equal(linear(x[:R]), alone[:R])
 
 
+@pytest.mark.every_instruction_set
 def test_errors_are_those_of_float32_sums(make):
     """At most twice torch's error in the same dtype, plus the result's rounding."""
     for dtype in DTYPES:
@@ -89,6 +93,7 @@ def test_errors_are_those_of_float32_sums(make):
         assert ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinity_and_nan_stay_in_their_row(dtype):
     x, weight, _ = operands(9, 12, 40, dtype)
@@ -119,6 +124,7 @@ print("all")
 """
 
 
+@pytest.mark.every_instruction_set
 def test_it_touches_nothing_but_its_operands():
     done = subprocess.run(
         [sys.executable, "-c", GUARDED.replace("SIZES", repr(SIZES))], check=False, capture_output=True, text=True
@@ -132,6 +138,7 @@ class Subclass(torch.Tensor):
     """A weight that has linear layers of its own, as quantized ones do."""
 
 
+@pytest.mark.every_instruction_set
 def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
     monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 7), range(1, 3), range(1, 3)))
     most = 6
@@ -166,6 +173,7 @@ def test_few_rows_are_ours_and_all_else_is_torchs(counted, monkeypatch):
             F.linear(few, parameter[1:] if parameter is bias else parameter[:, 1:], bias)
 
 
+@pytest.mark.every_instruction_set
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -327,6 +335,7 @@ def test_it_is_a_good_torch_operation():
     torch.library.opcheck(torch.ops.dalle_fast.linear.default, (x, weight, bias, "gelu", "cpu"))
 
 
+@pytest.mark.every_instruction_set
 def test_gelu_is_of_the_result(make):
     """Torch's in the reference; on a CPU ours, of the float32 sum."""
     x, weight, bias = make((3, 33), count=1)[0], make((50, 33), seed=1, count=1)[0], make((50,), seed=2, count=1)[0]
@@ -350,6 +359,7 @@ def test_gelu_is_of_the_result(make):
         F.linear(x, weight, bias, activation="relu")
 
 
+@pytest.mark.every_instruction_set
 def test_gelu_keeps_its_digits_everywhere():
     """Also where 1 + erf would cancel. What exp makes of an exponent's rounding grows with the exponent."""
     x = torch.cat(
@@ -379,8 +389,3 @@ def test_the_layer_is_torchs_with_another_way(counted, monkeypatch):
         torch.testing.assert_close(ours(x), theirs(x))
         assert len(counted) == 1
         assert torch.equal(plain(x), theirs(x)) and len(counted) == 1
-
-
-def test_every_instruction_set(run_with_instruction_set):
-    """This file with another instruction set."""
-    run_with_instruction_set("test_linear.py", select="not instruction_set")

@@ -30,6 +30,7 @@ def faults(how):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-def test_a_step_faults_in_no_memory_that_an_earlier_one_freed():
+def test_steps_fault_in_little_memory_that_earlier_ones_freed():
+    """Of 80 tensors mostly none, and once in many runs one: the heap may grow late. Without it, 40 or all of them."""
     pages_of_one_tensor = (8 << 20) // 4096
-    assert faults("keep") < pages_of_one_tensor
+    assert faults("keep") < 4 * pages_of_one_tensor < 20 * pages_of_one_tensor < faults("free")
