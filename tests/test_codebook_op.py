@@ -464,12 +464,10 @@ print(measure(call(N, K)))
     "what, dtype, din",
     [
         ("gumbel_codebook", "float32", 64),
-        ("gumbel_codebook", "float32", 512),
         ("gumbel_codebook", "float32", 2048),
         ("gumbel_codebook", "bfloat16", 512),
         ("gumbel_codebook", "bfloat16", 2048),
         ("cross_entropy", "float32", 64),
-        ("cross_entropy", "bfloat16", 512),
         ("cross_entropy", "bfloat16", 2048),
         ("sample", "float32", 64),
     ],

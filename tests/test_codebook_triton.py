@@ -27,11 +27,14 @@ from dalle_fast.ops.codebook import cuda, noise, reference
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
+from faster_interpreter import look_once
 
 from dalle_fast.ops.codebook import streaming_triton
 from dalle_fast.ops.codebook.streaming_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+if INTERPRETED:
+    look_once()
 CASES = 27  # that are interpreted; a change of a parameter list changes it, knowingly
 SIZES = [
     (1, 1, 16),

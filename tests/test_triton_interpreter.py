@@ -39,14 +39,17 @@ from dalle_fast.testing import (
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
+from faster_interpreter import look_once
 
 from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import bwd, configs, dec, fwd, launch, primitives
 from dalle_fast.ops.linear_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+if INTERPRETED:
+    look_once()
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 181  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 178  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -258,8 +261,11 @@ def test_patch_walk_of_the_table():
 
 
 @interpreted
-@pytest.mark.parametrize("rule", ["row", "column", "conv_flat", "causal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [("row", torch.float16), *((rule, torch.float32) for rule in ("row", "column", "conv_flat", "causal"))],
+    ids=str,
+)
 def test_text_lengths(rule, dtype):
     """A sample without visible text has text queries that see nothing, and text keys that get no gradient."""
     mask = every_mask(37, (3, 5))[rule]
@@ -313,7 +319,7 @@ def test_in_float32_a_row_with_one_key_has_no_gradient_of_scores(rule):
 def test_in_float32_a_row_with_one_key_has_no_gradient_of_its_query(seed):
     """As above, with out and lse as the forward kernel gives them, and any numbers."""
     mask = row_mask(20, (3, 5))
-    q, k, v, grad_out = inputs(8, 2, mask.seq_len, 64, seed=seed)
+    q, k, v, grad_out = inputs(3, 2, mask.seq_len, 64, seed=seed)
     out, lse = fwd.attention_forward(q, k, v, None, mask, 0.125, tiles=tiny(mask))
     tiles = {"query_tiles": tiny(mask), "key_tiles": tiny(mask)}
     dq, _, _ = bwd.attention_backward(grad_out, None, q, k, v, out, lse, None, mask, 0.125, **tiles)
@@ -405,7 +411,7 @@ def test_nothing_to_do(B, H, S, monkeypatch):
 @pytest.mark.parametrize("mask", [row_mask(19, (3, 5)), column_mask(19, (3, 5)), conv_mask(19, (3, 5), 3)], ids=repr)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_samples_nan_stays_there(mask, value):
-    tensors = inputs(2, 2, mask.seq_len, 16)
+    tensors = inputs(2, 1, mask.seq_len, 16)
     tiles = tiny(mask)
     lengths = torch.tensor([19, 7], dtype=torch.int32)
 
@@ -473,7 +479,7 @@ def decoding(mask, P, N, D, dtype=torch.float32):
         *every_mask(5, (3, 4)).values(),
         row_mask(0, (2, 3)),
         column_mask(150, (3, 2)),
-        causal_mask(3, (9, 9)),
+        causal_mask(3, (5, 9)),
     ],
     ids=repr,
 )
@@ -770,7 +776,7 @@ def test_the_packages_functions_twice(D):
 def test_many_gradients_of_one_sample():
     """Only grad_out is batched, so that lse, whose strides no kernel takes, has a batch stride of 0."""
     mask = row_mask(3, (2, 3))
-    query, key, value, _ = inputs(1, 2, mask.seq_len, 16)
+    query, key, value, _ = inputs(1, 2, mask.seq_len, 4)
     jacobian = [
         torch.func.jacrev(lambda q: F.sparse_attention(q, key, value, mask, impl=impl).sum((0, 2)))(query)  # noqa: B023
         for impl in ("triton", "reference")
