@@ -6,8 +6,6 @@ B batch, H heads, S sequence, D head size, T text.
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest

@@ -3,12 +3,14 @@
 The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
 copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C training
 saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there. Ended while pictures
-become codes it loses those of the last minute at most: the same command goes on.
+become codes it loses those of the last minute at most: the same command goes on. The processes that torchrun starts
+(torchrun --nproc-per-node N -m dalle_fast train-dalle ...) share every batch; one of them makes the codes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -86,6 +88,7 @@ def make_objective(arguments, recipe):
     from dalle_fast.nn import dalle
     from dalle_fast.nn import functional as F
     from dalle_fast.outputs import held, make_folder
+    from dalle_fast.training import processes
     from dalle_fast.training.codes import fingerprint
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective
@@ -94,6 +97,7 @@ def make_objective(arguments, recipe):
         raise UserError(f"--examples must be at least 1, got {arguments.examples}")
     F.noise_seed(arguments.seed)  # refuses what is out of range
     given, out = vars(arguments), Path(arguments.out)
+    leads = processes.current().leads
     going_on = check_folder(out, resume=arguments.resume)
     preset = training.replaced(dalle.PRESETS[arguments.preset], given)
     device = training.device(arguments.device)
@@ -101,14 +105,14 @@ def make_objective(arguments, recipe):
     if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
         raise UserError(f"{out} began with another discrete VAE than the one in {arguments.dvae}")
     tokenizer = None
-    if arguments.tokenizer or going_on:
+    if arguments.tokenizer or going_on or not leads:
         tokenizer = Tokenizer.load(arguments.tokenizer or out / TOKENIZER)
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
     sources = _sources(arguments, dvae)
     make_folder(out, "--out")
-    with held(out, "--out"):
+    with held(out, "--out") if leads else contextlib.nullcontext():
         encoded = _encoded(arguments, dvae, sources)
         if tokenizer is None:
             tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
@@ -128,7 +132,7 @@ def make_objective(arguments, recipe):
             device=device,
             activation_checkpointing=arguments.activation_checkpointing,
         )
-        if not going_on:  # a run's own are never replaced: what does not fit them is refused
+        if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
             _leave(out, objective)
         return objective
 

@@ -2,6 +2,7 @@
 
 The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by
 SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+The processes that torchrun starts (torchrun --nproc-per-node N -m dalle_fast train-dvae ...) share every batch.
 """
 
 from __future__ import annotations

@@ -59,12 +59,20 @@ def run_training(make_objective, arguments, recipes, then: str, **loop_settings)
         recipes: by preset. then: what can be done with the model.
         loop_settings: those that `add_loop_arguments` does not have, as functions of the recipe.
     """
-    from dalle_fast.data import DataError
-    from dalle_fast.training import LoopSettings, train
-    from dalle_fast.training.malloc import keep_freed_memory
+    from dalle_fast.training import processes
 
     if arguments.workers < 0:
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
+    with processes.joined():
+        return _run_training(make_objective, arguments, recipes, then, loop_settings)
+
+
+def _run_training(make_objective, arguments, recipes, then, loop_settings) -> int:
+    from dalle_fast.data import DataError
+    from dalle_fast.training import LoopSettings, processes, train
+    from dalle_fast.training.malloc import keep_freed_memory
+
+    together = processes.current()
     try:
         recipe = replaced(recipes[arguments.preset], vars(arguments))
         settings = LoopSettings(
@@ -78,17 +86,28 @@ def run_training(make_objective, arguments, recipes, then: str, **loop_settings)
             checkpoint_every=arguments.checkpoint_every,
             **{name: value(recipe) for name, value in loop_settings.items()},
         )
-        objective = make_objective(arguments, recipe)
+        together.part([0] * recipe.batch_size)  # refuses what cannot be shared now, not in the first step
+        with together.lead_first():  # which leaves what the others read
+            objective = make_objective(arguments, recipe)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
     if objective.device.type == "cpu":
         keep_freed_memory()
     try:
-        result = train(objective, arguments.out, settings, resume=arguments.resume, tensorboard=arguments.tensorboard)
+        result = train(
+            objective,
+            arguments.out,
+            settings,
+            resume=arguments.resume,
+            tensorboard=arguments.tensorboard,
+            progress=together.leads,
+        )
     except DataError as error:  # too many bad pictures, which shows only on the way
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
+    if not together.leads:
+        return 0 if result.signal is None else 128 + result.signal
     if result.signal is not None:
         print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
         return 128 + result.signal
@@ -112,13 +131,18 @@ def device(name: str):
     import torch
 
     from dalle_fast import _extension
+    from dalle_fast.training.processes import own_gpu
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = own_gpu()
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {name} cannot be used: it must be cpu, cuda, cuda:N or auto")
     try:
         found = torch.zeros((), device=name).device
+        if found.type == "cuda":
+            torch.cuda.set_device(found)  # the one that NCCL takes
         if found.type == "cpu" and not _extension.why_missing():
             _extension.native().instruction_set()  # refuses a wrong DALLE_FAST_ISA now, not in the first step
     except (RuntimeError, AssertionError, ValueError) as error:

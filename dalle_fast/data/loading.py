@@ -7,7 +7,7 @@ B batch, S pixels of a side, N pictures of the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ def batches(
     train: bool = True,
     flip: bool = False,
     num_workers: int = 0,
+    part: Callable[[list], list] = list,
 ) -> Iterator[Batch]:
     """A stream of batches.
 
@@ -53,6 +54,7 @@ def batches(
         start: the number of the first batch; batch n of a stream from `start` is batch n of the stream from 0.
         flip: mirror half of the pictures, in training. Captions stay as they are, so this is for stage 1.
         num_workers: processes that load; the stream does not depend on it.
+        part: of a batch's pictures those that this process loads and gives, where several share every batch.
 
     Raises:
         DataError: too many bad pictures; see `open_source`.
@@ -67,7 +69,7 @@ def batches(
     order = shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
     loader = torch.utils.data.DataLoader(
         _Loading(source, image_size, seed, train, flip),
-        batch_sampler=order,
+        batch_sampler=map(part, order),
         num_workers=num_workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # which it draws its workers' seeds from: not from the global one

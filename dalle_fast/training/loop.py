@@ -12,6 +12,9 @@ A run lives in one folder:
 A step is numbered by the steps before it, a checkpoint and a line of the log by the steps done. What a step computes is
 a function of its number and the weights, so that a run that was killed and resumed ends as if nothing had happened: on
 a CPU with the same number of threads, bit for bit.
+
+Several processes may train together (see `dalle_fast.training.processes`): all take every step, with gradients that are
+the means of theirs, and one of them writes.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ import torch
 from dalle_fast import _extension, checkpoint
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held, make_folder
-from dalle_fast.training import random_state
+from dalle_fast.training import processes, random_state
 from dalle_fast.training.ema import EMA
-from dalle_fast.training.reports import Reports
+from dalle_fast.training.reports import NoReports, Reports
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -45,7 +48,8 @@ class Objective(Protocol):
     """What differs between the stages.
 
     Attributes:
-        model: trained, on its device. What it has as `unscale_gradients` is called after each backward pass.
+        model: trained, on its device. What it has as `unscale_gradients` is called after each backward pass. While
+            several processes train, torch's DistributedDataParallel of it is in its place, for `loss` to call.
         settings: name -> value (JSON's), all that the numbers of a run depend on; a resumed run must have the same.
         examples_per_step: for the rate that is shown.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
@@ -62,7 +66,7 @@ class Objective(Protocol):
     def learning_rate(self, step: int) -> float: ...
 
     def batches(self, start: int) -> Iterator:
-        """Those of the steps `start`, `start + 1` ..., without end."""
+        """Those of the steps `start`, `start + 1` ..., without end; this process's part of them."""
 
     def loss(self, batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
         """The loss to minimise, and scalars to log."""
@@ -134,6 +138,8 @@ def train(
 ) -> TrainResult:
     """Train `objective.model` and leave everything in the folder `out`.
 
+    Where torch's default process group has several processes, all call this, on one folder.
+
     SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once. What else ends it
     between two steps, as a report that cannot be written or batches that do not come, ends it with a checkpoint too.
 
@@ -151,21 +157,24 @@ def train(
     out = Path(out)
     run = _Run(objective, out, settings)
     make_folder(out / checkpoint.CHECKPOINTS, "the folder of checkpoints")
-    with held(out, "the folder"):
-        if check_folder(out, resume=resume):
-            run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
+    with held(out, "the folder") if run.processes.leads else contextlib.nullcontext():
+        with run.processes.lead_first():
+            if check_folder(out, resume=resume):
+                run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
         return _train(run, out, tensorboard, progress)
 
 
 def _train(run, out, tensorboard, progress):
     objective, settings = run.objective, run.settings
+    reports = Reports if run.processes.leads else NoReports
     with (
-        Reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
+        run.processes.sharing(objective),
+        reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
         _StopSignals() as stop,
     ):
-        run.go(stop)
+        stopped_by = run.go(stop)
         if run.step < settings.steps:
-            return TrainResult(run.step, stop.received, {})
+            return TrainResult(run.step, stopped_by or None, {})
         return TrainResult(run.step, None, run.finish())
 
 
@@ -188,6 +197,7 @@ class _Run:
 
     def __init__(self, objective, out, settings):
         self.objective, self.out, self.settings = objective, out, settings
+        self.processes = processes.current()
         self.model = objective.model
         self.device = next(self.model.parameters()).device
         groups = objective.parameter_groups()
@@ -197,21 +207,28 @@ class _Run:
         self.autocast = _autocast_dtype(settings.precision, self.device)
         precision = "float32" if self.autocast is None else "bfloat16"
         self.settings_that_matter = {**settings.that_matter(), "precision": precision, **objective.settings}
+        if self.processes.count > 1:  # which sums are rounded, and in stage 1 what noise there is
+            self.settings_that_matter["processes"] = self.processes.count
         self.reports = None
         self.step = self.saved_at = 0
         self.updates = 0  # steps that were not skipped
         self.skipped_in_a_row = 0
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
 
-    def go(self, stop) -> None:
-        """Steps until the last one, or until a signal."""
+    def go(self, stop) -> int:
+        """Steps until the last one, or until a signal to any of the processes: its number, else 0."""
         self.model.train()
         self.saved_at = self.step
         batches = self.objective.batches(self.step)
         with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
             batch = next(batches, None)
         stop.wait_with_lost_children()
-        while self.step < self.settings.steps and stop.received is None:
+        stopped_by = 0
+        while self.step < self.settings.steps:
+            with self.saved_if_it_ends_here():  # as where another process is lost
+                stopped_by = self.processes.largest(stop.received or 0)
+            if stopped_by:
+                break
             self.take_step(batch)
             with self.saved_if_it_ends_here():
                 self.reports.tick()
@@ -223,6 +240,7 @@ class _Run:
                     batch = self.next_of(batches, stop)
         if self.saved_at != self.step:
             self.save()
+        return stopped_by
 
     @contextlib.contextmanager
     def saved_if_it_ends_here(self):
@@ -248,6 +266,8 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Evaluate and export the averaged model."""
+        if not self.processes.leads:
+            return {}
         evaluation = self.objective.evaluate(self.ema.model)
         checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
         checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
@@ -268,6 +288,7 @@ class _Run:
             self.model.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         values = _numbers({"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, **scalars})
+        values = self.processes.mean(values)
         self.step += 1
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             self.skip()
@@ -291,6 +312,8 @@ class _Run:
             )
 
     def report(self) -> None:
+        if not self.processes.leads:
+            return
         if self.due(self.settings.log_every):
             means = {name: total / self.counted for name, total in self.sums.items()}
             self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
@@ -305,6 +328,9 @@ class _Run:
             self.reports.pictures(self.step, pictures)
 
     def save(self) -> None:
+        self.saved_at = self.step
+        if not self.processes.leads:
+            return
         self.reports.sync()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, parameter in enumerate(self.parameters):
@@ -319,7 +345,6 @@ class _Run:
             "random": random_state.get(),
         }
         checkpoint.save(self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state)
-        self.saved_at = self.step
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.ema.model.load_state_dict(saved.weights)

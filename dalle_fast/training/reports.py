@@ -81,6 +81,22 @@ class Reports:
         os.fsync(self.log.fileno())
 
 
+class NoReports:
+    """The reports of a process beside the one that writes them."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def tick(self) -> None:
+        pass
+
+
 def _drop_later_lines(path, step) -> None:
     """Lines of later steps, and a last one that was cut short; in one step, as everything else."""
     if not path.exists():

@@ -16,7 +16,7 @@ from dalle_fast.data import batches
 from dalle_fast.data.source import identity
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
-from dalle_fast.training import random_state
+from dalle_fast.training import processes, random_state
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DVAERecipe
 
@@ -32,7 +32,7 @@ class DVAEObjective:
         recipe: see `DVAERecipe`.
         source, validation: of pictures, see `dalle_fast.data.open_source`.
         heldout: None, or a source to evaluate on beside validation.
-        seed: of weights, noise and the order of pictures, from 0 to 2^20 - 1.
+        seed: of weights, noise and the order of pictures, from 0 to 2^20 - 1. Several processes draw different noise.
         flip: mirror half of the pictures. workers: processes that load them. device: of the model.
     """
 
@@ -84,11 +84,13 @@ class DVAEObjective:
             start=start,
             flip=self.flip,
             num_workers=self.workers,
+            part=processes.current().part,
         )
 
     def loss(self, batch, step):
         tau, beta = self.recipe.tau_at(step), self.recipe.beta_at(step)
-        out = self.model(self._pixels(batch), tau=tau, beta=beta, seed=F.noise_seed(self.seed, step=step))
+        seed = F.noise_seed(self.seed, step=step, rank=processes.current().number)
+        out = self.model(self._pixels(batch), tau=tau, beta=beta, seed=seed)
         perplexity, used = usage(torch.bincount(out.codes.flatten(), minlength=self.config.num_codes))
         return out.loss, {
             "reconstruction": out.reconstruction_loss,

@@ -19,7 +19,7 @@ from dalle_fast.data.loading import shuffled
 from dalle_fast.data.source import generator
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dalle import DALLE, DALLEConfig
-from dalle_fast.training import random_state
+from dalle_fast.training import processes, random_state
 from dalle_fast.training.codes import Encoded
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DALLERecipe
@@ -98,9 +98,14 @@ class DALLEObjective:
         return self.recipe.learning_rate_at(step)
 
     def batches(self, start):
+        part = processes.current().part
         for step, keys in enumerate(shuffled(len(self.train.codes), self.recipe.batch_size, self.seed, start), start):
             indices = [index for _, index in keys]
+            # Drawn for the whole batch, so that it is the same however many processes share it.
+            hidden = generator(self.seed, _HIDE, step).random(len(indices)) < self.recipe.caption_dropout
+            indices = part(indices)
             text, lengths = self._with_dropout([self.train.captions[index] for index in indices], step)
+            lengths = lengths.masked_fill(torch.tensor(part(hidden.tolist())), 0)
             yield self._batch(text, lengths, self.train.codes[indices])
 
     def loss(self, batch, step):
@@ -139,7 +144,7 @@ class DALLEObjective:
         return {"samples": picture_grid([to_uint8(row) for row in drawn])}
 
     def _with_dropout(self, captions, step):
-        """Captions as training sees them: with BPE dropout, and some of them hidden."""
+        """Captions as training sees them. A caption's tokens depend on nothing but it and the step."""
         text, lengths = self._encode(captions)
         if self.recipe.bpe_dropout:
             T = self.config.text_len
@@ -150,8 +155,7 @@ class DALLEObjective:
             fits = longer_lengths <= T  # what no longer fits is left as it was
             text = torch.where(fits[:, None], longer[:, :T], text)
             lengths = torch.where(fits, longer_lengths, lengths)
-        hidden = generator(self.seed, _HIDE, step).random(len(captions)) < self.recipe.caption_dropout
-        return text, lengths.masked_fill(torch.from_numpy(hidden), 0)
+        return text, lengths
 
     def _encode(self, captions):
         return self.tokenizer.encode(captions, self.config.text_len, truncate=self.truncate)

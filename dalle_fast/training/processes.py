@@ -1,0 +1,121 @@
+"""Processes that train one model together, each on its part of every batch: as torchrun starts them, by torch's
+DistributedDataParallel. One process alone is the rule, and a case of it.
+
+The first of them (the lead) writes what is written; the others find it in the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+
+from dalle_fast.errors import UserError
+
+PATIENCE = datetime.timedelta(days=1)  # of those that wait while the lead evaluates; of one that dies torchrun tells
+
+
+class Processes(NamedTuple):
+    """number: of this one, from 0. count: how many there are."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.number == 0
+
+    def part(self, batch: list) -> list:
+        """This process's part of a batch.
+
+        Raises:
+            ValueError: the batch cannot be shared evenly.
+        """
+        if len(batch) % self.count:
+            raise ValueError(f"batch_size must be a multiple of the {self.count} processes, got {len(batch)}")
+        return batch[self.number :: self.count]
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.count == 1:
+            return number
+        shared = torch.tensor(number, device=_device())
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        return int(shared)
+
+    def mean(self, scalars: dict[str, float]) -> dict[str, float]:
+        """The means of all processes' scalars."""
+        if self.count == 1:
+            return scalars
+        shared = torch.tensor(list(scalars.values()), dtype=torch.float64, device=_device())
+        distributed.all_reduce(shared)
+        return dict(zip(scalars, (shared / self.count).tolist(), strict=True))
+
+    @contextlib.contextmanager
+    def lead_first(self):
+        """What the lead does within this the others do after it."""
+        if not self.leads:
+            self.largest(0)
+        yield
+        if self.leads:
+            self.largest(0)
+
+    @contextlib.contextmanager
+    def sharing(self, objective):
+        """While entered, objective.model is a wrapper whose backward pass averages all processes' gradients."""
+        if self.count == 1:
+            yield
+            return
+        model, device = objective.model, next(objective.model.parameters()).device
+        objective.model = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        with warnings.catch_warnings():
+            # Of 1x1 convolutions whose weights are matrices to us: a copy of a small gradient.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            try:
+                yield
+            finally:
+                objective.model = model
+
+
+def _device():
+    """Where a group's tensors must lie: a group that a caller made may know GPUs alone."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
+
+
+def current() -> Processes:
+    """Those of torch's default process group; one alone where there is none."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Processes()
+    return Processes(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextlib.contextmanager
+def joined():
+    """While entered, this process belongs to the group that torchrun started it for, if it did.
+
+    Raises:
+        UserError: the group does not come together.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = f"{os.environ['WORLD_SIZE']} processes do not come together: {str(error).splitlines()[0]}"
+        raise UserError(reason) from error
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def own_gpu() -> str:
+    """The name of this process's GPU: among those of its machine the one with its number there."""
+    return "cuda:" + os.environ.get("LOCAL_RANK", "0") if current().count > 1 else "cuda"

@@ -1,0 +1,145 @@
+"""Several processes train one model: two on this CPU, started by torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_fast import checkpoint
+from dalle_fast.cli import main
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+DVAE = "train-dvae --steps 12 --batch-size 4 --image-size 16 --downsampling 4 --hidden 8 --num-codes 16"
+DALLE = "train-dalle --steps 3 --batch-size 8 --layers 2 --width 32 --num-heads 2 --text-weight 0 --bpe-dropout 0"
+LOOP = "--log-every 1 --checkpoint-every 5 --no-tensorboard --precision float32"
+
+
+def start(*arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.Popen(torchrun, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*arguments):
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+
+
+def flags(command, data, out, *more):
+    return [*command.split(), *LOOP.split(), "--data", str(data), "--out", str(out), *map(str, more)]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+IN_BOTH = """
+import copy, torch
+from torch.distributed.fsdp import fully_shard
+import dalle_fast.nn as fnn
+from dalle_fast.training import processes
+
+with processes.joined():
+    us = processes.current()
+    assert us.count == 2 and us.part([5, 6, 7, 8]) == [[5, 7], [6, 8]][us.number]
+    try:
+        us.part([1, 2, 3])
+    except ValueError as error:
+        assert str(error) == "batch_size must be a multiple of the 2 processes, got 3"
+    else:
+        raise AssertionError
+    assert us.largest(3 * us.number) == 3 and us.mean({"a": us.number, "b": 1.0}) == {"a": 0.5, "b": 1.0}
+
+    torch.manual_seed(0)
+    config = fnn.DALLEConfig(50, 6, 40, (4, 4), layers=3, width=32, num_heads=2, head_dim=16, kernel_size=3)
+    model = fnn.DALLE(config)
+    text, codes = torch.randint(50, (4, 6)), torch.randint(40, (4, 16))
+    whole = model(text, codes)
+    expected = torch.autograd.grad(whole.loss, list(model.parameters()))
+
+    def check(other, gradient):
+        out = other(text[us.number :: 2], codes[us.number :: 2])
+        out.loss.backward()
+        assert abs(us.mean({"": out.loss.item()})[""] - whole.loss.item()) < 1e-6
+        for parameter, exact in zip(other.parameters(), expected, strict=True):
+            torch.testing.assert_close(gradient(parameter), exact, rtol=0, atol=1e-7)
+
+    class Objective:
+        pass
+
+    Objective.model = together = copy.deepcopy(model)
+    with us.sharing(Objective):
+        check(Objective.model, lambda parameter: parameter.grad)
+    assert Objective.model is together
+
+    for checkpointing in (False, True):  # torch's sharded parameters
+        sharded = copy.deepcopy(model)
+        sharded.transformer.activation_checkpointing = checkpointing
+        for block in sharded.transformer.blocks:
+            fully_shard(block)
+        check(fully_shard(sharded), lambda parameter: parameter.grad.full_tensor())
+"""
+
+
+def test_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Of a model in DistributedDataParallel, and of one whose parameters are sharded by `fully_shard`."""
+    (tmp_path / "in_both.py").write_text(IN_BOTH)
+    run(str(tmp_path / "in_both.py"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 pictures with captions."""
+    folder = tmp_path_factory.mktemp("processes") / "data"
+    folder.mkdir()
+    for n in range(24):
+        Image.new("RGB", (20, 20), (10 * n, 255 - 10 * n, 99)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"number {n}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dvae(data):
+    """The folder of an undisturbed run."""
+    run("-m", "dalle_fast", *flags(DVAE, data, data.parent / "dvae"))
+    return data.parent / "dvae"
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data, dvae, tmp_path):
+    """SIGTERM to torchrun, which passes it on: both end after the same step, and one has saved."""
+    process = start("-m", "dalle_fast", *flags(DVAE, data, tmp_path, "--workers", 1))
+    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    done = log_of(tmp_path)[-1]["step"]
+    assert f"stopped by signal 15 after step {done} of 12" in output or done == 12, output[-4000:]
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == f"step-{done:09d}"
+    run("-m", "dalle_fast", *flags(DVAE, data, tmp_path, "--resume"))
+    for name in ("log.jsonl", checkpoint.MODEL, "evaluation.json"):
+        assert (tmp_path / name).read_bytes() == (dvae / name).read_bytes(), name
+
+
+def test_another_number_of_processes_is_another_run(data, dvae, capsys):
+    assert main(flags(DVAE, data, dvae, "--resume")) == 2
+    assert "processes 2, not " in capsys.readouterr().err
+
+
+def test_two_processes_learn_what_one_does(data, dvae, tmp_path):
+    """Stage 2 draws nothing but what a batch consists of: its losses of codes are the same to rounding."""
+    run("-m", "dalle_fast", *flags(DALLE, data, tmp_path / "two", "--dvae", dvae))
+    assert main(flags(DALLE, data, tmp_path / "one", "--dvae", dvae)) == 0
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for name in ("image_loss", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
