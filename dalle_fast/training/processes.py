@@ -44,17 +44,23 @@ class Processes(NamedTuple):
         """The largest of all processes' numbers."""
         if self.count == 1:
             return number
-        shared = torch.tensor(number, device=_device())
-        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
-        return int(shared)
+        return self._reduced([number], torch.int64, distributed.ReduceOp.MAX)[0]
 
     def mean(self, scalars: dict[str, float]) -> dict[str, float]:
         """The means of all processes' scalars."""
         if self.count == 1:
             return scalars
-        shared = torch.tensor(list(scalars.values()), dtype=torch.float64, device=_device())
-        distributed.all_reduce(shared)
-        return dict(zip(scalars, (shared / self.count).tolist(), strict=True))
+        sums = self._reduced(list(scalars.values()), torch.float64, distributed.ReduceOp.SUM)
+        return {name: total / self.count for name, total in zip(scalars, sums, strict=True)}
+
+    def _reduced(self, numbers, dtype, how):
+        # A group that a caller made may know GPUs alone.
+        shared = torch.tensor(numbers, dtype=dtype, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        try:
+            distributed.all_reduce(shared, how)
+        except RuntimeError as error:
+            raise UserError(f"another of the {self.count} processes has ended: {str(error).splitlines()[0]}") from error
+        return shared.tolist()
 
     @contextlib.contextmanager
     def lead_first(self):
@@ -80,11 +86,6 @@ class Processes(NamedTuple):
                 yield
             finally:
                 objective.model = model
-
-
-def _device():
-    """Where a group's tensors must lie: a group that a caller made may know GPUs alone."""
-    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 
 def current() -> Processes:
