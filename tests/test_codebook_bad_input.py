@@ -287,3 +287,42 @@ def test_target_out_of_range_on_a_gpu_is_nan():
     target = torch.tensor([0, 1, K, -1, 2**40, 5], device="cuda")
     loss = F.codebook_cross_entropy(hidden, weight, None, target, reduction="none")
     assert loss.isnan().tolist() == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_a_compiled_or_exported_program_refuses_targets_too(impl, reduction, wrong):
+    """Their values are not known where it is traced; a kernel would read, and write, beside a row."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, target):
+            return F.codebook_cross_entropy(hidden, weight, None, target, reduction=reduction, impl=impl)
+
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8)
+    target = torch.tensor([0, 1, -100, 3, 10, 5])
+    for program in (
+        torch.compile(Loss(), backend="aot_eager"),
+        torch.export.export(Loss(), (hidden, weight, target)).module(),
+    ):
+        torch.testing.assert_close(program(hidden, weight, target), Loss()(hidden, weight, target))
+        with pytest.raises(ValueError, match="target must hold codes, .*; row 4 does not"):
+            program(hidden, weight, target.where(target != 10, wrong))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.0, NAN])
+def test_a_compiled_program_refuses_tau_and_temperature_too(wrong):
+    hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
+
+    def both(tau, temperature):
+        drawn = F.codebook_sample(hidden, weight, temperature=temperature, seed=1)
+        return F.gumbel_codebook(hidden, weight, None, weight, tau, seed=1).embedding, drawn
+
+    compiled = torch.compile(both, backend="aot_eager")
+    for a, b in zip(compiled(torch.tensor(0.5), torch.tensor(0.0)), both(0.5, 0.0), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="tau must be positive and finite, got"):
+        compiled(torch.tensor(wrong), torch.tensor(1.0))
+    if wrong != 0:
+        with pytest.raises(ValueError, match="temperature must be at least 0 and finite, got"):
+            compiled(torch.tensor(1.0), torch.tensor(wrong))

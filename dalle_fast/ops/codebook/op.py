@@ -192,6 +192,18 @@ def _check_target(target, hidden, start, num_codes, ignore_index):
         )
 
 
+def _check_codes(target, num_codes, ignore_index):
+    """As `_check_target`, where a compiled or exported program computes: a kernel would read beside a row of logits."""
+    if target.device.type != "cpu":
+        return
+    wrong = ((target < 0) | (target >= num_codes)) & (target != ignore_index)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target must hold codes, of code_range where there is one, or ignore_index; row {place} does not"
+        )
+
+
 def _restrict(weight, bias, code_range):
     """The range's first code, and the rows of weight and bias that belong to it."""
     if code_range is None:
@@ -239,6 +251,12 @@ def _number(name, value, hidden, *, positive):
         value = _plain_number(name, value, positive=positive)
         return torch.full((1,), value, dtype=_wide(hidden), device=hidden.device)
     return value.to(hidden.device, _wide(hidden), non_blocking=True).reshape(1)
+
+
+def _check_value(name, tensor, *, positive):
+    """As `_plain_number`, of what a compiled or exported program computes with."""
+    if tensor.device.type == "cpu":
+        _plain_number(name, tensor[0], positive=positive)
 
 
 def _check_scalar(name, tensor):
@@ -382,6 +400,7 @@ def _gumbel_codebook_fake(hidden, weight, bias, codebook, tau, seed, seed_per_ro
     _gumbel_codebook_fake,
 )
 def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl):
+    _check_value("tau", tau, positive=True)
     serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
     embedding, kl, codes, stats = serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
     if hard:
@@ -450,6 +469,8 @@ def _gumbel_codebook_autograd(ctx, grad_embedding, grad_kl, grad_codes, grad_sta
 )
 def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl):
     operation = "codebook_argmax" if temperature is None else "codebook_sample"
+    if temperature is not None:
+        _check_value("temperature", temperature, positive=False)
     serving = _serving(operation, impl, hidden=hidden, weight=weight, bias=bias)
     return serving.sample(hidden, weight, bias, temperature, seed, seed_per_row)
 
@@ -460,6 +481,7 @@ def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl
     lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)),
 )
 def _codebook_cross_entropy(hidden, weight, bias, target, ignore_index, impl):
+    _check_codes(target, weight.shape[0], ignore_index)
     serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
     return serving.cross_entropy(hidden, weight, bias, target, ignore_index, None, (False,) * 3)[0]
 
@@ -499,6 +521,7 @@ def _cross_entropy_autograd(ctx, grad_loss):
     ),
 )
 def _codebook_cross_entropy_reduced(hidden, weight, bias, target, row_weight, ignore_index, needs, impl):
+    _check_codes(target, weight.shape[0], ignore_index)
     serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
     row_weight = row_weight.to(_wide(hidden))
     weight_or_none = row_weight if any(needs) else None
