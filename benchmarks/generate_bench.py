@@ -110,6 +110,7 @@ class DenseCache:
 
     def __init__(self, config, batch, device, dtype, whole):
         self.T, self.whole, self.masks = config.text_len + 1, whole, config.masks
+        self.text_lengths, self.has_text = None, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         rows = {mask: mask.to_dense(device)[self.T :] for mask in set(config.masks)}  # (G, S), of image queries
         shape = (batch, config.num_heads, config.masks[0].seq_len, config.head_dim)
@@ -189,7 +190,9 @@ class Drawer:
     @torch.no_grad()
     def _fill(self, position):
         self._go_to(0)
+        self.cache.has_text = False
         self.model.hidden(self.text, self.codes[:, :position], cache=self.cache)
+        self.cache.has_text = True
 
     def _go_to(self, position):
         self.cache.length = position

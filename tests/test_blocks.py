@@ -5,6 +5,7 @@ P prompts, B samples, T text positions, W width, H heads, D head size.
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -137,8 +138,10 @@ def test_norms_are_as_exact_as_torchs(served, make, W):
             parameter.zero_()
         sizes = {"num_prompts": 1, "num_images": len(rows), "num_heads": 1, "head_dim": D}
         cache = KVCache(masks, **sizes, dtype=dtype)
+        text = torch.zeros(1, 1, 1, D, dtype=dtype)  # 0 times what memory holds may be NaN
+        cache.layer(0).prefill(text, text)
         for tensor in cache.layer(0).tensors:
-            tensor.zero_()  # 0 times what memory holds may be NaN
+            tensor.zero_()
         return model.to(dtype).step(rows.to(dtype), cache)
 
     ours, eager, exact = last_norm(rows), last_norm(rows, impl="reference"), last_norm(rows, torch.float64, "reference")
@@ -398,6 +401,83 @@ def test_what_is_not_as_made_is_called_itself(served, change):
     torch.testing.assert_close(changed, all_steps(one_by_one(model), inputs))
     if change not in (with_strides, with_subclass, with_reference_layer, with_parametrization, with_compiled):
         assert not torch.allclose(changed, unchanged, rtol=1e-2)
+
+
+class Lora(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.down = linear, torch.nn.Linear(48, 2).requires_grad_(False)
+        self.up = torch.nn.Linear(2, 192, bias=False).requires_grad_(False)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+def plain_linear(mlp):
+    linear = torch.nn.Linear(48, 192).requires_grad_(False)
+    linear.load_state_dict(mlp.up.state_dict())
+    mlp.up = linear
+
+
+PERCEPTRONS = {
+    "another activation": lambda mlp: setattr(mlp, "gelu", torch.nn.SiLU()),
+    "another GELU": lambda mlp: setattr(mlp, "gelu", torch.nn.GELU("tanh")),
+    "a module more": lambda mlp: mlp.add_module("last", torch.nn.Tanh()),
+    "a wrapper": lambda mlp: setattr(mlp, "up", Lora(mlp.up)),
+    "torch's layer": plain_linear,
+    "a forward of its own": lambda mlp: setattr(mlp, "forward", lambda x: mlp.down(mlp.up(x))),
+    "a hook": lambda mlp: mlp.register_forward_hook(double),
+    "a hook before": lambda mlp: mlp.register_forward_pre_hook(lambda module_, x: (2 * x[0],)),
+    "the activation's hook": lambda mlp: mlp.gelu.register_forward_hook(double),
+    "the first layer's hook": lambda mlp: mlp.up.register_forward_hook(double),
+    "the last layer's hook": lambda mlp: mlp.down.register_forward_hook(double),
+}
+
+
+@pytest.mark.parametrize("change", PERCEPTRONS)
+def test_a_changed_perceptron_is_stepped_through_as_it_is(served, change):
+    """Steps give what the whole forward pass gives."""
+    model, inputs = make_transformer(), make_inputs(2, 48, P=2)
+    unchanged = all_steps(model, inputs, P=2)
+    torch.testing.assert_close(unchanged, model(inputs)[:, T + 1 :], rtol=1e-4, atol=1e-4)
+    assert len(served) == G - 1
+    PERCEPTRONS[change](model.blocks[1].mlp)
+    changed = all_steps(model, inputs, P=2)
+    torch.testing.assert_close(changed, model(inputs)[:, T + 1 :], rtol=1e-4, atol=1e-4)
+    assert len(served) == G - 1 and (change == "torch's layer" or not torch.equal(changed, unchanged))
+
+
+class OwnForward(module.Block):
+    def forward(self, *arguments):
+        return 2 * super().forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda model: model.register_forward_hook(double), "the transformer has"),
+        (lambda model: model.blocks[2].register_forward_hook(double), "the transformer's blocks.2 has"),
+        (
+            lambda model: model.blocks[0].attention.register_forward_pre_hook(print),
+            "the transformer's blocks.0.attention has",
+        ),
+        (lambda model: setattr(model.blocks[1], "__class__", OwnForward), "the transformer's blocks.1 has"),
+        (lambda model: setattr(model.blocks[1], "forward", print), "the transformer's blocks.1 has"),
+    ],
+)
+def test_what_steps_do_not_go_through_is_told(change, name):
+    """Once, as a cache takes the text, and not to who has a step that fits."""
+    model, inputs = make_transformer(), make_inputs(1, 48)
+    change(model)
+    model._check_masks = lambda cache: None
+    cache = KVCache(model.masks, num_prompts=1, num_images=1, num_heads=3, head_dim=16)
+    with pytest.warns(UserWarning, match=f"{name} forward hooks, or a forward of its own, which image tokens"):
+        model._check_new(cache, None)
+    for part in model.modules():
+        part.step = lambda *arguments: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model._check_new(cache, None)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import dalle_fast.nn as fnn
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
 from dalle_fast.nn.generation import Sampling
+from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.codebook.noise import gumbel_noise
 
 CONFIG = fnn.DALLEConfig(
@@ -299,12 +300,56 @@ def test_bad_input_is_refused_with_both_sides(model, text, options, error, messa
         model.generate(**{"text": text, **options})
 
 
+# -- a loop of one's own -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hide_padding", [False, True])
+def test_the_loop_of_new_caches_docstring_draws_what_generate_draws(text, hide_padding):
+    model, lengths = make_model(hide_padding=hide_padding), torch.tensor([4, 0, 2])
+    cache, codes = model.new_cache(P, text_lengths=lengths), []
+    hidden = model.hidden(text, text[:, :0], text_lengths=lengths, cache=cache)[:, -1]
+    for n in range(G):
+        seeds = torch.full((P,), F.noise_seed(5) + n)
+        codes.append(F.codebook_sample(hidden, model.image_weight, seed=seeds))
+        if cache.length < G - 1:
+            hidden = model.step(codes[-1], cache)
+    expected = model.generate(text, text_lengths=lengths, seed=5)
+    assert torch.equal(torch.stack(codes, 1), expected.flatten(1))
+    with pytest.raises(ValueError, match=r"codes must have shape \(B,\), one for each sample, got \(3, 1\)"):
+        model.step(codes[-1][:, None], model.new_cache(P))
+
+
+def test_a_cache_is_for_one_text_and_its_lengths(text):
+    model, lengths, none = make_model(hide_padding=True), torch.tensor([4, 0, 2]), text[:, :0]
+    with pytest.raises(ValueError, match="cache must hold the text before the first image token"):
+        model.step(text[:, 0] % K, model.new_cache(P))
+    cache = model.new_cache(P, text_lengths=lengths)
+    model.hidden(text, text[:, :2] % K, text_lengths=lengths, cache=cache)
+    with pytest.raises(
+        ValueError, match="cache must be new, or be reset, got one that holds a text and 2 image tokens"
+    ):
+        model.hidden(text, none, text_lengths=lengths, cache=cache)
+    cache.reset()
+    first, again = (
+        model.hidden(text, text[:, :2] % K, text_lengths=lengths, cache=c)
+        for c in (cache, model.new_cache(P, text_lengths=lengths))
+    )
+    assert torch.equal(first, again) and cache.length == cache.position == 2
+    for given in (None, lengths + 1 - 1):
+        own = None if given is not None else lengths
+        with pytest.raises(ValueError, match="cache must be made with this call's text_lengths"):
+            model.hidden(text, none, text_lengths=given, cache=model.new_cache(P, text_lengths=own))
+    with pytest.raises(ValueError, match=r"text_lengths tensor\(\[5, 1, 3\]\), got one with tensor\(\[5, 1, 4\]\)"):
+        model.hidden(text, none, text_lengths=lengths, cache=model.new_cache(P, text_lengths=torch.tensor([4, 0, 3])))
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(model, text, monkeypatch):
     sizes = generation.Memory(model, P, 1, torch.device("cpu"))
-    assert sizes.needed == sizes.cache("cpu").nbytes
+    assert sizes.needed == model.new_cache(P).nbytes
     for free_images, advice in (
         (10, "num_images=10 would fit"),
         (0.5, "not even one of each fits; pass fewer captions"),
@@ -327,7 +372,7 @@ def test_running_out_on_the_way_says_so_too(model, text, monkeypatch):
 
 
 def test_what_would_fit_is_told_without_what_did_not(model, text, monkeypatch):
-    caches, init = [], generation.KVCache.__init__
+    caches, init = [], KVCache.__init__
 
     def remember(self, *args, device, **kwargs):
         init(self, *args, device=device, **kwargs)
@@ -339,7 +384,7 @@ def test_what_would_fit_is_told_without_what_did_not(model, text, monkeypatch):
 
     sizes = generation.Memory(model, P, 64, torch.device("cpu"))
     free = int(sizes.needed * generation.WORKING_SPACE)
-    monkeypatch.setattr(generation.KVCache, "__init__", remember)
+    monkeypatch.setattr(KVCache, "__init__", remember)
     monkeypatch.setattr(generation, "free_memory", lambda device: free - sum(c().nbytes for c in caches if c()))
     monkeypatch.setattr(model, "hidden", hidden)
     with pytest.raises(torch.OutOfMemoryError, match="num_images=63 would fit"):

@@ -20,6 +20,7 @@ from torch import nn
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
+from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.nn.transformer import INIT_STD, Transformer
 from dalle_fast.ops.attention.op import MAX_HEAD_DIM
 
@@ -207,12 +208,40 @@ class DALLE(nn.Module):
         text_weight = self.head.weight[: self.config.vocab_size]
         return hidden[:, :T] @ text_weight.T, hidden[:, T : T + G] @ self.image_weight.T
 
+    def new_cache(self, num_prompts, num_images=1, *, text_lengths=None, device=None):
+        """A `KVCache` for `num_images` images of each of `num_prompts` captions, for a sampling loop of one's own:
+
+            cache = model.new_cache(len(text), text_lengths=text_lengths)
+            hidden = model.hidden(text, codes[:, :0], text_lengths=text_lengths, cache=cache)[:, -1]   # no code yet
+            for _ in range(model.config.image_len):
+                code = F.codebook_sample(hidden, model.image_weight, seed=...)                         # (B,)
+                if cache.length < model.config.image_len - 1:
+                    hidden = model.step(code, cache)
+
+        Args:
+            text_lengths: (P,) or None, those of the call of `hidden`. device: None means the model's.
+        """
+        own = self.head.weight
+        autocast = torch.is_autocast_enabled(own.device.type)
+        return KVCache(
+            self.config.masks,
+            num_prompts=num_prompts,
+            num_images=num_images,
+            num_heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            text_lengths=self.attention_lengths(text_lengths),
+            device=own.device if device is None else device,
+            dtype=torch.get_autocast_dtype(own.device.type) if autocast else own.dtype,
+        )
+
     def step(self, codes, cache):
         """What predicts the next image token, (B, W), after one more image token for each sample, codes (B,).
 
         Raises:
-            ValueError: the cache holds a whole image.
+            ValueError: the cache holds a whole image; codes has another shape.
         """
+        if codes.dim() != 1:
+            raise ValueError(f"codes must have shape (B,), one for each sample, got {tuple(codes.shape)}")
         cache.check_room()
         row, column = cache.position // self.config.grid[1], cache.position % self.config.grid[1]
         x = self.image_embedding(codes) + self.row_embedding(row) + self.column_embedding(column)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.codebook.noise import gumbel_noise
 from dalle_fast.ops.codebook.op import bounded
 
@@ -94,7 +93,7 @@ def generate(
     memory.check()
 
     def run():
-        cache = memory.cache(text.device, model.attention_lengths(text_lengths))
+        cache = model.new_cache(len(text), num_images, text_lengths=text_lengths, device=text.device)
         hidden = model.hidden(text, given, text_lengths=text_lengths, cache=cache)[:, -1]
         samples = Samples(model, cache, sampling, seeds.repeat(P), codes, known)
         samples.choose(hidden.repeat_interleave(num_images, 0))
@@ -222,23 +221,9 @@ class Memory:
 
     def __init__(self, model, num_prompts, num_images, device):
         self.model, self.num_prompts, self.num_images, self.device = model, num_prompts, num_images, device
-        one, two = (self.cache("meta", num_images=count).nbytes for count in (1, 2))
+        one, two = (model.new_cache(num_prompts, count, device="meta").nbytes for count in (1, 2))
         self.per_image, self.text = two - one, 2 * one - two
         self.needed = self.text + num_images * self.per_image
-
-    def cache(self, device, text_lengths=None, num_images=None):
-        config = self.model.config
-        autocast = torch.is_autocast_enabled(self.device.type)
-        return KVCache(
-            config.masks,
-            num_prompts=self.num_prompts,
-            num_images=num_images or self.num_images,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            text_lengths=text_lengths,
-            device=device,
-            dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.model.head.weight.dtype,
-        )
 
     def check(self):
         """Raise where the cache alone is larger than the free memory: a CPU would begin to swap, or end the process."""

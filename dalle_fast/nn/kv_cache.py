@@ -36,6 +36,7 @@ class LayerCache:
         if key.shape[:2] != (P, H) or key.shape[2] < T or key.shape[3] != D:
             shape = f"({P}, {H}, {T} + n, {D})"
             raise ValueError(f"key must have shape {shape} for this cache of {P} prompts, got {tuple(key.shape)}")
+        self.cache.has_text = True
         n = key.shape[2] - T
         if n > self.mask.image_len:
             raise ValueError(f"key must have at most {T} + {self.mask.image_len} tokens, got {key.shape[2]}")
@@ -82,7 +83,8 @@ class KVCache:
         device, dtype: as of torch.empty. On device "meta" there are only sizes.
 
     Attributes:
-        masks: as given. length: number of image tokens that all layers hold; position: the same as an int64 tensor on the device.
+        masks: as given. length: number of image tokens that all layers hold; position: the same as an int64 tensor on the
+            device. has_text: whether there was a `prefill`; a cache is for one.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class KVCache:
             raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {masks!r}")
         self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
         self.text_lengths, self.device, self.dtype = text_lengths, device, dtype
-        self.length = 0
+        self.length, self.has_text = 0, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._layers = [(mask, self._allocate(mask)) for mask in masks]
         self.masks, self.of_blocks = masks, BlockCaches(masks, [tensors for _, tensors in self._layers])
@@ -128,6 +130,11 @@ class KVCache:
         """Another `count` image tokens are in all layers."""
         self.length += count
         self.position += count
+
+    def reset(self):
+        """Hold nothing again, in the same memory: for another text with the same text_lengths."""
+        self.length, self.has_text = 0, False
+        self.position.zero_()
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ B batch, S sequence, W width, H heads, D head size.
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -99,7 +100,19 @@ class Block(nn.Module):
         """
         x, inner = add_norm(x, update, self.attention_norm, impl=self.attention.impl)
         x, inner = add_norm(x, self.attention.step(inner, cache), self.mlp_norm, impl=self.attention.impl)
+        if not self._has_mlp_as_made():
+            return x, self.mlp(inner)
         return x, self.mlp.down(self.mlp.up(inner, activation="gelu"))  # on a GPU with GELU in the product's kernel
+
+    def _has_mlp_as_made(self):
+        """Whether GELU may be left to the perceptron's first layer: nothing else happens between the two, nor around."""
+        mlp = self._modules.get("mlp")
+        if type(mlp) is not nn.Sequential or tuple(mlp._modules) != ("up", "gelu", "down"):
+            return False
+        up, gelu, _ = mlp._modules.values()
+        if type(gelu) is not nn.GELU or gelu.approximate != "none" or type(up).forward is not Linear.forward:
+            return False
+        return not (_has_any_global_hook() or _is_hooked(mlp) or _is_hooked(up) or _is_hooked(gelu))
 
     def parts_of_step(self):
         """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters.
@@ -111,6 +124,8 @@ class Block(nn.Module):
         if (type(self), type(attention), type(mlp)) != (Block, Attention, nn.Sequential):
             return None
         if "step" in self.__dict__ or not attention.__dict__.keys().isdisjoint(("step", "_heads")):
+            return None
+        if not self._has_mlp_as_made():
             return None
         if attention.impl not in _NATIVE:
             return None
@@ -202,10 +217,13 @@ class Transformer(nn.Module):
             cache: a `KVCache` that takes the keys and values of these first S positions, or None.
 
         Raises:
-            ValueError: the cache was made for other masks.
+            ValueError: the cache was made for other masks or text_lengths, or holds a text already.
+
+        Warns:
+            UserWarning: there is a cache, and a hook or a subclass's `forward` that `step` would not call.
         """
         if cache is not None:
-            self._check_masks(cache)
+            self._check_new(cache, text_lengths)
         scaled = self.gradient_scaling and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             arguments = (
@@ -225,10 +243,12 @@ class Transformer(nn.Module):
         """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token.
 
         Raises:
-            ValueError: the cache was made for another batch, or its image is complete; it was made for other masks (which
-                a compiled step does not look at).
+            ValueError: the cache was made for another batch, or its image is complete; it was made for other masks, or
+                holds no text yet (which a compiled step does not look at).
         """
         self._check_masks(cache)
+        if not torch.compiler.is_compiling() and not cache.has_text:
+            raise ValueError("cache must hold the text before the first image token: call `forward` with it")
         out = self._step_at_once(x, cache)
         if out is not None:
             return out
@@ -241,6 +261,31 @@ class Transformer(nn.Module):
     def _check_masks(self, cache):
         if not torch.compiler.is_compiling() and cache.masks != self.masks:
             raise ValueError(f"cache must be made for the transformer's masks {self.masks}, got one for {cache.masks}")
+
+    def _check_new(self, cache, text_lengths):
+        self._check_masks(cache)
+        if torch.compiler.is_compiling():
+            return
+        if cache.has_text:
+            held = f"a text and {cache.length} image tokens"
+            raise ValueError(f"cache must be new, or be reset, got one that holds {held}")
+        given, own = text_lengths, cache.text_lengths
+        differ = (
+            given is not None and own is not None and given.is_cpu and own.is_cpu and given.tolist() != own.tolist()
+        )
+        if (given is None) != (own is None) or differ:
+            raise ValueError(f"cache must be made with this call's text_lengths {given}, got one with {own}")
+        for name, part in self.named_modules(remove_duplicate=False):
+            kind = next((kind for kind in (Transformer, Block, Attention) if isinstance(part, kind)), None)
+            if kind is None or "step" in part.__dict__ or type(part).step is not kind.step:
+                continue  # no step, or one that was made to fit
+            if _is_hooked(part) or type(part).forward is not kind.forward:
+                name = f"the transformer's {name}" if name else "the transformer"
+                warnings.warn(
+                    f"{name} has forward hooks, or a forward of its own, which image tokens that come one by one do "
+                    "not go through: they take its `step`",
+                    stacklevel=3,
+                )
 
     def _step_at_once(self, x, cache):
         """`step` in one native call on a CPU; None, with nothing done, where that cannot serve."""
@@ -317,9 +362,15 @@ def _is_as_made(part):
     elif kind is not nn.LayerNorm:
         return False
     state = part.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or "_call_impl" in state:
+    if _is_hooked(part) or "_call_impl" in state:
         return False
     return "weight" in state["_parameters"] and "bias" in state["_parameters"]
+
+
+def _is_hooked(part):
+    """Whether calling a module does something before or after its class's `forward`, or instead."""
+    state = part.__dict__
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 _FUNCTIONS = [
