@@ -181,10 +181,21 @@ def _reached(phase: str) -> None:
     """Told how far a write has come; tests replace it to be there at that moment."""
 
 
-def _write_model(path, model) -> None:
+def kind_of(model) -> str:
+    """The name of a model's class, under which a file of it is read again.
+
+    Raises:
+        ValueError: it is none that `load_model` makes.
+    """
     kind = type(model).__name__
-    if kind not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {kind}")
+    if kind not in MODELS or type(model).__module__ != MODELS[kind][0]:
+        got = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, which files are read as, got {got}")
+    return kind
+
+
+def _write_model(path, model) -> None:
+    kind = kind_of(model)
     header = {"format": FORMAT, "kind": kind, "config": config_to_json(model.config)}
     _write_tensors(path, model.state_dict(), header)
 

@@ -215,7 +215,12 @@ class AttentionMask:
         The sequence's own order, but for `column` text first and then the image column by column, so that the keys
         of a query lie side by side. Kernels follow it by address; nothing is copied.
         """
-        return _token_order(self).clone()
+        import torch
+
+        order = torch.arange(self.seq_len, device="cpu")
+        if self.rule == "column":
+            order[self.text_len :] = order[self.text_len :].view(self.grid).t().reshape(-1)
+        return order
 
     @property
     def mask_mod(self):
@@ -404,16 +409,6 @@ def _visible_slots(mask: AttentionMask, device: str):
     width = max(table.shape[1] for table in tables)
     slots = torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1]), value=C) for table in tables])
     return slots, (slots < C).sum(1, dtype=torch.int32)
-
-
-@functools.lru_cache(maxsize=64)
-def _token_order(mask: AttentionMask):
-    import torch
-
-    order = torch.arange(mask.seq_len, device="cpu")
-    if mask.rule == "column":
-        order[mask.text_len :] = order[mask.text_len :].view(mask.grid).t().reshape(-1)
-    return order
 
 
 def _integer(name: str, value, *, minimum: int) -> int:

@@ -338,3 +338,15 @@ def test_bad_input_is_refused_with_both_sides(batch, name, change, error, messag
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=message):
         make_model()(**arguments)
+
+
+def test_it_may_be_sized_without_memory():
+    """Under FakeTensorMode, as memory is estimated; what was asked of a mask there does not stay."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mask = column_mask(4, (3, 3))
+    with FakeTensorMode():
+        model = fnn.DALLE("tiny")
+        model(torch.randint(512, (2, 32)), torch.randint(512, (2, 64))).loss.backward()
+        assert model.head.weight.grad.shape == (1024, 128) and len(mask.token_order) == 13
+    assert mask.token_order.tolist() == [0, 1, 2, 3, 4, 7, 10, 5, 8, 11, 6, 9, 12]

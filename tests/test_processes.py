@@ -43,7 +43,7 @@ def log_of(folder):
 
 IN_BOTH = """
 import copy, torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import dalle_fast.nn as fnn
 from dalle_fast.training import processes
 
@@ -85,12 +85,16 @@ with processes.joined():
         sharded.transformer.activation_checkpointing = checkpointing
         for block in sharded.transformer.blocks:
             fully_shard(block)
+            register_fsdp_forward_method(block, "step")
         check(fully_shard(sharded), lambda parameter: parameter.grad.full_tensor())
+        for name in ("hidden", "step", "generate"):
+            register_fsdp_forward_method(sharded, name)
+        assert torch.equal(sharded.generate(text, seed=3), model.generate(text, seed=3))
 """
 
 
 def test_gradients_are_those_of_the_whole_batch(tmp_path):
-    """Of a model in DistributedDataParallel, and of one whose parameters are sharded by `fully_shard`."""
+    """Of a model in DistributedDataParallel, and of one whose parameters are sharded by `fully_shard`; which also draws."""
     (tmp_path / "in_both.py").write_text(IN_BOTH)
     run(str(tmp_path / "in_both.py"))
 

@@ -287,6 +287,53 @@ def test_settings_must_be_those_of_the_run(tmp_path):
     assert checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step == 5
 
 
+class OwnModel(fnn.DiscreteVAE):
+    pass
+
+
+def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(tmp_path):
+    o = objective()
+    o.model.__class__ = OwnModel
+    with pytest.raises(
+        ValueError, match="model must be one of DiscreteVAE, DALLE, which files are read as, got .*OwnModel"
+    ):
+        train(o, tmp_path, settings(), **QUIET)
+    for value, reason in ((torch.float32, "dtype is not JSON serializable"), (math.nan, "not JSON compliant")):
+        o = objective()
+        o.settings["own"] = value
+        with pytest.raises(ValueError, match=f"objective.settings must be what JSON can hold: .*{reason}"):
+            train(o, tmp_path, settings(), **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_compared_as_json_holds_them(tmp_path):
+    for resume in (False, True):
+        o = objective()
+        o.settings |= {"betas": (0.9, 0.95), "by number": {1: 2}}
+        train(o, tmp_path, settings(), resume=resume, **QUIET)
+
+
+def test_an_objectives_batches_and_numbers(tmp_path, uninterrupted):
+    """Any iterable of batches, which must not end; scalars of any shape with one number, and evaluations of tensors."""
+    o, few = objective(), objective()
+    every = o.batches(0)
+    some = [next(every) for _ in range(12)]
+    loss, evaluate_ = o.loss, o.evaluate
+
+    def with_tensors(batch, step):
+        value, scalars = loss(batch, step)
+        return value, {name: torch.tensor([scalar]) for name, scalar in scalars.items()}
+
+    o.batches, o.loss = lambda start: some, with_tensors
+    o.evaluate = lambda model: {name: torch.tensor(value) for name, value in evaluate_(model).items()}
+    train(o, tmp_path / "a", settings(), **QUIET)
+    assert contents(tmp_path / "a")[checkpoint.MODEL] == uninterrupted[checkpoint.MODEL]
+    few.batches = lambda start: some[:7]
+    with pytest.raises(TrainingError, match=r"no batch for step 7: objective.batches must not end"):
+        train(few, tmp_path / "b", settings(), **QUIET)
+    assert checkpoint.latest(tmp_path / "b" / checkpoint.CHECKPOINTS).name == "step-000000007"
+
+
 def test_random_states_come_back():
     import random
 

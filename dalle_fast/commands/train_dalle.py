@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _add_model_arguments(group) -> None:
 
 
 def run(arguments) -> int:
-    then = f'dalle-fast generate "a caption" --model {arguments.out} --out FILE.png'
+    then = f'dalle-fast generate "a caption" --model {shlex.quote(arguments.out)} --out FILE.png'
     return training.run_training(
         make_objective,
         arguments,

@@ -8,6 +8,7 @@ The processes that torchrun starts (torchrun --nproc-per-node N -m dalle_fast tr
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from dalle_fast.commands import training
 from dalle_fast.errors import UserError
@@ -41,7 +42,7 @@ def _add_model_arguments(group) -> None:
 
 
 def run(arguments) -> int:
-    then = f"dalle-fast reconstruct --model {arguments.out} IMAGE --out FILE.png"
+    then = f"dalle-fast reconstruct --model {shlex.quote(arguments.out)} IMAGE --out FILE.png"
     return training.run_training(make_objective, arguments, RECIPES, then, ema_decay=lambda recipe: arguments.ema_decay)
 
 

@@ -352,7 +352,8 @@ def _check_range(name, tensor, last, what, look):
     A look costs nothing on a CPU, elsewhere it waits for the device: whether to `look`, None means where it is free.
     """
     look = tensor.device.type == "cpu" if look is None else look
-    if torch.compiler.is_compiling() or not look or not tensor.numel():
+    is_traced = torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+    if is_traced or not look or not tensor.numel():
         return
     low, high = (int(x) for x in torch.aminmax(tensor))
     if low < 0 or high > last:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -48,9 +49,9 @@ class Objective(Protocol):
     """What differs between the stages.
 
     Attributes:
-        model: trained, on its device. What it has as `unscale_gradients` is called after each backward pass. While
+        model: a `DiscreteVAE` or a `DALLE`, on its device. What it has as `unscale_gradients` is called after each backward pass. While
             several processes train, torch's DistributedDataParallel of it is in its place, for `loss` to call.
-        settings: name -> value (JSON's), all that the numbers of a run depend on; a resumed run must have the same.
+        settings: name -> value, as JSON can hold them, all that the numbers of a run depend on; a resumed run must have the same.
         examples_per_step: for the rate that is shown.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
     """
@@ -150,6 +151,7 @@ def train(
     Raises:
         TrainingError: `out` holds a run and `resume` is False; too many steps in a row were not finite; a process that
             loads batches ended.
+        ValueError: a model or settings that a checkpoint cannot hold.
         CheckpointError: a checkpoint cannot be written, or the one in `out` is of a run with other settings.
         UserError: `out` cannot be written to, or is in use by another process.
         OSError: a log or picture cannot be written.
@@ -197,6 +199,7 @@ class _Run:
 
     def __init__(self, objective, out, settings):
         self.objective, self.out, self.settings = objective, out, settings
+        checkpoint.kind_of(objective.model)  # refuses what could not be saved now, not at the first checkpoint
         self.processes = processes.current()
         self.model = objective.model
         self.device = next(self.model.parameters()).device
@@ -209,6 +212,10 @@ class _Run:
         self.settings_that_matter = {**settings.that_matter(), "precision": precision, **objective.settings}
         if self.processes.count > 1:  # which sums are rounded, and in stage 1 what noise there is
             self.settings_that_matter["processes"] = self.processes.count
+        try:  # as a checkpoint gives them back
+            self.settings_that_matter = json.loads(json.dumps(self.settings_that_matter, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"objective.settings must be what JSON can hold: {error}") from error
         self.reports = None
         self.step = self.saved_at = 0
         self.updates = 0  # steps that were not skipped
@@ -219,9 +226,9 @@ class _Run:
         """Steps until the last one, or until a signal to any of the processes: its number, else 0."""
         self.model.train()
         self.saved_at = self.step
-        batches = self.objective.batches(self.step)
+        batches = iter(self.objective.batches(self.step))
         with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
-            batch = next(batches, None)
+            batch = self.next_of(batches, stop)
         stop.wait_with_lost_children()
         stopped_by = 0
         while self.step < self.settings.steps:
@@ -258,7 +265,9 @@ class _Run:
     def next_of(self, batches, stop):
         """The next batch. A signal to the whole group ends the processes that load them: then there is none."""
         try:
-            return next(batches, None)
+            return next(batches)
+        except StopIteration:
+            raise TrainingError(f"no batch for step {self.step}: objective.batches must not end") from None
         except RuntimeError as error:
             if stop.received is not None:
                 return None
@@ -268,10 +277,14 @@ class _Run:
         """Evaluate and export the averaged model."""
         if not self.processes.leads:
             return {}
-        evaluation = self.objective.evaluate(self.ema.model)
+        evaluation = self.evaluate()
         checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
         checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
         return evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        found = self.objective.evaluate(self.ema.model)
+        return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
     def due(self, every: int) -> bool:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
@@ -320,7 +333,7 @@ class _Run:
             self.sums, self.counted = {}, 0
         if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
             with random_state.untouched():
-                evaluation = self.objective.evaluate(self.ema.model)
+                evaluation = self.evaluate()
             self.reports.record(self.step, {f"evaluation/{name}": value for name, value in evaluation.items()})
         if self.due(self.settings.picture_every):
             with random_state.untouched():
@@ -415,5 +428,5 @@ def _has_bfloat16(device):
 def _numbers(scalars: dict) -> dict[str, float]:
     """Tensors and numbers as numbers. The only time in a step that the host waits for the device."""
     tensors = {name: value for name, value in scalars.items() if isinstance(value, torch.Tensor)}
-    stacked = torch.stack([value.detach().float() for value in tensors.values()]).tolist()
+    stacked = torch.stack([value.detach().float().reshape(()) for value in tensors.values()]).tolist()
     return {**scalars, **dict(zip(tensors, stacked, strict=True))}

@@ -83,7 +83,7 @@ class DALLEObjective:
         self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
         self.settings = {
             "stage": 2,
-            **{f"model.{name}": _plain(value) for name, value in config_to_json(config).items()},
+            **{f"model.{name}": value for name, value in config_to_json(config).items()},
             **dataclasses.asdict(recipe),
             "seed": seed,
             "truncate": truncate,
@@ -162,8 +162,3 @@ class DALLEObjective:
 
     def _batch(self, text, lengths, codes):
         return TokenBatch(*(x.to(self.device, torch.int64, non_blocking=True) for x in (text, lengths, codes)))
-
-
-def _plain(value):
-    """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
