@@ -221,6 +221,26 @@ def test_bad_arguments(changed, error, message):
         stream(Numbers(5), 1, **changed)
 
 
+@pytest.mark.parametrize(
+    ("picture", "got"),
+    [
+        (np.zeros((40, 50, 3)), r"float64 of shape \(40, 50, 3\)"),
+        (np.zeros((40, 50), np.uint8), r"uint8 of shape \(40, 50\)"),
+        (Image.new("RGB", (50, 40)), "Image"),
+        (torch.zeros(3, 40, 50, dtype=torch.uint8), "Tensor"),
+    ],
+    ids=["floats", "grey", "Pillow's", "torch's"],
+)
+def test_pictures_of_another_kind_are_an_error(picture, got):
+    class Others(Numbers):
+        def __getitem__(self, index):
+            return Example(picture, "")
+
+    message = rf"source must give pictures as \(height, width, 3\) uint8 arrays, got {got} for number \d"
+    with pytest.raises(TypeError, match=message):
+        stream(Others(3), 1)
+
+
 def test_a_source_without_pictures_is_an_error():
     with pytest.raises(ValueError, match="source numbers must have pictures, got none"):
         stream(Numbers(0), 1)

@@ -14,6 +14,7 @@ import torch
 from dalle_fast import checkpoint, cli
 from dalle_fast.commands import train_dvae, training
 from dalle_fast.data import open_source
+from dalle_fast.data.source import MAX_BAD_SHARE
 from dalle_fast.nn.dvae import LIKELIHOODS
 from dalle_fast.training.loop import PRECISIONS
 
@@ -164,3 +165,21 @@ def test_help_shows_every_preset(capsys):
         run("train-dvae", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "pictures in one update (default: openai 512, medium 128, small 64, tiny" in text
+
+
+def test_the_share_of_bad_pictures_can_be_chosen(tmp_path, capsys):
+    from PIL import Image
+
+    assert cli.make_parser().parse_args(["train-dvae", "--data", "x", "--out", "y"]).max_bad_share == MAX_BAD_SHARE
+    for n in range(8):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"bad{n}.png").write_bytes(b"no picture")
+    flags = ["train-dvae", "--data", tmp_path, *SMALL, "--batch-size", "2", "--no-tensorboard", "--steps", "1"]
+    for share, status, words in (
+        ("0.05", 2, "max_bad_share is 0.05"),
+        ("1.5", 2, "from 0 to 1, got 1.5"),
+        ("0.9", 0, ""),
+    ):
+        assert run(*flags, "--out", tmp_path / f"run {share}", "--max-bad-share", share) == status
+        out, err = capsys.readouterr()
+        assert words in err and (status or f"--model '{tmp_path}/run 0.9' IMAGE" in out)

@@ -141,9 +141,9 @@ def make_objective(arguments, recipe):
 def _sources(arguments, dvae) -> dict:
     from dalle_fast.data import open_source
 
-    size, seed = dvae.config.image_size, arguments.seed
+    options = {"image_size": dvae.config.image_size, "seed": arguments.seed, "max_bad_share": arguments.max_bad_share}
     return {
-        split: open_source(arguments.data, image_size=size, split=split, seed=seed, require_captions=True)
+        split: open_source(arguments.data, split=split, require_captions=True, **options)
         for split in ("train", "validation")
     }
 

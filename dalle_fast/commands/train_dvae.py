@@ -61,8 +61,9 @@ def make_objective(arguments, recipe):
     if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
         raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")
     config = training.replaced(dvae.PRESETS[arguments.preset], given)
+    options = {"image_size": config.image_size, "seed": arguments.seed, "max_bad_share": arguments.max_bad_share}
     sources = {
-        split: open_source(arguments.data, image_size=config.image_size, split=split, seed=arguments.seed)
+        split: open_source(arguments.data, split=split, **options)
         for split in ("train", "validation", *(["heldout"] if arguments.data == "shapes" else []))
     }
     return stage1.DVAEObjective(

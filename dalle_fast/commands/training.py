@@ -14,11 +14,17 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 def add_run_arguments(group, presets) -> None:
     group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    group.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in DIR")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the newest good checkpoint in DIR, with the same flags"
+    )
     group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
     group.add_argument("--seed", type=int, default=0, help="of all that is random: weights, noise, order")
     add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
+    share = (
+        "of pictures that may be bad (broken, too large or small, without a caption that is needed): more are an error"
+    )
+    group.add_argument("--max-bad-share", type=float, default=0.05, metavar="X", help=share)
     group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
 
 

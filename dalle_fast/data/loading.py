@@ -58,6 +58,7 @@ def batches(
 
     Raises:
         DataError: too many bad pictures; see `open_source`.
+        TypeError: the source gives something else than (height, width, 3) uint8 arrays.
         ValueError: an argument out of range; a picture smaller than the crop, or, where `crop` is False, of another
             size.
     """
@@ -95,6 +96,11 @@ class _Loading(torch.utils.data.Dataset):
         epoch, index = key
         load = getattr(self.source, "load", None)  # without the bookkeeping of __getitem__
         (image, caption), looked = load(index) if load else (self.source[index], [])
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+            kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise TypeError(
+                f"source must give pictures as (height, width, 3) uint8 arrays, got {kind} for number {index}"
+            )
         image = self._crop(image, epoch, index)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, index, looked
 

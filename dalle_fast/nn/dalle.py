@@ -118,6 +118,9 @@ class DALLE(nn.Module):
     Parameters are float32 and stay so: for 16-bit training use torch.autocast, which leaves gains, biases, embeddings
     and the residual stream alone. Logits are float32 always; their operands are too under float16, as the paper's.
 
+    Losses, samples and inputs read the weights of `head` and of the embeddings, and do not call these modules: hooks on
+    them, or wrappers in their place, are not noticed (parametrizations of their weights are).
+
     Args:
         config: a `DALLEConfig` or the name of one of PRESETS.
         activation_checkpointing, gradient_scaling: as of `Transformer`.
