@@ -215,11 +215,14 @@ class DALLE(nn.Module):
         """A `KVCache` for `num_images` images of each of `num_prompts` captions, for a sampling loop of one's own:
 
             cache = model.new_cache(len(text), text_lengths=text_lengths)
-            hidden = model.hidden(text, codes[:, :0], text_lengths=text_lengths, cache=cache)[:, -1]   # no code yet
+            hidden = model.hidden(text, text[:, :0], text_lengths=text_lengths, cache=cache)[:, -1]  # no code yet
             for _ in range(model.config.image_len):
-                code = F.codebook_sample(hidden, model.image_weight, seed=...)                         # (B,)
+                codes = F.codebook_sample(hidden, model.image_weight)  # (B,), or what you choose
                 if cache.length < model.config.image_len - 1:
-                    hidden = model.step(code, cache)
+                    hidden = model.step(codes, cache)
+
+        Under torch.no_grad. Of several images of a caption, hidden is of the caption alone before the first step:
+        `hidden.repeat_interleave(num_images, 0)`.
 
         Args:
             text_lengths: (P,) or None, those of the call of `hidden`. device: None means the model's.
