@@ -1,12 +1,14 @@
 """The training loop and stage 1's objective: schedules, averages, skipped steps, signals, and resuming bit for bit."""
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -272,6 +274,44 @@ def test_a_lost_loading_process_ends_the_run_behind_a_checkpoint(tmp_path, unint
     assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name >= "step-000000007"
     train(objective(), tmp_path, settings(), resume=True, **QUIET)
     assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("error", [RuntimeError, EOFError, ConnectionResetError, FileNotFoundError])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_loader_that_the_groups_signal_ended_is_no_error(tmp_path, error, late):
+    """Whatever a torn hand-over of a batch looks like, and if the signal is here a moment later."""
+
+    def ending(start):
+        for number, batch in enumerate(of_objective(start)):
+            if number == 5:
+                if late:
+                    threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                else:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise error
+            yield batch
+
+    o = objective()
+    of_objective, o.batches = o.batches, ending
+    result = train(o, tmp_path, settings(), **QUIET)
+    assert (result.step, result.signal) == (5, signal.SIGTERM)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000005"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(EOFError, TrainingError), (ConnectionResetError, TrainingError), (PermissionError, PermissionError)],
+)
+def test_a_loader_that_ends_by_itself_is_one(tmp_path, error, expected):
+    def ending(start):
+        yield from itertools.islice(of_objective(start), 5)
+        raise error
+
+    o = objective()
+    of_objective, o.batches = o.batches, ending
+    with pytest.raises(expected):
+        train(o, tmp_path, settings(), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000005"
 
 
 def test_settings_must_be_those_of_the_run(tmp_path):

@@ -25,6 +25,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -268,10 +269,12 @@ class _Run:
             return next(batches)
         except StopIteration:
             raise TrainingError(f"no batch for step {self.step}: objective.batches must not end") from None
-        except RuntimeError as error:
-            if stop.received is not None:
+        except (RuntimeError, EOFError, OSError) as error:  # what is left of a process that was handing over a batch
+            if stop.comes():
                 return None
-            raise TrainingError(f"no batch for step {self.step}: {error}") from error
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                raise
+            raise TrainingError(f"no batch for step {self.step}: {error or type(error).__name__}") from error
 
     def finish(self) -> dict[str, float]:
         """Evaluate and export the averaged model."""
@@ -403,6 +406,13 @@ class _StopSignals:
         """
         if self.before:
             self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def comes(self) -> bool:
+        """Whether there is a signal; one to the whole group may have ended another process before it is here."""
+        deadline = time.monotonic() + 0.2
+        while self.received is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.received is not None
 
     def _keep(self, number, _):
         if self.received is not None:
