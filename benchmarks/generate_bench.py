@@ -190,7 +190,7 @@ class Drawer:
     @torch.no_grad()
     def _fill(self, position):
         self._go_to(0)
-        self.cache.has_text = False
+        self.cache.has_text = False  # the same memory takes the text again
         self.model.hidden(self.text, self.codes[:, :position], cache=self.cache)
         self.cache.has_text = True
 

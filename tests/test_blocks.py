@@ -469,7 +469,6 @@ def test_what_steps_do_not_go_through_is_told(change, name):
     """Once, as a cache takes the text, and not to who has a step that fits."""
     model, inputs = make_transformer(), make_inputs(1, 48)
     change(model)
-    model._check_masks = lambda cache: None
     cache = KVCache(model.masks, num_prompts=1, num_images=1, num_heads=3, head_dim=16)
     with pytest.warns(UserWarning, match=f"{name} forward hooks, or a forward of its own, which image tokens"):
         model._check_new(cache, None)

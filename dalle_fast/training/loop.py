@@ -50,9 +50,11 @@ class Objective(Protocol):
     """What differs between the stages.
 
     Attributes:
-        model: a `DiscreteVAE` or a `DALLE`, on its device. What it has as `unscale_gradients` is called after each backward pass. While
-            several processes train, torch's DistributedDataParallel of it is in its place, for `loss` to call.
-        settings: name -> value, as JSON can hold them, all that the numbers of a run depend on; a resumed run must have the same.
+        model: a `DiscreteVAE` or a `DALLE`, on its device. What it has as `unscale_gradients` is called after each
+            backward pass. While several processes train, torch's DistributedDataParallel of it is in its place, for
+            `loss` to call.
+        settings: name -> value, as JSON can hold them, all that the numbers of a run depend on; a resumed run must have
+            the same.
         examples_per_step: for the rate that is shown.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
     """
@@ -344,8 +346,8 @@ class _Run:
             self.reports.pictures(self.step, pictures)
 
     def save(self) -> None:
-        self.saved_at = self.step
         if not self.processes.leads:
+            self.saved_at = self.step
             return
         self.reports.sync()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -361,6 +363,7 @@ class _Run:
             "random": random_state.get(),
         }
         checkpoint.save(self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state)
+        self.saved_at = self.step
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.ema.model.load_state_dict(saved.weights)

@@ -109,6 +109,8 @@ class DALLEObjective:
             yield self._batch(text, lengths, self.train.codes[indices])
 
     def loss(self, batch, step):
+        """Of several processes the gradient is of the mean of their losses: of text, where captions differ in length, not
+        quite the mean over all tokens."""
         out = self.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
         return out.loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
 

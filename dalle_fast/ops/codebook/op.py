@@ -184,7 +184,7 @@ def _check_target(target, hidden, start, num_codes, ignore_index):
         raise ValueError(f"target must be on hidden's device {hidden.device}, got {target.device}")
     if target.device.type != "cpu" or _is_traced(target):
         return
-    wrong = ((target < start) | (target >= start + num_codes)) & (target != ignore_index)
+    wrong = _wrong_targets(target, start, num_codes, ignore_index)
     if wrong.any():
         raise ValueError(
             f"target must be from {start} to {start + num_codes - 1} or ignore_index ({ignore_index}), "
@@ -192,11 +192,15 @@ def _check_target(target, hidden, start, num_codes, ignore_index):
         )
 
 
+def _wrong_targets(target, start, num_codes, ignore_index):
+    return ((target < start) | (target >= start + num_codes)) & (target != ignore_index)
+
+
 def _check_codes(target, num_codes, ignore_index):
     """As `_check_target`, where a compiled or exported program computes: a kernel would read beside a row of logits."""
     if target.device.type != "cpu":
         return
-    wrong = ((target < 0) | (target >= num_codes)) & (target != ignore_index)
+    wrong = _wrong_targets(target, 0, num_codes, ignore_index)
     if wrong.any():
         place = int(wrong.nonzero()[0])
         raise ValueError(
