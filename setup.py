@@ -63,7 +63,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"DALLE_FAST_CUDA={dalle_fast_build.cuda_wanted()} asks for CUDA, but {why_no_cuda}")
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
-        chosen = {"CMAKE_CUDA_COMPILER": str(nvcc or ""), "Python_EXECUTABLE": sys.executable}
+        chosen = dalle_fast_build.cached_choices(nvcc)
         dalle_fast_build.forget_stale_cache(folder, chosen)
         arguments = [
             f"-S{ROOT}",
@@ -75,7 +75,7 @@ class CMakeBuild(build_ext):
             f"-DDALLE_FAST_VERSION={self.distribution.get_version()}",
             f"-DDALLE_FAST_NO_CUDA_REASON={why_no_cuda}",
         ]
-        arguments += [f"-D{name}={path}" for name, path in chosen.items() if path]
+        arguments += [f"-D{name}={value}" for name, value in chosen.items() if value]
         if nvcc:
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURES}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))

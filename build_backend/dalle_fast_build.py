@@ -103,11 +103,20 @@ def nvcc_environment(nvcc: pathlib.Path) -> dict[str, str]:
     return env
 
 
+def cached_choices(nvcc: pathlib.Path | None) -> dict[str, str]:
+    """CMake variables that a build folder keeps and that this build chooses: variable -> value, "" for none.
+
+    CMake reads CXX and CXXFLAGS only where there is no cache, and keeps what CMAKE_ARGS once said.
+    """
+    environment = {f"DALLE_FAST_{name}_WAS": os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CMAKE_ARGS")}
+    return {"CMAKE_CUDA_COMPILER": str(nvcc or ""), "Python_EXECUTABLE": sys.executable, **environment}
+
+
 def forget_stale_cache(folder: pathlib.Path, chosen: dict[str, str]) -> bool:
     """Drop the cache of a CMake build folder where CMake would refuse it or hold on to it.
 
     That is where it names tools that are gone, as those of an isolated build are by the next one, where the folder was
-    moved, and where `chosen` (variable -> path, "" for none) differs. The object files stay: only what changed is
+    moved, and where `chosen` (variable -> value, "" for none) differs. The object files stay: only what changed is
     compiled again. Returns whether there was a stale cache.
     """
     cache = folder / "CMakeCache.txt"
@@ -120,7 +129,7 @@ def forget_stale_cache(folder: pathlib.Path, chosen: dict[str, str]) -> bool:
     tools = [cached.get(name, "") for name in CACHED_TOOLS]
     lost = any(os.path.isabs(path) and not os.path.exists(path) for path in tools)
     moved = pathlib.Path(cached.get("CMAKE_CACHEFILE_DIR", folder)).resolve() != folder.resolve()
-    if not lost and not moved and all(cached.get(name, "") == path for name, path in chosen.items()):
+    if not lost and not moved and all(cached.get(name, "") == value for name, value in chosen.items()):
         return False
     cache.unlink()
     for compilers in folder.glob("CMakeFiles/[0-9]*"):
