@@ -416,6 +416,20 @@ def test_instruction_set_is_the_one_asked_for():
     assert asked is None or native.instruction_set() == asked
 
 
+@pytest.mark.every_instruction_set
+def test_small_float16_numbers_where_the_processor_flushes_them(make):
+    """They are subnormal in 16 bits and not in float32, also on the way there."""
+    q, k, _ = make((1, 2, ROW.seq_len, 21), torch.float16)
+    value = torch.full_like(q, 5e-5)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        out = cpu_attention(q, k, value, ROW)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(out, value, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_large_scores(dtype, size):

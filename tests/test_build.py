@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -282,6 +283,51 @@ def test_a_stale_cmake_cache_is_dropped_and_object_files_kept(backend, tmp_path,
     assert backend.forget_stale_cache(tmp_path, {"CMAKE_CUDA_COMPILER": str(tool)}) is stale
     assert cache.exists() is compilers.exists() is not stale
     assert objects.exists()
+
+
+@pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "CMAKE_ARGS"])
+def test_another_compiler_or_other_arguments_make_a_cache_stale(backend, monkeypatch, tmp_path, name):
+    def build():
+        """Whether there was a stale cache. What CMake does with -D: it keeps it."""
+        chosen = backend.cached_choices(None)
+        stale = backend.forget_stale_cache(tmp_path, chosen)
+        cached = chosen | {"CMAKE_CACHEFILE_DIR": str(tmp_path)}
+        (tmp_path / "CMakeCache.txt").write_text("".join(f"{n}:UNINITIALIZED={v}\n" for n, v in cached.items() if v))
+        return stale
+
+    assert [build(), build()] == [False, False]
+    for value in ("clang++ -DX=1", "g++"):
+        monkeypatch.setenv(name, value)
+        assert [build(), build()] == [True, False]
+    monkeypatch.delenv(name)
+    assert [build(), build()] == [True, False]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx512_amx"])
+def test_clang_takes_the_kernels(isa):
+    """GCC, which builds them elsewhere in the tests, has extensions of its own."""
+    clang = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{x}" for x in range(25, 11, -1))))), None)
+    if clang is None:
+        pytest.skip("there is no clang++ here")
+    if isa != "portable" and platform.machine() != "x86_64":
+        pytest.skip(f"{isa} is x86's")
+    flags = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-bf16 -mf16c -mfma"
+    command = [
+        clang,
+        "-std=c++17",
+        "-fsyntax-only",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+        "-Wno-psabi",
+    ]
+    command += [f"-DDALLE_FAST_ISA={isa}", *(flags.split() if isa != "portable" else [])]
+    kernels = sorted((ROOT / "csrc/cpu").glob("*_kernels.cpp"))
+    assert len(kernels) > 4
+    for kernel in kernels:
+        done = subprocess.run([*command, str(kernel)], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:2000]
 
 
 # -- the package -----------------------------------------------------------------------------------------------------

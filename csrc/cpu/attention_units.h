@@ -208,17 +208,12 @@ struct UnitHead {
     // A sum over the rows: -> (Dp / 16, part, 16, 16), an element in a column.
     void store_sum_columns(Word* to) const {
         if constexpr (kParts == 1) {
-            Shorts lower, upper;
-            for (int x = 0; x < 32; ++x) {
-                lower[x] = int16_t(x / 2 + x % 2 * 32);
-                upper[x] = int16_t(lower[x] + 16);
-            }
             for (int r = 0; r < kUnit; ++r)
                 for (int64_t d = 0; d < Dp; d += kDepth) {
                     const Shorts first = elements(r, d), second = elements(r + kUnit, d);
                     Word* pairs = to + d / kUnit * kTile + r * kUnit;
-                    store_words(pairs, (Words)__builtin_shuffle(first, second, lower));
-                    store_words(pairs + kTile, (Words)__builtin_shuffle(first, second, upper));
+                    store_words(pairs, (Words)shuffle<LowerPairs>(first, second));
+                    store_words(pairs + kTile, (Words)shuffle<UpperPairs>(first, second));
                 }
         } else {
             for (int64_t d = 0; d < Dp; d += kUnit) {

@@ -38,11 +38,9 @@ struct Chunk {
 // Lane r of the result is v[r]'s lanes put together.
 template <int w, class Join>
 DF_INLINE void join_step(Vec* v) {
-    Words first, second;
-    find_halves<w>(first, second);
 #pragma GCC unroll 8
     for (int x = 0; x < w; ++x)
-        v[x] = Join::join(__builtin_shuffle(v[x], v[x + w], first), __builtin_shuffle(v[x], v[x + w], second));
+        v[x] = Join::join(shuffle<FirstHalves<w>>(v[x], v[x + w]), shuffle<SecondHalves<w>>(v[x], v[x + w]));
 }
 template <class Join>
 DF_INLINE Vec join_lanes(Vec (&v)[kUnit]) {

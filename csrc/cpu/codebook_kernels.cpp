@@ -213,7 +213,7 @@ public:
         for (int v = 0; v < kVecs; ++v) blocks = min(blocks, best_[v] == most ? block_[v] : none);
         const int32_t block = horizontal_min(blocks);
         for (int v = 0; v < kVecs; ++v)
-            places = min(places, (best_[v] == most) & (block_[v] == block) ? lane + v * VW : none);
+            places = min(places, ((best_[v] == most) & (block_[v] == block)) ? lane + v * VW : none);
         return int64_t(block) * kNoiseBlock + horizontal_min(places);
     }
 

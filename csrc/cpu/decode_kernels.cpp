@@ -24,10 +24,10 @@ constexpr int MAX_COLS = 8;
 
 // -- products of small matrices ----------------------------------------------------------------------------------------
 
-// out (R, C vectors) = scale * rows (R, D) @ keys (D, C vectors): vector c of key row d lies at columns[c] + d * stride
+// out (R, C vectors) = sign * rows (R, D) @ keys (D, C vectors): vector c of key row d lies at columns[c] + d * stride
 template <int R, int C, class K>
 DF_NOINLINE void score_tile(const float* rows, int64_t row_stride, const K* const* columns, int64_t stride, int64_t D,
-                            float scale, float* out, int64_t out_stride) {
+                            float sign, float* out, int64_t out_stride) {
     Vec acc[R][C] = {};
     const K* column[C];
 #pragma GCC unroll 8
@@ -44,7 +44,7 @@ DF_NOINLINE void score_tile(const float* rows, int64_t row_stride, const K* cons
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) store(out + r * out_stride + c * VW, acc[r][c] * scale);
+        for (int c = 0; c < C; ++c) store(out + r * out_stride + c * VW, acc[r][c] * sign);
 }
 
 // out (R, C vectors) = weights (R, n) @ values (n, C vectors), rows of values `stride` apart
@@ -75,11 +75,12 @@ struct Decoder {
     typedef typename std::conditional<InPlace, T, float>::type Stored;
 
     const DecodeArgs& a;
+    const ScoreScale by;
     int64_t Dp, row;                     // row: room for the scores of a sample
     float *query, *scores, *out;         // of a block of samples: (8, Dp), (8, row), (8, Dp)
     float *copy, *values, *rows, *keys;  // (Dp), (T, Dp), (16, Dp) and panels (Dp, 16), of what is not read in place
 
-    Decoder(const DecodeArgs& args, Arena& arena) : a(args), Dp(padded(args.D)) {
+    Decoder(const DecodeArgs& args, Arena& arena) : a(args), by(args.scale), Dp(padded(args.D)) {
         row = padded(a.T) + padded(a.num_slots);
         query = arena.take<float>(kBlock * Dp);
         scores = arena.take<float>(kBlock * row);
@@ -143,17 +144,17 @@ struct Decoder {
     template <int R, class K, class Column>
     void score_columns(Column column, int64_t begin, int64_t end, int64_t stride, int64_t r) {
         constexpr int C = ACCS / R < MAX_COLS ? ACCS / R : MAX_COLS;
-        const float *rows = query + r * Dp, scale = a.scale * LOG2E;
+        const float* rows = query + r * Dp;
         float* out = scores + r * row;
         const K* columns[C];
         int64_t c = begin;
         for (; c + C <= end; c += C) {
             for (int x = 0; x < C; ++x) columns[x] = column(c + x);
-            score_tile<R, C, K>(rows, Dp, columns, stride, a.D, scale, out + c * VW, row);
+            score_tile<R, C, K>(rows, Dp, columns, stride, a.D, by.sign, out + c * VW, row);
         }
         for (; c < end; ++c) {
             columns[0] = column(c);
-            score_tile<R, 1, K>(rows, Dp, columns, stride, a.D, scale, out + c * VW, row);
+            score_tile<R, 1, K>(rows, Dp, columns, stride, a.D, by.sign, out + c * VW, row);
         }
     }
 
@@ -206,18 +207,19 @@ struct Decoder {
             const Stored* key = stored_row(a.image_key, b, h, a.slots[k]);
             Vec acc = Vec{};
             for (int64_t d = 0; d < end; d += VW) acc += load_as_float(key + d) * load(q + d);
-            out_scores[k] = horizontal_sum(acc) * (a.scale * LOG2E);
+            out_scores[k] = horizontal_sum(acc) * by.sign;
         }
         for (int64_t k = a.num_slots; k < padded(a.num_slots); ++k) out_scores[k] = minus_infinity();
     }
 
-    // s (n) -> exp2(s - max), and their sum; n is a multiple of 16
-    static DF_INLINE_MEMBER float softmax(float* s, int64_t n) {
+    // scores s (n) -> exp(scale * (s - max)), and their sum; n is a multiple of 16
+    DF_INLINE_MEMBER float softmax(float* s, int64_t n) const {
+        const float power = by.size * LOG2E;
         Vec highest = splat(minus_infinity()), total = Vec{};
         for (int64_t k = 0; k < n; k += VW) highest = max(load(s + k), highest);
         const float top = horizontal_max(highest);
         for (int64_t k = 0; k < n; k += VW) {
-            const Vec e = exp2(load(s + k) - top);
+            const Vec e = exp2((load(s + k) - top) * power);
             store(s + k, e);
             total += e;
         }

@@ -18,6 +18,14 @@ typedef int16_t Shorts __attribute__((vector_size(64)));
 
 DF_INLINE __mmask32 first_shorts(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
+// For a shuffle: pairs of a lane of the first vector and the same lane of the second one.
+struct LowerPairs {
+    static constexpr int at(int x) { return x / 2 + x % 2 * 32; }
+};
+struct UpperPairs {
+    static constexpr int at(int x) { return LowerPairs::at(x) + 16; }
+};
+
 // A token's elements d to d + 31, with zeros behind the last one.
 DF_INLINE Shorts load_shorts(const uint16_t* p, int64_t d, int64_t D) {
     if (D - d >= 32) return (Shorts)_mm512_loadu_si512(p + d);  // the mask takes longer
@@ -78,18 +86,13 @@ DF_INLINE void pair_elements(const TokenRows<kPanel>& rows, int64_t Dp, Word* ou
 // A panel's values -> pairs of keys for each element. 16 elements lie side by side, other strides are the caller's.
 DF_INLINE void pair_keys(const TokenRows<kPanel>& rows, int64_t Dp, Word* out, int64_t pair_stride,
                          int64_t part_stride) {
-    Shorts lower, upper;
-    for (int x = 0; x < 32; ++x) {
-        lower[x] = int16_t(x / 2 + x % 2 * 32);
-        upper[x] = int16_t(lower[x] + 16);
-    }
     for (int k = 0; k < kPanel; k += 2)
         for (int64_t d = 0; d < Dp; d += 32) {
             const Shorts even = load_shorts(rows.row[k], d, rows.D), odd = load_shorts(rows.row[k + 1], d, rows.D);
             Word* p = out + k / 2 * pair_stride + d / 16 * part_stride;
-            *reinterpret_cast<UnalignedWords*>(p) = (Words)__builtin_shuffle(even, odd, lower);
+            *reinterpret_cast<UnalignedWords*>(p) = (Words)shuffle<LowerPairs>(even, odd);
             if (d + 16 < Dp)
-                *reinterpret_cast<UnalignedWords*>(p + part_stride) = (Words)__builtin_shuffle(even, odd, upper);
+                *reinterpret_cast<UnalignedWords*>(p + part_stride) = (Words)shuffle<UpperPairs>(even, odd);
         }
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,6 +37,20 @@ DF_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec
 DF_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 DF_INLINE Vec splat(float x) { return x - Vec{}; }
 
+// Lane x is lane Lane::at(x) of the two vectors, b's counted after a's.
+template <class Lane, class V, int... x>
+DF_INLINE V shuffle_lanes(const V& a, const V& b, std::integer_sequence<int, x...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Lane::at(x)...);
+#else
+    return __builtin_shuffle(a, b, decltype(a == b){Lane::at(x)...});  // GCC's name for it before 12
+#endif
+}
+template <class Lane, class V>
+DF_INLINE V shuffle(const V& a, const V& b) {
+    return shuffle_lanes<Lane>(a, b, std::make_integer_sequence<int, int(sizeof(V) / sizeof(V{}[0]))>());
+}
+
 DF_INLINE void prefetch_for_write(const void* p) {
 #if defined(__AVX2__)
     __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
@@ -57,8 +72,10 @@ DF_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 
 DF_INLINE float to_float(Half x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // infinity, NaN
-    // 2^112 re-biases the exponent; the product is exact, subnormals included.
-    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000)));
+    if (rest >= 0x400) return bits_to_float(sign | ((rest << 13) + 0x38000000));
+    // Subnormal: in units of 2^-24, as the last bits of 0.5 are. Never a float that is subnormal, which a processor that
+    // was told to flush them takes for 0.
+    return bits_to_float(sign | float_to_bits(bits_to_float(0x3f000000 | rest) - 0.5f));
 }
 
 DF_INLINE void from_float(float x, float* out) { *out = x; }

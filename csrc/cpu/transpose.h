@@ -16,26 +16,25 @@ typedef int32_t UnalignedWords __attribute__((vector_size(64), aligned(4), may_a
 
 DF_INLINE void store_words(Word* p, const Words& x) { *reinterpret_cast<UnalignedWords*>(p) = x; }
 
-// For a shuffle of two vectors: of every 2 w lanes the first w, or the last w ones; the first vector's, then the second's.
+// For a shuffle: of every 2 w lanes the first w, or the last w ones; the first vector's, then the second's.
 template <int w>
-DF_INLINE void find_halves(Words& first, Words& second) {
-    for (int x = 0; x < 16; ++x) {
-        first[x] = x & w ? 16 + x - w : x;
-        second[x] = x & w ? 16 + x : x + w;
-    }
-}
+struct FirstHalves {
+    static constexpr int at(int x) { return x & w ? 16 + x - w : x; }
+};
+template <int w>
+struct SecondHalves {
+    static constexpr int at(int x) { return x & w ? 16 + x : x + w; }
+};
 
 // One step of the transpose: exchanges the halves of size `w` of rows x and x + w.
 template <int w>
 DF_INLINE void transpose_step(Words* rows) {
-    Words first, second;
-    find_halves<w>(first, second);
 #pragma GCC unroll 16
     for (int x = 0; x < 16; ++x)
         if (!(x & w)) {
             const Words a = rows[x], b = rows[x + w];
-            rows[x] = __builtin_shuffle(a, b, first);
-            rows[x + w] = __builtin_shuffle(a, b, second);
+            rows[x] = shuffle<FirstHalves<w>>(a, b);
+            rows[x + w] = shuffle<SecondHalves<w>>(a, b);
         }
 }
 
