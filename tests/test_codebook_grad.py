@@ -395,6 +395,21 @@ def test_cross_entropy_of_a_range(serve, reduction):
         check_cross_entropy(serve, tensors, target, **options, ignore_index=5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_factor_keeps_float16_gradients_in_range(serve, reduction):
+    """Without it a mean's gradients are too small, where a model is sure and right, and a sum's too large where not."""
+    N, K, I = 4096, 64, 16
+    hidden, weight, bias, _ = inputs(N, K, I, 1, torch.float16, serve.device)
+    if reduction == "mean":
+        hidden = hidden * 6
+        target = (hidden.float() @ weight.float().mT + bias).argmax(-1)
+    else:
+        hidden, target = hidden.abs() * 64, torch.ones(N, dtype=torch.int64, device=serve.device)
+    factor = 2.0**15 if reduction == "mean" else 1 / N
+    found = check_cross_entropy(serve, [hidden, weight, bias], target, reduction=reduction, scale=factor)
+    assert all(x.isfinite().all() for x in found[:3]) and (found[0] != 0).float().mean() > 0.9
+
+
 def test_cross_entropy_all_ignored(serve):
     """As torch's: 0 summed, NaN on average, and no gradient in either case."""
     leaves = leaves_of(inputs(5, 100, 20, 1, device=serve.device)[:3])

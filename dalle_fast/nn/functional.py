@@ -296,7 +296,8 @@ def codebook_cross_entropy(
     """`torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target)` without the logits in memory.
 
     Differentiable once, in hidden, weight and bias, by autograd, not by torch.func's transforms. With reduction "mean" or
-    "sum" the forward pass also makes the gradients that are needed, up to their common factor.
+    "sum" the forward pass also makes the gradients that are needed, up to their common factor (but in float16, where the
+    factor keeps them in range).
 
     Args:
         hidden, weight, bias, impl: as in `gumbel_codebook`.

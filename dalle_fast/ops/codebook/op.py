@@ -89,10 +89,11 @@ def codebook_cross_entropy(
     # What is no code becomes -1 or the number of codes, so that none of them can become what stands for ignore_index.
     target = (target.reshape(-1) - start).clamp(-1, weight.shape[0]).where(counted, _IGNORED)
     rows = _rows(hidden)
-    if reduction == "none":
-        return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).view(hidden.shape[:-1])
     row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
+    if reduction == "none" or (rows.dtype == torch.float16 and any(needs)):
+        losses = _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl)
+        return losses.view(hidden.shape[:-1]) if reduction == "none" else losses.sum() * row_weight
     operands = rows, weight, bias, target, row_weight.view(1), _IGNORED, needs, impl
     loss, *_ = _ops.codebook_cross_entropy_reduced(*operands)
     return loss
@@ -515,7 +516,8 @@ def _cross_entropy_autograd(ctx, grad_loss):
 
 
 # The reduced loss has the same weight for every row, so its gradients are known up to a factor while the logits are at
-# hand: one product less than computing the logits again in the backward pass.
+# hand: one product less than computing the logits again in the backward pass. Not in float16, whose range they leave
+# without that factor, which is there to keep them in it (GradScaler).
 @_operation(
     "codebook_cross_entropy_reduced(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, "
     "int ignore_index, bool[3] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
