@@ -156,7 +156,7 @@ def build_sdpa_mask(case, device, *, added=False):
     """With the mask as booleans, or as what is `added` to scores: which is faster depends on dtype and device."""
     mask = case.mask.to_dense(device)
     if added:
-        mask = torch.zeros(mask.shape, dtype=DTYPES[case.dtype], device=device).masked_fill_(~mask, -math.inf)
+        mask = harness.as_added(mask, DTYPES[case.dtype])
     return functools.partial(torch_F.scaled_dot_product_attention, attn_mask=mask)
 
 

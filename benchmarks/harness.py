@@ -303,6 +303,11 @@ class Contender:
     floor: bool = False  # computes a part only, in memory made before: a bound, with neither errors nor memory
 
 
+def as_added(mask, dtype):
+    """A boolean mask as what is added to scores: 0 where a pair attends, else -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
 class TooLarge(NotRun):
     """It would need more memory than is free."""
 

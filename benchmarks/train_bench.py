@@ -6,8 +6,8 @@
 
 A step is the loss of a `DALLE` and the gradients of all its parameters; the optimizer, the same for all, is left out. The
 contenders are one model with the same weights and masks, whose attention is this package's, torch's
-scaled_dot_product_attention with the masks as boolean matrices, or compiled FlexAttention (which has no backward pass on a
-CPU). Everything else is the same code. On a CPU the model is small, so that attention's share is larger than in a wide one.
+scaled_dot_product_attention with the masks as boolean matrices or as what is added to scores (booleans become that in
+every call on a CPU), or compiled FlexAttention (which has no backward pass on a CPU). Everything else is the same code. On a CPU the model is small, so that attention's share is larger than in a wide one.
 
 In each case the loss and two gradients are held against the reference in float64: the command fails where this package
 errs more than twice as much as the eager reference in the same dtype, plus rounding.
@@ -34,6 +34,7 @@ NAME = "training"
 GRIDS = ((16, 16), (32, 32), (64, 64))
 SECONDS, MIN_ROUNDS = 6.0, 5
 PEERS = ("SDPA mask", "FlexAttention")  # the order of the ratio columns
+SDPA_BOOLEAN, SDPA_ADDED = "SDPA mask, boolean", "SDPA mask, added"
 # (layers, width, text tokens, codes) without flags.
 SIZES = {"cpu": (4, 128, 256, 1024), "cuda": (12, 1024, 256, 8192)}
 BATCH = {"cpu": 1, "cuda": 4}  # of one, a GPU waits for the host
@@ -75,6 +76,13 @@ class Case:
         """Of the logits of one layer's attention, where they are materialised."""
         width = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         return self.batch * self.config.num_heads * self.config.masks[0].seq_len ** 2 * width
+
+    @property
+    def mask_bytes(self) -> dict[str, int]:
+        """Of the masks that SDPA's contenders hold, one for each kind of layer."""
+        width = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        pairs = sum((mask.seq_len - 1) ** 2 for mask in set(self.config.masks))
+        return {SDPA_BOOLEAN: pairs, SDPA_ADDED: width * pairs}
 
     def small(self) -> Case:
         """The same model on a few tokens."""
@@ -133,9 +141,10 @@ def build_ours(case, device, *, impl):
     return make
 
 
-def build_sdpa_mask(case, device):
+def build_sdpa_mask(case, device, *, added=False):
     def function_of(mask):
         dense = mask.to_dense(device, seq_len=mask.seq_len - 1)  # the last token is not an input
+        dense = harness.as_added(dense, DTYPES[case.dtype]) if added else dense
         return functools.partial(nn.functional.scaled_dot_product_attention, attn_mask=dense)
 
     return functools.partial(with_attention, function_of=function_of)
@@ -163,7 +172,8 @@ def build_flex(case, device, *, block):
 def contenders_of(case: Case, args) -> list[Contender]:
     """Ours first, then the peers."""
     found = [Contender(OURS, OURS, functools.partial(build_ours, impl=args.impl))]
-    found.append(Contender("SDPA mask", "SDPA mask", build_sdpa_mask))
+    found.append(Contender(SDPA_BOOLEAN, "SDPA mask", build_sdpa_mask))
+    found.append(Contender(SDPA_ADDED, "SDPA mask", functools.partial(build_sdpa_mask, added=True)))
     for block in (64, 128):
         build = functools.partial(build_flex, block=block)
         found.append(Contender(f"FlexAttention, block {block}", "FlexAttention", build, compiled=True))
@@ -242,6 +252,7 @@ def describe_case(case: Case) -> dict:
         "batch": case.batch,
         "tokens": case.tokens,
         "config": dataclasses.asdict(case.config),
+        "mask_bytes": case.mask_bytes,
     }
 
 
@@ -259,14 +270,20 @@ def summary_columns(results: list[dict]) -> dict:
         median = entries[OURS].get("median_s")
         return f"{result['tokens'] / median:.0f}" if median else "-"
 
-    def memory(result, entries):
-        ours, peer = (entries[name].get("extra_bytes") for name in (OURS, "SDPA mask"))
-        return f"{peer / ours:.2f}x" if ours and peer else "-"
+    def memory(result, entries, *, masks):
+        ours = entries[OURS].get("extra_bytes")
+        peers = [
+            entries[name]["extra_bytes"] + (held if masks else 0)
+            for name, held in result["mask_bytes"].items()
+            if entries[name].get("extra_bytes")
+        ]
+        return f"{min(peers) / ours:.2f}x" if ours and peers else "-"
 
     return {
         "tokens/s": speed,
         **{f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS},
-        "SDPA's memory": memory,
+        "SDPA's memory": functools.partial(memory, masks=False),
+        "and masks": functools.partial(memory, masks=True),
     }
 
 
@@ -274,7 +291,8 @@ def notes(results: list[dict]) -> str:
     """What stands below the summary."""
     return (
         "vs: the time of the fastest of that kind over ours. Errors: the largest, against float64.\n"
-        "Extra memory: the peak of one step beyond weights, gradients and masks; SDPA's memory: its own over ours."
+        "Extra memory: the peak of one step beyond weights, gradients and masks. SDPA's memory: the smaller of its two over\n"
+        "ours; and masks: with those that it holds, which this package does without."
     )
 
 

@@ -246,7 +246,10 @@ def test_a_training_run_writes_everything(tmp_path):
     assert report["benchmark"] == "training"
     (case,) = report["cases"]
     entries = {entry["name"]: entry for entry in case["contenders"]}
-    assert list(entries) == ["dalle_fast", "SDPA mask", "FlexAttention, block 64", "FlexAttention, block 128"]
+    sdpa = ["SDPA mask, boolean", "SDPA mask, added"]
+    assert list(entries) == ["dalle_fast", *sdpa, "FlexAttention, block 64", "FlexAttention, block 128"]
+    kinds = 3  # row, column and conv
+    assert case["mask_bytes"] == dict(zip(sdpa, (kinds * (6 + 12) ** 2, 4 * kinds * (6 + 12) ** 2), strict=True))
     assert case["complete"] and case["tokens"] == 6 + 12 and case["pass"] == "forward+backward"
     for name, entry in entries.items():
         if name.startswith("FlexAttention"):
