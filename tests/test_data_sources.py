@@ -440,6 +440,27 @@ def test_a_broken_header_and_no_tar_at_all_are_errors(shard, tmp_path):
         open_source(tmp_path / "b.tar", image_size=SIZE)
 
 
+def test_a_folder_with_pictures_and_tar_files_is_refused(shard, folder, tmp_path):
+    """Of either kind one would not be seen."""
+    path = folder({"a/1.png": encoded(picture(1)), "b.txt": b"x"})
+    shard([], "data/s.tar")
+    with pytest.raises(
+        DataError, match=r"1 tar files \(the first is s.tar\) and 1 pictures \(the first is a/1.png\): name"
+    ):
+        open_source(path, image_size=SIZE)
+
+
+def test_only_files_are_shards(shard, folder, tmp_path):
+    path = folder({**many(3), "x.tar/7.png": encoded(picture(7)), ".y.tar": b"x"})  # a folder, and a hidden file
+    assert sorted(number for source in both_splits(path) for number in numbers(source)) == [0, 1, 2, 7]
+    pytest.importorskip("webdataset")
+    (tmp_path / "shards").mkdir()
+    shard(entries(0, 2), "shards/a.tar")
+    (tmp_path / "shards" / "b.tar").symlink_to("nothing")
+    with pytest.raises(DataError, match="b.tar: no such file"):
+        open_source(tmp_path / "shards", image_size=SIZE)
+
+
 def test_missing_compressed_empty_and_uncaptioned_shards_are_errors(shard, tmp_path):
     pytest.importorskip("webdataset")
     with pytest.raises(DataError, match="x-1.tar: no such file"):

@@ -75,8 +75,8 @@ def open_source(
 
     Args:
         spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
-            same-stem .txt captions, a .tar file or several ("x-{000..003}.tar"), or a folder of them. A folder that is
-            called like a built-in source is reached as "./shapes".
+            same-stem .txt captions, a .tar file or several ("x-{000..003}.tar"), or a folder of them, which must have no
+            pictures. A folder that is called like a built-in source is reached as "./shapes".
         image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.
         split: "train" or "validation", which share no picture, by the picture's name and so the same for every seed;
             "shapes" has "heldout" too, combinations of attributes that the other two never show.
@@ -124,12 +124,22 @@ def open_source(
 
 
 def _is_tar(spec: str) -> bool:
-    """Whether it names tar files, also compressed ones, which are refused later, or a folder with any."""
+    """Whether it names tar files, also compressed ones, which are refused later, or a folder of them.
+
+    Raises:
+        DataError: a folder cannot be read, or has pictures beside its tar files: which of them are meant?
+    """
     if os.path.isdir(spec):
-        try:
-            return any(entry.endswith(".tar") for entry in os.listdir(spec))
-        except OSError as error:
-            raise DataError(f"{spec}: cannot be read: {error.strerror}") from error
+        from dalle_fast.data.folder import list_pictures
+        from dalle_fast.data.tar import shards_in
+
+        shards = shards_in(spec)
+        if shards and (pictures := list_pictures(spec)[0]):
+            raise DataError(
+                f"{spec}: has {len(shards)} tar files (the first is {os.path.basename(shards[0])}) and {len(pictures)} "
+                f"pictures (the first is {pictures[0]}): name the tar files themselves, or move them or the pictures away"
+            )
+        return bool(shards)
     return ".tar" in os.path.basename(spec) or spec.endswith(".tgz")
 
 

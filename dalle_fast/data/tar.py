@@ -8,7 +8,6 @@ header in silence. Nothing is ever unpacked to disk.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import tarfile
@@ -88,14 +87,28 @@ def find_shards(spec: str) -> list[str]:
         ImportError: webdataset is not installed.
     """
     if os.path.isdir(spec):
-        return sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
-    shards = [spec] if os.path.exists(spec) else _webdataset("shardlists").expand_urls(spec)
+        shards = shards_in(spec)
+    else:
+        shards = [spec] if os.path.exists(spec) else _webdataset("shardlists").expand_urls(spec)
     for shard in shards:
         if not os.path.isfile(shard):
             raise DataError(f"{shard}: no such file")
         if not shard.endswith(".tar"):
             raise DataError(f"{shard}: compressed tar files cannot be read at random: unpack it to a .tar")
     return shards
+
+
+def shards_in(folder: str) -> list[str]:
+    """The .tar files directly in a folder, but for hidden ones. (A link that leads nowhere is one: it is missed.)
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if name.endswith(".tar") and not name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
+    return [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
 
 
 def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
