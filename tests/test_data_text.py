@@ -1,11 +1,13 @@
 """The tokenizer: what comes in comes out, dropout can be repeated, and nothing is unknown."""
 
+import itertools
 import json
 import os
 import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -91,6 +93,67 @@ def test_dropout_drops_as_much_as_the_librarys(tokenizer):
     plain = float(tokenizer.encode(CAPTIONS[::9], 64)[1].float().mean())
     assert expected > plain + 3
     assert abs(sum(means) / 5 - expected) < 0.15 * (expected - plain)
+
+
+def naive_pieces(ranks, word, dropout, draw):
+    """BPE dropout as Provilkov et al. write it: at every step every possible merge is dropped or not."""
+    pieces = list(word)
+    while True:
+        pairs = enumerate(itertools.pairwise(pieces))
+        able = [(ranks[pair], at) for at, pair in pairs if pair in ranks and draw() >= dropout]
+        if not able:
+            return pieces
+        _, at = min(able)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("word", ["abababc", "aaaaaa", "bcabcab"])
+def test_dropout_has_the_distribution_of_the_naive_algorithm(dropout, word):
+    tokenizer = Tokenizer.train(["aaaa aaaa abab abc abcabc bcab cab ab ab"] * 3, 300)
+    ranks, draw, count = tokenizer._ranks, random.Random(1).random, 10_000
+    ours = Counter(tuple(tokenizer._pieces(word, dropout, draw)) for _ in range(count))
+    theirs = Counter(tuple(naive_pieces(ranks, word, dropout, draw)) for _ in range(count))
+    assert len(theirs) > 5
+    chi_square = sum((ours[x] - theirs[x]) ** 2 / (ours[x] + theirs[x]) for x in ours | theirs)
+    freedom = len(ours | theirs) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_long_word_costs_little_more_for_each_letter():
+    """As captions have them that are written without spaces: draws, and pairs that are looked up."""
+    small = Tokenizer.train(["abcabcabdabd" * 5, "ab ab abc abd"], 280)
+    seen = Counter()
+
+    class Counted(dict):
+        def get(self, pair):
+            seen["pairs"] += 1
+            return super().get(pair)
+
+        def __contains__(self, pair):
+            seen["pairs"] += 1
+            return super().__contains__(pair)
+
+    small._ranks, draw, word = Counted(small._ranks), random.Random(1).random, "abcabdab" * 1_000
+
+    def counted():
+        seen["draws"] += 1
+        return draw()
+
+    assert len(small._pieces(word, 0.1, counted)) < 0.7 * len(word)
+    assert 0.3 * len(word) < seen["draws"] < 2 * len(word)
+    assert seen["pairs"] < 10 * len(word)
+
+
+def test_what_is_cut_off_is_not_merged(tokenizer, monkeypatch):
+    words, pieces = [], tokenizer._pieces
+    monkeypatch.setattr(tokenizer, "_pieces", lambda word, *rest: words.append(word) or pieces(word, *rest))
+    caption = "a red circle " * 300
+    whole = tokenizer.encode([caption], 10_000, dropout=0.3, seed=1)[0]
+    words.clear()
+    ids, lengths = tokenizer.encode([caption], 20, dropout=0.3, seed=1, truncate=True)
+    assert torch.equal(ids, whole[:, :20]) and lengths.tolist() == [20]
+    assert 5 < len(words) <= 20
 
 
 def test_full_dropout_leaves_bytes(tokenizer):

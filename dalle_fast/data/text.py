@@ -6,7 +6,7 @@ B captions, T text positions, V vocabulary size.
 from __future__ import annotations
 
 import hashlib
-import itertools
+import heapq
 import json
 import os
 import random
@@ -164,7 +164,7 @@ class Tokenizer:
             if any("\ud800" <= letter <= "\udfff" for letter in caption):
                 raise ValueError(f"caption must be text in UTF-8, got {caption!r}")
         if dropout:
-            rows = self._encode_with_dropout(captions, dropout, seed)
+            rows = self._encode_with_dropout(captions, dropout, seed, enough=text_len if truncate else None)
         else:
             encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
             rows = [encoding.ids for encoding in encoded]
@@ -195,7 +195,8 @@ class Tokenizer:
     # The library's dropout draws from the thread's own random numbers, which cannot be seeded: a resumed run would see
     # other tokens. So with dropout the merges are applied here, to the words that the library cuts captions into.
 
-    def _encode_with_dropout(self, captions, dropout, seed):
+    def _encode_with_dropout(self, captions, dropout, seed, enough=None):
+        """The tokens of each caption; of one that has at least `enough` of them, not all that are behind these."""
         if self._not_plain:
             raise ValueError(f"dropout must be 0 for a tokenizer with {', '.join(self._not_plain)}, got {dropout}")
         if seed is None:
@@ -209,20 +210,49 @@ class Tokenizer:
             if self._tokenizer.normalizer:
                 text = self._tokenizer.normalizer.normalize_str(text)
             words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-            pieces = [piece for word, _ in words for piece in self._pieces(word, dropout, draw)]
+            pieces = []
+            for word, _ in words:
+                if enough is not None and len(pieces) >= enough:
+                    break
+                pieces += self._pieces(word, dropout, draw)
             rows.append([self._tokenizer.token_to_id(piece) for piece in pieces])
         return rows
 
     def _pieces(self, word, dropout, draw):
-        """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first."""
-        pieces = list(word)
-        while True:
-            pairs = enumerate(itertools.pairwise(pieces))
-            able = [(self._ranks[pair], at) for at, pair in pairs if pair in self._ranks and draw() >= dropout]
-            if not able:
-                return pieces
-            _, at = min(able)
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first.
+
+        Whether one survives is drawn anew each time, in the order of the merges and only until one does: what is drawn
+        for those behind it changes nothing. So a step takes 1 / (1 - dropout) draws, however long the word is.
+        """
+        pieces, end = list(word), len(word)  # a piece stands where its first letter was; None where others were
+        before, behind = list(range(-1, end - 1)), list(range(1, end + 1))
+
+        def rank(at):
+            return self._ranks.get((pieces[at], pieces[behind[at]])) if 0 <= at and behind[at] < end else None
+
+        able = [(found, at) for at in range(end) if (found := rank(at)) is not None]  # and merges that were possible
+        heapq.heapify(able)
+        while able:
+            dropped = []
+            while able:
+                found, at = heapq.heappop(able)
+                if (
+                    pieces[at] is None or rank(at) != found
+                ):  # a neighbour was merged; pieces grow, so it stays impossible
+                    continue
+                if draw() >= dropout:
+                    break
+                dropped.append((found, at))
+            else:
+                break
+            right = behind[at]
+            pieces[at], pieces[right], behind[at] = pieces[at] + pieces[right], None, behind[right]
+            if behind[at] < end:
+                before[behind[at]] = at
+            dropped += [(found, where) for where in (before[at], at) if (found := rank(where)) is not None]
+            for merge in dropped:
+                heapq.heappush(able, merge)
+        return [piece for piece in pieces if piece is not None]
 
     def __getstate__(self):
         return self._tokenizer.to_str()
