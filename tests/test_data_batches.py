@@ -207,6 +207,29 @@ def test_too_many_bad_pictures_end_the_stream(folder, num_workers):
         stream(source, 9, num_workers=num_workers)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_pictures_are_told_in_one_line_that_counts_all_that_were_looked_at(folder, num_workers):
+    for x in range(9):
+        (folder / f"bad{x}.png").write_bytes(b"")
+    source = open_source(folder, image_size=16, max_bad_share=0)
+    order = [index for batch in stream(Numbers(len(source)), 9, 4) for index in batch.indices]  # the same
+    first = next(at for at, index in enumerate(order) if source.names[source._numbers[index]].startswith("bad"))
+    with pytest.raises(DataError) as error:
+        stream(source, 9, 4, num_workers=num_workers)
+    assert f": 1 of {first + 1} pictures looked at are bad, of 69 in all" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_an_own_source_raises_is_raised_here(num_workers):
+    class Broken(Numbers):
+        def __getitem__(self, index):
+            raise DataError(f"number {index} is lost")
+
+    with pytest.raises(DataError, match=r"^number \d is lost$"):
+        stream(Broken(9), 1, num_workers=num_workers)
+
+
 @pytest.mark.parametrize(
     "changed, error, message",
     [

@@ -205,7 +205,7 @@ def test_many_bad_pictures_are_an_error_soon(folder):
 
 def test_nothing_but_bad_pictures_is_an_error_whatever_share_is_allowed(folder):
     path = folder({f"{x}.png": b"" for x in range(5)})
-    with pytest.raises(DataError, match="4 of 4 pictures looked at are bad"):
+    with pytest.raises(DataError, match="4 pictures one behind the other are bad, of 5 in all"):
         open_source(path, image_size=SIZE, max_bad_share=1)[0]
 
 

@@ -186,11 +186,10 @@ class Pictures:
         self.note(looked)
         return example
 
-    def load(self, index: int) -> tuple[Example, list[tuple[int, str | None]]]:
+    def load(self, index: int) -> tuple[Example | None, list[tuple[int, str | None]]]:
         """The picture, and what was looked at for it: (number, why it is bad or None) each. Changes nothing.
 
-        Raises:
-            DataError: too many bad pictures in a row.
+        None where too many in a row are bad: `note` then raises, as it knows of all that were looked at.
         """
         index = check_index(index, len(self))
         looked = []
@@ -200,30 +199,33 @@ class Pictures:
                 example = self.read(number)
             except BadImage as error:
                 looked.append((number, str(error)))
-                self._check(looked, len(looked))
+                if self._too_many(len(looked), len(looked)):
+                    break
                 continue
             return example, [*looked, (number, None)]
-        raise DataError(self._complaint(looked, len(looked)))
+        return None, looked
 
     def note(self, looked: list[tuple[int, str | None]]) -> None:
-        """Count what `load` looked at.
+        """Count what `load` looked at for one picture.
 
         Raises:
-            DataError: now there are more bad pictures than allowed.
+            DataError: now there are more bad pictures than allowed, or none of these is good.
         """
         for number, reason in looked:
             self._looked[number] = True
             if reason is not None:
                 self.bad[number] = reason
-        self._check(list(self.bad.items()), int(self._looked.sum()))
+        bad, seen = len(self.bad), int(self._looked.sum())
+        if self._too_many(bad, seen):
+            self._complain(f"{bad} of {seen} pictures looked at", *next(iter(self.bad.items())))
+        if looked and looked[-1][1] is not None:
+            self._complain(f"{len(looked)} pictures one behind the other", *looked[0])
 
-    def _check(self, bad, looked):
-        if len(bad) > self.max_bad_share * max(looked, min(len(self.names), MANY), FEW):
-            raise DataError(self._complaint(bad, looked))
+    def _too_many(self, bad, seen):
+        return bad > self.max_bad_share * max(seen, min(len(self.names), MANY), FEW)
 
-    def _complaint(self, bad, looked):
-        number, reason = bad[0]
-        return (
-            f"{self.name}: {len(bad)} of {looked} pictures looked at are bad, of {len(self.names)} in all, and max_bad_share "
-            f"is {self.max_bad_share}; the first is {self.names[number]}: {reason}"
+    def _complain(self, what, number, reason):
+        raise DataError(
+            f"{self.name}: {what} are bad, of {len(self.names)} in all, and max_bad_share is {self.max_bad_share}; "
+            f"the first is {self.names[number]}: {reason}"
         )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_fast.data.source import check_count, generator
+from dalle_fast.data.source import DataError, check_count, generator
 
 SHORTEST, LONGEST = 9 / 8, 12 / 8  # the paper's resizing of the shorter side, in units of the crop
 _SHUFFLE, _CROP = 3, 4  # uses of randomness
@@ -81,13 +81,19 @@ def batches(
 def _stream(source, loader) -> Iterator[Batch]:
     note = getattr(source, "note", None)
     for batch, looked in loader:
-        if note:
-            note(looked)  # in this process: what a worker's copy of the source has seen is lost
+        for entries in looked if note else ():
+            note(entries)  # in this process: what a worker's copy of the source has seen is lost
+        if isinstance(batch, DataError):
+            raise batch
         yield batch
 
 
 class _Loading(torch.utils.data.Dataset):
-    """(epoch, index) -> (image (3, S, S), caption, index, which pictures were looked at for it)."""
+    """(epoch, index) -> (image (3, S, S), caption, index, which pictures were looked at for it).
+
+    Instead of an image, None where too many pictures are bad, or the DataError of the source: what a worker raises comes
+    out of its loader as text with the worker's traceback.
+    """
 
     def __init__(self, source, image_size, seed, train, flip):
         self.source, self.image_size, self.seed, self.train, self.flip = source, image_size, seed, train, flip
@@ -95,7 +101,13 @@ class _Loading(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         load = getattr(self.source, "load", None)  # without the bookkeeping of __getitem__
-        (image, caption), looked = load(index) if load else (self.source[index], [])
+        try:
+            example, looked = load(index) if load else (self.source[index], [])
+        except DataError as error:
+            return error, "", index, []
+        if example is None:
+            return None, "", index, looked
+        image, caption = example
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise TypeError(
@@ -119,8 +131,9 @@ class _Loading(torch.utils.data.Dataset):
 
 def _collate(examples):
     images, captions, indices, looked = zip(*examples)
-    images = torch.from_numpy(np.stack(images))
-    return Batch(images, list(captions), list(indices)), [entry for entries in looked for entry in entries]
+    if none := [image for image in images if not isinstance(image, np.ndarray)]:
+        return none[0], looked
+    return Batch(torch.from_numpy(np.stack(images)), list(captions), list(indices)), looked
 
 
 def shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
