@@ -257,6 +257,24 @@ def test_a_caption_that_is_too_long_is_refused_or_cut(tokenizer):
     assert lengths.tolist() == [2, 5]
 
 
+def test_messages_show_the_beginning_of_a_long_caption(tokenizer):
+    caption = "a red circle " * 100_000
+    for captions in ([caption], [caption + "\udcff"]):
+        with pytest.raises(ValueError, match=r": |got 'a red circle .*\.\.\.'$") as error:
+            tokenizer.encode(captions, 5)
+        assert len(str(error.value)) < 200
+
+
+def test_lengths_are_checked_of_all_captions_at_once(tokenizer):
+    captions = ["a red", "", *CAPTIONS[:3] * 2]
+    lengths = tokenizer.encode(captions, 20)[1].tolist()
+    tokenizer.check_lengths(captions, max(lengths))
+    tokenizer.check_lengths([], 1)
+    message = f"^3 of 5 different captions are longer than text_len 2, the longest has {max(lengths)} tokens"
+    with pytest.raises(ValueError, match=message + f": --text-len {max(lengths)}, or --truncate; it is 'a small"):
+        tokenizer.check_lengths(captions, 2)
+
+
 def test_bad_arguments(tokenizer):
     with pytest.raises(ValueError, match="captions must hold a caption that is not empty"):
         Tokenizer.train(["", "  "])

@@ -21,6 +21,7 @@ from dalle_fast.data.source import DataError, check_count
 VOCAB_SIZE = 16_384  # Ramesh et al. 2021
 MIN_VOCAB_SIZE = 257  # every byte and the padding
 PADDING = "<pad>"
+SHOWN = 80  # letters of a caption in a message
 _UNKNOWN_TO_PIECES = (  # parts of the library's BPE that `_pieces` does not have
     "continuing_subword_prefix",
     "end_of_word_suffix",
@@ -160,22 +161,37 @@ class Tokenizer:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         captions = list(captions)
-        for caption in captions:
-            if any("\ud800" <= letter <= "\udfff" for letter in caption):
-                raise ValueError(f"caption must be text in UTF-8, got {caption!r}")
+        _check_text(captions)
         if dropout:
             rows = self._encode_with_dropout(captions, dropout, seed, enough=text_len if truncate else None)
         else:
-            encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
-            rows = [encoding.ids for encoding in encoded]
+            rows = self._encode_plainly(captions)
         ids = torch.zeros(len(rows), text_len, dtype=torch.int64)
         for number, row in enumerate(rows):
             if len(row) > text_len and not truncate:
                 raise ValueError(
-                    f"caption must have at most text_len {text_len} tokens, got {len(row)}: {captions[number]!r}"
+                    f"caption must have at most text_len {text_len} tokens, got {len(row)}: "
+                    f"{shortened(captions[number])!r}"
                 )
             ids[number, : len(row)] = torch.tensor(row[:text_len], dtype=torch.int64)
         return ids, torch.tensor([min(len(row), text_len) for row in rows], dtype=torch.int64)
+
+    def check_lengths(self, captions: Iterable[str], text_len: int) -> None:
+        """Refuse captions of more than `text_len` tokens, and say what would take them all.
+
+        Raises:
+            ValueError: how many of the captions, each counted once, are too long, and the longest; or halves of
+                characters, as of `encode`.
+        """
+        captions = sorted(set(captions))
+        _check_text(captions)
+        lengths = [len(row) for row in self._encode_plainly(captions)]
+        if (longest := max(lengths, default=0)) > text_len:
+            raise ValueError(
+                f"{sum(length > text_len for length in lengths)} of {len(captions)} different captions are longer than "
+                f"text_len {text_len}, the longest has {longest} tokens: --text-len {longest}, or --truncate; it is "
+                f"{shortened(captions[lengths.index(longest)])!r}"
+            )
 
     def decode(self, ids) -> str | list[str]:
         """The text of ids (T,), or the texts of ids (B, T); padding is left out.
@@ -191,6 +207,9 @@ class Tokenizer:
         rows = ids.tolist() if ids.dim() > 1 else [ids.tolist()]
         texts = [text.strip() for text in self._tokenizer.decode_batch(rows)]
         return texts if ids.dim() > 1 else texts[0]
+
+    def _encode_plainly(self, captions):
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(captions, add_special_tokens=False)]
 
     # The library's dropout draws from the thread's own random numbers, which cannot be seeded: a resumed run would see
     # other tokens. So with dropout the merges are applied here, to the words that the library cuts captions into.
@@ -259,6 +278,17 @@ class Tokenizer:
 
     def __setstate__(self, json_text):
         self.__init__(json_text)
+
+
+def _check_text(captions):
+    for caption in captions:
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise ValueError(f"caption must be text in UTF-8, got {shortened(caption)!r}")
+
+
+def shortened(caption: str) -> str:
+    """A caption for a message: a file that was taken for one may have megabytes."""
+    return caption if len(caption) <= SHOWN else caption[: SHOWN - 3] + "..."
 
 
 def _library():

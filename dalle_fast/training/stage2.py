@@ -73,11 +73,12 @@ class DALLEObjective:
         self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
         self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
         self.device = torch.device(device)
+        if not truncate:  # of all captions now, not when the turn of one that is too long comes
+            tokenizer.check_lengths([*train.captions, *validation.captions], config.text_len)
         random_state.seed(seed)
         self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
         sampling.check_fit(self.model, dvae, tokenizer)
         self.validation_text = self._encode(validation.captions)
-        self._encode(sorted(set(train.captions)))  # refuses a caption that is too long now, not when its turn comes
         self.shown = list(dict.fromkeys(validation.captions))[:SHOWN]
         self.examples_per_step = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
