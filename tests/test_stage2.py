@@ -287,12 +287,20 @@ def test_another_process_that_wants_the_same_codes_waits(dvae, tmp_path, capsys)
     assert len(results) == 1 and "waiting for another process" in capsys.readouterr().err
 
 
+class Unsaid(list):
+    """A source of these examples that does not say whether it can be cropped."""
+
+    name = "unsaid"
+
+
 def test_more_examples_than_pictures_are_further_crops(dvae, tmp_path):
     """Of a source that can be cropped; a drawn scene stays whole, so that its caption stays true."""
     large = few(size=5, image_size=48, crop=True)
     many = encode_source(dvae, large, folder=tmp_path, split="train", count=20, progress=False)
     assert len(many.codes) == len(many.captions) == 20 and len(set(many.captions)) == 5
     assert len({(caption, *row) for caption, row in zip(many.captions, many.codes.tolist())}) > 10
+    unsaid = Unsaid(large[index] for index in range(5))
+    assert len(encode_source(dvae, unsaid, folder=tmp_path, split="train", count=20, progress=False).codes) == 20
     for source, split in ((few(size=5), "train"), (few("validation", 5, 48, crop=True), "validation")):
         encoded = encode_source(dvae, source, folder=tmp_path, split=split, count=20, progress=False)
         assert len(encoded.codes) == encoded.key["count"] == 5

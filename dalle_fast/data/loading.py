@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_fast.data.source import DataError, check_count, generator
+from dalle_fast.data.source import DataError, can_crop, check_count, generator
 
 SHORTEST, LONGEST = 9 / 8, 12 / 8  # the paper's resizing of the shorter side, in units of the crop
 _SHUFFLE, _CROP = 3, 4  # uses of randomness
@@ -118,7 +118,7 @@ class _Loading(torch.utils.data.Dataset):
 
     def _crop(self, image, epoch, index):
         rng = generator(self.seed, _CROP, epoch, index)
-        if getattr(self.source, "crop", True):
+        if can_crop(self.source):
             image = random_crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
         elif image.shape[:2] != (self.image_size, self.image_size):
             raise ValueError(

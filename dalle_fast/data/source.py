@@ -46,6 +46,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def can_crop(source) -> bool:
+    """Whether crops of its pictures are as good as the whole; see `Source`."""
+    return getattr(source, "crop", True)
+
+
 PROBED = 16  # pictures at least, where there are more
 
 

@@ -18,7 +18,7 @@ import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
-from dalle_fast.data.source import identity
+from dalle_fast.data.source import can_crop, identity
 from dalle_fast.outputs import held, make_folder
 
 BATCH = 64
@@ -58,7 +58,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
         UserError: `folder` or the file cannot be written. DataError: the source cannot be read.
     """
     train = split == "train"
-    limit = sys.maxsize if train and source.crop else len(source)
+    limit = sys.maxsize if train and can_crop(source) else len(source)
     count = min(len(source) if count is None else count, limit)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
