@@ -205,7 +205,7 @@ def test_many_bad_pictures_are_an_error_soon(folder):
 
 def test_nothing_but_bad_pictures_is_an_error_whatever_share_is_allowed(folder):
     path = folder({f"{x}.png": b"" for x in range(5)})
-    with pytest.raises(DataError, match="4 pictures one behind the other are bad, of 5 in all"):
+    with pytest.raises(DataError, match="all 4 pictures of the split are bad, of 5 in all"):
         open_source(path, image_size=SIZE, max_bad_share=1)[0]
 
 
@@ -267,6 +267,48 @@ def test_required_captions(folder):
     reasons = sorted(reason for source in sources for reason in source.bad.values())
     assert reasons[0] == "it has no caption"
     assert reasons[1].startswith("its caption is not UTF-8")
+
+
+@pytest.fixture(params=["folder", "tar"])
+def either(request, folder, shard):
+    """either(files): a source's path with those files, in a folder or in a tar file."""
+    if request.param == "tar":
+        pytest.importorskip("webdataset")
+        return lambda files: shard(files.items())
+    return folder
+
+
+def test_several_lines_are_one_caption_and_warned_of_once(either):
+    path = either(
+        {
+            **many(40),
+            **{f"{x:03}.txt": b"one\n\n" for x in range(20)},
+            **{f"{x:03}.txt": b"a\n b\n" for x in range(20, 40)},
+        }
+    )
+    source = open_source(path, image_size=SIZE)
+    with pytest.warns(UserWarning, match=r"0[23]\d.*: its 2 lines are taken for one caption; if each is") as caught:
+        captions = {source[index].caption for index in range(len(source))}
+    assert captions == {"one", "a b"} and len(caught) == 1
+
+
+def test_a_caption_that_cannot_be_read_is_bad_only_where_one_is_required(either):
+    """A picture alone, as of stage 1, is good without it."""
+    path = either({**many(30), **{f"{x:03}.txt": b"a" for x in range(29)}, "029.txt": b"\xff\xfe"})
+    sources = both_splits(path)
+    assert sorted(x for source in sources for x in numbers(source)) == [*range(30)]
+    assert {source[index].caption for source in sources for index in range(len(source))} == {"a", ""}
+    required = both_splits(path, require_captions=True)
+    assert {*numbers(required[0]), *numbers(required[1])} == {*range(29)}
+
+
+def test_endings_are_read_in_either_case(either):
+    path = either(
+        {"a.PNG": encoded(picture(1)), "a.TXT": b"caption", "b.png": encoded(picture(2)), "b.txt": b"caption"}
+    )
+    assert [source[0].caption for source in both_splits(path, require_captions=True)] == ["caption"] * 2
+    with pytest.raises(DataError, match=r"which is the caption of a, a.TXT or a.txt\?|a.txt: is there twice"):
+        open_source(either({"a.PNG": b"x", "a.TXT": b"caption", "a.txt": b"caption"}), image_size=SIZE)
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------------

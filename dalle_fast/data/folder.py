@@ -1,10 +1,13 @@
-"""Pictures in a folder and the folders below it, each with a caption in a .txt file of the same stem, if any."""
+"""Pictures in a folder and the folders below it, each with a caption in a .txt file of the same stem, if any.
+
+The lines of a caption file make one caption. Where captions are not required one that cannot be read is "".
+"""
 
 from __future__ import annotations
 
 import os
 
-from dalle_fast.data.images import ENDINGS, BadImage, Pictures, decode, read_caption_text, read_file
+from dalle_fast.data.images import ENDINGS, BadImage, Pictures, decode, read_file
 from dalle_fast.data.source import DataError, Example
 
 
@@ -29,7 +32,8 @@ class Folder(Pictures):
         name = self.names[number]
         caption = ""
         if name in self._captioned:
-            caption = read_caption_text(read_file(os.path.join(self.path, os.path.splitext(name)[0] + ".txt")))
+            place = os.path.join(self.path, self._captioned[name])
+            caption = self.caption_of(lambda: read_file(place), place, self.require_captions)
         return usable(read_file(os.path.join(self.path, name)), caption, self.image_size, self.require_captions)
 
 
@@ -48,15 +52,15 @@ def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -
     return Example(image, caption)
 
 
-def list_pictures(path: str) -> tuple[list[str], set[str]]:
-    """The names of the pictures below a folder, sorted and relative to it, and which of them have a caption.
+def list_pictures(path: str) -> tuple[list[str], dict[str, str]]:
+    """The names of the pictures below a folder, sorted and relative to it, and of those that have one the caption's file.
 
     What begins with a dot is not looked at. Links to folders are followed, into each folder once.
 
     Raises:
-        DataError: a folder cannot be read.
+        DataError: a folder cannot be read; a stem with two caption files, whose endings differ in their case.
     """
-    pictures, texts, seen = [], set(), {os.path.realpath(path)}
+    pictures, texts, seen = [], {}, {os.path.realpath(path)}
     for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not name.startswith(".") and _is_new(folder, name, seen)]
         for file in files:
@@ -66,9 +70,11 @@ def list_pictures(path: str) -> tuple[list[str], set[str]]:
             stem, ending = os.path.splitext(name)
             if ending.lower() in ENDINGS:
                 pictures.append(name)
-            elif ending == ".txt":
-                texts.add(stem)
-    return sorted(pictures), {name for name in pictures if os.path.splitext(name)[0] in texts}
+            elif ending.lower() == ".txt" and texts.setdefault(stem, name) != name:
+                one, other = sorted((texts[stem], name))
+                raise DataError(f"{path}: which is the caption of {stem}, {one} or {other}?")
+    stems = ((name, os.path.splitext(name)[0]) for name in sorted(pictures))
+    return sorted(pictures), {name: texts[stem] for name, stem in stems if stem in texts}
 
 
 def _is_new(folder, name, seen):

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -159,12 +159,41 @@ class Pictures:
     """
 
     crop = True
+    _warned_of_lines = False
 
     def __init__(self, name: str, names: Sequence[str], *, split: str, max_bad_share: float):
         self.name, self.names, self.max_bad_share = name, names, max_bad_share
         self._numbers = in_split(names, split, name)
         self._looked = np.zeros(len(names), bool)
         self.bad: dict[int, str] = {}
+
+    def caption_of(self, data: Callable[[], bytes], place: str, required: bool) -> str:
+        """The caption in a file, whose lines make one; the first file of several lines is warned of, once.
+
+        Other packages take each line for a caption of its own.
+
+        Args:
+            data: reads the file. place: its name, for the warning.
+            required: a file that cannot be read makes the picture a bad one, else its caption "".
+
+        Raises:
+            BadImage: it cannot be read or is not UTF-8.
+        """
+        try:
+            content = data()
+            caption = read_caption_text(content)
+        except BadImage:
+            if required:
+                raise
+            return ""
+        lines = sum(bool(line.strip()) for line in content.splitlines())
+        if lines > 1 and not self._warned_of_lines:
+            self._warned_of_lines = True
+            message = (
+                f"{place}: its {lines} lines are taken for one caption; if each is a caption, keep one in the file"
+            )
+            warnings.warn(message, stacklevel=2)
+        return caption
 
     def read(self, number: int) -> Example:
         """Picture `number` of all splits.
@@ -219,7 +248,11 @@ class Pictures:
         if self._too_many(bad, seen):
             self._complain(f"{bad} of {seen} pictures looked at", *next(iter(self.bad.items())))
         if looked and looked[-1][1] is not None:
-            self._complain(f"{len(looked)} pictures one behind the other", *looked[0])
+            every = len(looked) == len(self)
+            self._complain(
+                f"{'all ' * every}{len(looked)} pictures {'of the split' if every else 'one behind the other'}",
+                *looked[0],
+            )
 
     def _too_many(self, bad, seen):
         return bad > self.max_bad_share * max(seen, min(len(self.names), MANY), FEW)

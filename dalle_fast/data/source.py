@@ -80,13 +80,14 @@ def open_source(
 
     Args:
         spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
-            same-stem .txt captions, a .tar file or several ("x-{000..003}.tar"), or a folder of them, which must have no
+            same-stem .txt captions (of one caption each, whatever their lines: several are warned of), a .tar file or several ("x-{000..003}.tar"), or a folder of them, which must have no
             pictures. A folder that is called like a built-in source is reached as "./shapes".
         image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.
         split: "train" or "validation", which share no picture, by the picture's name and so the same for every seed;
             "shapes" has "heldout" too, combinations of attributes that the other two never show.
         seed: of what is drawn at random.
-        require_captions: count a picture without a caption as a bad one.
+        require_captions: count a picture without a caption, or with one that cannot be read (not UTF-8), as a bad one.
+            Where they are not required, the caption of either is "".
         max_bad_share: the share of bad pictures (broken, too large, too small), which are replaced by others, above
             which they are an error; `dalle_fast.data.images.Pictures` says of how many.
 

@@ -27,20 +27,22 @@ class Stamps(Pictures):
     def __init__(self, image_size: int, *, split: str = "train", max_bad_share: float = MAX_BAD_SHARE, folders=FOLDERS):
         self.image_size = image_size
         for self.path in folders:
-            captioned = list_pictures(self.path)[1] if os.path.isdir(self.path) else ()
-            if captioned:
+            self._captioned = list_pictures(self.path)[1] if os.path.isdir(self.path) else {}
+            if self._captioned:
                 break
         else:
             raise DataError(
                 f"stamps: no pictures with captions in {' or '.join(folders)}: install Tux Paint's stamps "
                 "(the package tuxpaint-stamps-default of Debian and Ubuntu)"
             )
-        super().__init__("stamps", sorted(captioned), split=split, max_bad_share=max_bad_share)
+        super().__init__("stamps", sorted(self._captioned), split=split, max_bad_share=max_bad_share)
 
     def read(self, number: int) -> Example:
-        path = os.path.join(self.path, self.names[number])
-        lines = read_file(os.path.splitext(path)[0] + ".txt").splitlines()  # English first, then translations
+        name = self.names[number]
+        lines = read_file(
+            os.path.join(self.path, self._captioned[name])
+        ).splitlines()  # English first, then translations
         caption = read_caption_text(lines[0] if lines else b"").lower()
         if not caption:
             raise BadImage("it has no caption")
-        return Example(fit(decode(read_file(path)), self.image_size), caption)
+        return Example(fit(decode(read_file(os.path.join(self.path, name))), self.image_size), caption)

@@ -4,6 +4,8 @@ Shards are listed and entries grouped by the `webdataset` library's rules, but r
 by its headers, and an entry is read where it lies. The library itself reads shards from front to back, which can
 neither be resumed at a given batch nor shuffled over a whole epoch, and passes over links and what follows a broken
 header in silence. Nothing is ever unpacked to disk.
+
+Captions are read as those of `dalle_fast.data.folder`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tarfile
 from typing import NamedTuple
 
 from dalle_fast.data.folder import usable
-from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures, read_caption_text
+from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures
 from dalle_fast.data.source import DataError, Example
 
 _BLOCK = 512
@@ -62,7 +64,9 @@ class Tar(Pictures):
         shard, image, caption = self._pairs[number]
         try:
             with open(self.shards[shard], "rb") as file:
-                text = read_caption_text(_read(file, caption)) if caption else ""
+                text = ""
+                if caption:
+                    text = self.caption_of(lambda: _read(file, caption), self.names[number], self.require_captions)
                 data = _read(file, image)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
