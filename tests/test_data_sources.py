@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_fast.data import DataError, Example, emoji, images, open_source, stamps
+from dalle_fast.data import DataError, Example, emoji, images, open_source, stamps, tar
 from dalle_fast.data.__main__ import main
 from dalle_fast.data.folder import list_pictures
 from dalle_fast.data.source import SPLITS, identity
@@ -120,6 +120,15 @@ def test_data_is_known_by_what_it_is_not_by_where_it_lies(folder, tmp_path, monk
     known = identity(open_source(path, image_size=SIZE))
     monkeypatch.chdir(tmp_path)
     assert known == identity(open_source("data/", image_size=SIZE)) and known.startswith("data, 38 pictures, ")
+    os.mkdir("beside")
+    for place, name in (("data", "."), ("data", "./"), ("beside", "../data"), ("data", "../data/.")):
+        monkeypatch.chdir(tmp_path / place)
+        assert identity(open_source(name, image_size=SIZE)) == known
+    (tmp_path / "data" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "data" / "below")
+    assert identity(open_source("..", image_size=SIZE)) == known
+    monkeypatch.chdir(tmp_path)
+    os.rmdir("data/below")
     for name in os.listdir("data"):
         (tmp_path / "data" / name).write_bytes(encoded(picture(7)))
     assert identity(open_source("data", image_size=SIZE)) != known
@@ -408,6 +417,33 @@ def test_a_picture_beside_its_masks_is_the_plain_one(shard):
         open_source(shard(files), image_size=SIZE)
 
 
+def test_two_pictures_of_a_key_are_refused(shard):
+    """One would not be seen, or the other one by another package."""
+    pytest.importorskip("webdataset")
+    with pytest.raises(DataError, match=r"x.tar: a: which is its picture, \.jpg or \.png\?$"):
+        open_source(shard([("a.png", b"x"), ("a.jpg", b"x"), ("a.txt", b"x")]), image_size=SIZE)
+
+
+def test_where_a_key_ends_is_said_where_it_matters(shard):
+    pytest.importorskip("webdataset")
+    pictures = [(f"img.000{x}.png", encoded(picture(x))) for x in range(2)]
+    with pytest.raises(
+        DataError, match=r"img: which is its picture, \.0000\.png or .* ends at the first dot of a name"
+    ):
+        open_source(shard(pictures), image_size=SIZE)
+    with pytest.raises(DataError, match=r"none of its 1 pictures has a caption, .* ends at the first dot of a name"):
+        open_source(shard([pictures[0], ("img.0000.txt", b"a")]), image_size=SIZE, require_captions=True)
+
+
+def test_a_colon_is_a_letter_but_where_names_have_drives(shard, monkeypatch):
+    pytest.importorskip("webdataset")
+    path = shard([("a:b.png", encoded(picture(1))), ("12:30.png", encoded(picture(2)))])
+    assert sorted(x for source in both_splits(path) for x in numbers(source)) == [1, 2]
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="a:b.png: refused, as the name leads out of"):
+        patch.setattr(os, "name", "nt")
+        list(tar._entries(path))
+
+
 def test_webdataset_reads_the_same_pairs_in_the_same_shard(shard):
     webdataset = pytest.importorskip("webdataset")
     path = shard([*entries(0, 9), ("__meta__", b"x"), ("__info__/a.png", b"x"), ("noending", b"x")])
@@ -438,6 +474,7 @@ def special(name, kind, target=""):
         ("a/../../b.png", b"x", "the name leads out of the archive"),
         ("/etc/a.png", b"x", "the name leads out of the archive"),
         ("C:\\a.png", b"x", "the name leads out of the archive"),
+        ("C:/a.png", b"x", "the name leads out of the archive"),
         ("a\\..\\b.png", b"x", "the name leads out of the archive"),
         ("s.png", special("s.png", tarfile.SYMTYPE, "/etc/passwd"), "it is a link"),
         ("h.png", special("h.png", tarfile.LNKTYPE, "k000.png"), "it is a link"),
@@ -515,6 +552,28 @@ def test_missing_compressed_empty_and_uncaptioned_shards_are_errors(shard, tmp_p
         open_source(shard([("a.txt", b"x")]), image_size=SIZE)
     with pytest.raises(DataError, match="none of its 1 pictures has a caption"):
         open_source(shard([("a.png", b"x")]), image_size=SIZE, require_captions=True)
+
+
+def test_tar_files_that_a_folder_does_not_read_are_named(shard, folder):
+    path = folder({"a.txt": b"x"})
+    shard([], "data/x-1.tar.gz")
+    message = (
+        "no pictures in it; looked for .*; {} is not read: .tar files must lie directly in the folder, uncompressed"
+    )
+    with pytest.raises(DataError, match=message.format("x-1.tar.gz")):
+        open_source(path, image_size=SIZE)
+    os.rename(f"{path}/x-1.tar.gz", f"{path}/x")
+    folder({"b/c.tar": b"x"})
+    with pytest.raises(DataError, match=message.format("b/c.tar")):
+        open_source(path, image_size=SIZE)
+
+
+@pytest.mark.parametrize("name", ["*.tar", "x-00?.tar", "*"])
+def test_wildcards_are_no_names(folder, name):
+    with pytest.raises(
+        DataError, match=r"\* and \? have no meaning here: name the folder, or .* x-\{000\.\.010\}\.tar$"
+    ):
+        open_source(os.path.join(folder({}), name), image_size=SIZE)
 
 
 def test_bad_pictures_in_a_shard_are_replaced(shard):

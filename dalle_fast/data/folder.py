@@ -6,6 +6,7 @@ The lines of a caption file make one caption. Where captions are not required on
 from __future__ import annotations
 
 import os
+import re
 
 from dalle_fast.data.images import ENDINGS, BadImage, Pictures, decode, read_file
 from dalle_fast.data.source import DataError, Example
@@ -22,7 +23,7 @@ class Folder(Pictures):
         self.path, self.image_size, self.require_captions = path, image_size, require_captions
         names, captioned = list_pictures(path)
         if not names:
-            raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}")
+            raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{_about_tars(path)}")
         if require_captions and not captioned:
             raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
         self._captioned = captioned
@@ -35,6 +36,18 @@ class Folder(Pictures):
             place = os.path.join(self.path, self._captioned[name])
             caption = self.caption_of(lambda: read_file(place), place, self.require_captions)
         return usable(read_file(os.path.join(self.path, name)), caption, self.image_size, self.require_captions)
+
+
+def _about_tars(path: str) -> str:
+    """How the tar files below a folder would have to lie, if there are any."""
+    tars = (
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, names in os.walk(path)
+        for name in sorted(names)
+        if re.search(r"\.tar(\.\w+)?$|\.tgz$", name) and not name.startswith(".")
+    )
+    first = next(tars, None)
+    return f"; {first} is not read: .tar files must lie directly in the folder, uncompressed" if first else ""
 
 
 def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -> Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
+import re
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -57,6 +58,8 @@ PROBED = 16  # pictures at least, where there are more
 def identity(source) -> str:
     """What tells this data from other data, wherever it lies: its name without folders, how many pictures, and a hash.
 
+    Of "." and ".." the name is the folder's.
+
     The hash is of 16 to 31 pictures, evenly spread, with their captions. A change of others alone is not noticed.
     """
     digest = hashlib.sha256()
@@ -64,7 +67,10 @@ def identity(source) -> str:
         image, caption = source[index]
         digest.update(f"{image.shape} {caption}".encode())
         digest.update(image.tobytes())
-    return f"{os.path.basename(os.path.normpath(source.name))}, {len(source)} pictures, {digest.hexdigest()[:16]}"
+    name = os.path.basename(os.path.normpath(source.name))
+    if name in (".", "..") and source.name:
+        name = os.path.basename(os.path.abspath(source.name))
+    return f"{name}, {len(source)} pictures, {digest.hexdigest()[:16]}"
 
 
 def open_source(
@@ -116,6 +122,10 @@ def open_source(
         from dalle_fast.data.stamps import Stamps
 
         return Stamps(image_size, split=split, max_bad_share=max_bad_share)
+    if re.search(r"[*?]", spec) and not os.path.exists(spec):
+        raise DataError(
+            f"{spec}: * and ? have no meaning here: name the folder, or count with braces: x-{{000..010}}.tar"
+        )
     if _is_tar(spec):
         from dalle_fast.data.tar import Tar as Files
     elif os.path.isdir(spec):

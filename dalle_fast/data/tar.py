@@ -20,6 +20,7 @@ from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures
 from dalle_fast.data.source import DataError, Example
 
 _BLOCK = 512
+DOTS = " (A key ends at the first dot of a name, as WebDataset has it: a.0001.png and a.0002.png are of one key.)"
 
 
 class Entry(NamedTuple):
@@ -57,7 +58,9 @@ class Tar(Pictures):
         if not names:
             raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; looked for {', '.join(ENDINGS)}")
         if require_captions and all(pair.caption is None for pair in self._pairs):
-            raise DataError(f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt")
+            raise DataError(
+                f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt{DOTS}"
+            )
         super().__init__(spec, names, split=split, max_bad_share=max_bad_share)
 
     def read(self, number: int) -> Example:
@@ -120,7 +123,7 @@ def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
-            or a device; a name that is there twice; several pictures of a key, none with an ending of one part.
+            or a device; a name that is there twice; several pictures of a key, unless one has the only ending of one part.
     """
     base_plus_ext = _webdataset("tariterators").base_plus_ext
     found: dict[str, dict[str, Entry]] = {}
@@ -135,11 +138,12 @@ def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
     pairs = {}
     for key, files in found.items():
         images = [ending for ending in sorted(files) if ("." + ending).endswith(ENDINGS)]
-        plain = [ending for ending in images if "." not in ending]  # not .mask.png beside it
-        if len(images) > 1 and not plain:
-            raise DataError(f"{path}: {key}: which is its picture, {' or '.join('.' + ending for ending in images)}?")
+        images = [ending for ending in images if "." not in ending] or images  # not .mask.png beside .png
+        if len(images) > 1:
+            which = " or ".join("." + ending for ending in images)
+            raise DataError(f"{path}: {key}: which is its picture, {which}?{DOTS * any('.' in x for x in images)}")
         if images:
-            pairs[key] = files[(plain or images)[0]], files.get("txt")
+            pairs[key] = files[images[0]], files.get("txt")
     return pairs
 
 
@@ -164,7 +168,8 @@ def _entries(path: str):
 
 def _check_entry(path: str, entry: tarfile.TarInfo):
     parts = re.split(r"[/\\]", entry.name)
-    if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:", entry.name):
+    drive = re.match(r"[A-Za-z]:" if os.name == "nt" else r"[A-Za-z]:[/\\]", entry.name)  # elsewhere a:b.png is a name
+    if parts[0] == "" or ".." in parts or drive:
         raise DataError(f"{path}: {entry.name}: refused, as the name leads out of the archive")
     if not (entry.isreg() or entry.isdir()) or entry.issparse():
         kind = "a link" if entry.issym() or entry.islnk() else "not an ordinary file"
