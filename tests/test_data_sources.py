@@ -98,6 +98,7 @@ def numbers(source):
 # -- folders ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*its 2 lines")
 def test_a_folder_shows_every_picture_with_its_caption(folder):
     path = folder(
         {**many(), "a/b.JPG": encoded(picture(99), "JPEG"), "a/b.txt": "\ufeff A  dog,\nünder\n".encode(), "c.md": b"x"}
@@ -210,6 +211,20 @@ def test_many_bad_pictures_are_an_error_soon(folder):
     path = folder({f"{x}.png": b"" for x in range(1_000)})
     with pytest.raises(DataError, match=r"21 of 21 pictures looked at are bad, of 1000 in all"):
         open_source(path, image_size=SIZE)[0]
+
+
+def test_many_bad_pictures_in_a_row_are_an_error_among_many_good_ones():
+    class Rotten(images.Pictures):
+        def read(self, number):
+            if number in self._numbers[900:921]:
+                raise images.BadImage("rotten")
+            return Example(picture(), "")
+
+    source = Rotten("rotten", [str(x) for x in range(1_000)], split="train", max_bad_share=0.05)
+    for index in range(900):
+        source[index]
+    with pytest.raises(DataError, match="rotten: 21 pictures in a row are bad, of 1000 in all, .* first is .*: rotten"):
+        source[900]
 
 
 def test_nothing_but_bad_pictures_is_an_error_whatever_share_is_allowed(folder):

@@ -248,11 +248,9 @@ class Pictures:
         if self._too_many(bad, seen):
             self._complain(f"{bad} of {seen} pictures looked at", *next(iter(self.bad.items())))
         if looked and looked[-1][1] is not None:
-            every = len(looked) == len(self)
-            self._complain(
-                f"{'all ' * every}{len(looked)} pictures {'of the split' if every else 'one behind the other'}",
-                *looked[0],
-            )
+            count = len(looked)
+            row = f"all {count} pictures of the split" if count == len(self) else f"{count} pictures in a row"
+            self._complain(row, *looked[0])
 
     def _too_many(self, bad, seen):
         return bad > self.max_bad_share * max(seen, min(len(self.names), MANY), FEW)
