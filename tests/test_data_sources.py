@@ -707,3 +707,7 @@ def test_a_sheet_of_pictures(tmp_path, capsys):
         assert sheet.width == 2 * (64 + 10) + 10
     assert main(["nothing", "--out", str(out)]) == 1
     assert "nothing: no such folder" in capsys.readouterr().err
+    for name in ("none/sheet.png", "sheet.xyz", "sheet.psd", "sheet"):
+        assert main(["shapes", "--out", str(tmp_path / name), "--count", "1"]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"python -m dalle_fast.data: cannot write {tmp_path / name}: ")

@@ -67,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m dalle_fast.data: {error}", file=sys.stderr)
         return 1
     examples = [example._replace(image=np.ascontiguousarray(centre_crop(example.image, size))) for example in examples]
-    contact_sheet(examples, columns=arguments.columns, scale=arguments.scale).save(arguments.out)
+    sheet = contact_sheet(examples, columns=arguments.columns, scale=arguments.scale)
+    try:
+        sheet.save(arguments.out)
+    except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
+        print(f"python -m dalle_fast.data: cannot write {arguments.out}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
