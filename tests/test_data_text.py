@@ -236,6 +236,21 @@ def test_a_tokenizer_that_would_drop_unknown_text_in_silence_is_refused(tmp_path
         loaded.encode(["ab"], 3, dropout=0.1, seed=0)
 
 
+def test_of_a_loaded_tokenizer_padding_may_be_a_token(tmp_path):
+    """Without a special token at id 0, where `encode` puts it behind a caption: the length says what is text."""
+    letters = {letter: x for x, letter in enumerate("a" + "".join(set(bytes_as_letters()) - {"a"}))}
+    loaded = Tokenizer.load(foreign(tmp_path, vocab=letters, merges=[]))
+    ids, [length] = loaded.encode(["ba"], 4)
+    assert ids[0, 1:].tolist() == [0, 0, 0] and length == 2
+    assert loaded.decode(ids[0, :length]) == "b a" != loaded.decode(ids[0])
+
+
+def bytes_as_letters():
+    import tokenizers
+
+    return tokenizers.pre_tokenizers.ByteLevel.alphabet()
+
+
 def test_ids_with_gaps(tmp_path):
     """The model needs an embedding for the largest."""
     path = foreign(tmp_path, unk_token="[UNK]", vocab={"[UNK]": 0, "a": 1, "b": 2, "ab": 3000})

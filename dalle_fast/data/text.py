@@ -194,7 +194,10 @@ class Tokenizer:
             )
 
     def decode(self, ids) -> str | list[str]:
-        """The text of ids (T,), or the texts of ids (B, T); padding is left out.
+        """The text of ids (T,), or the texts of ids (B, T).
+
+        Special tokens are left out, which the padding is of a tokenizer that `train` made. Of a loaded one id 0 may be a
+        token like others, and is text behind a caption's end too: cut rows to their lengths before.
 
         Raises:
             ValueError: an id is not below `vocab_size`.
