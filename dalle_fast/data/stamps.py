@@ -39,9 +39,8 @@ class Stamps(Pictures):
 
     def read(self, number: int) -> Example:
         name = self.names[number]
-        lines = read_file(
-            os.path.join(self.path, self._captioned[name])
-        ).splitlines()  # English first, then translations
+        data = read_file(os.path.join(self.path, self._captioned[name]))
+        lines = data.splitlines()  # English first, then translations
         caption = read_caption_text(lines[0] if lines else b"").lower()
         if not caption:
             raise BadImage("it has no caption")
