@@ -382,6 +382,9 @@ def test_a_long_caption_is_refused_before_its_turn_comes(objective, encoded):
     message = r"1 of 17 different captions are longer than text_len 30, .*: --text-len 120, or --truncate"
     with pytest.raises(ValueError, match=message + "; it is 'a circle"):
         objective(encoded=[train_, encoded[1]])
+    train_ = encoded[0]._replace(captions=[*encoded[0].captions[:-1], "caf\udcff"])
+    with pytest.raises(ValueError, match="caption must be text in UTF-8"):
+        objective(encoded=[train_, encoded[1]], truncate=True)
 
 
 def test_weights_are_the_seeds(objective):

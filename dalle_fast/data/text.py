@@ -244,7 +244,7 @@ class Tokenizer:
         """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first.
 
         Whether one survives is drawn anew each time, in the order of the merges and only until one does: what is drawn
-        for those behind it changes nothing. So a step takes 1 / (1 - dropout) draws, however long the word is.
+        for those behind it changes nothing. So a step takes 1 / (1 - dropout) draws on average, however long the word is.
         """
         pieces, end = list(word), len(word)  # a piece stands where its first letter was; None where others were
         before, behind = list(range(-1, end - 1)), list(range(1, end + 1))
@@ -258,10 +258,8 @@ class Tokenizer:
             dropped = []
             while able:
                 found, at = heapq.heappop(able)
-                if (
-                    pieces[at] is None or rank(at) != found
-                ):  # a neighbour was merged; pieces grow, so it stays impossible
-                    continue
+                if pieces[at] is None or rank(at) != found:
+                    continue  # a neighbour was merged; for good, as pieces only grow
                 if draw() >= dropout:
                     break
                 dropped.append((found, at))

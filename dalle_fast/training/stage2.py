@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,8 @@ class DALLEObjective:
         self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
         self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
         self.device = torch.device(device)
-        if not truncate:  # of all captions now, not when the turn of one that is too long comes
-            tokenizer.check_lengths([*train.captions, *validation.captions], config.text_len)
+        captions = [*train.captions, *validation.captions]  # refused now, not when the turn of one that is wrong comes
+        tokenizer.check_lengths(captions, sys.maxsize if truncate else config.text_len)
         random_state.seed(seed)
         self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
         sampling.check_fit(self.model, dvae, tokenizer)
