@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d, interpolate, max_pool2d, one_hot, relu
 
 import dalle_fast.nn as fnn
@@ -327,6 +328,31 @@ def test_under_autocast_pixels_and_losses_keep_float32s_digits(likelihood):
     torch.testing.assert_close(pictures.double(), unmap_pixels(torch.sigmoid(mu)), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["encode", "decode", "reconstruct"])
+def test_it_compiles_whole_and_exports(name):
+    """What is checked of values is left out where there are none: under compilers, exporters, vmap and fake tensors."""
+    model = fnn.DiscreteVAE(SMALL).eval()
+    method, images, codes = getattr(model, name), torch.rand(2, 3, 16, 16), torch.randint(70, (2, 4, 4))
+    given = codes if name == "decode" else images
+
+    class Method(torch.nn.Module):
+        def forward(self, x):
+            return getattr(self.model, name)(x)
+
+    exported = Method()
+    exported.add_module("model", model)
+    program = torch.export.export(exported, (given,)).module()
+    compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
+    expected = method(given)
+    for call in (compiled, program):
+        torch.testing.assert_close(call(given), expected)
+    mapped = torch.func.vmap(lambda one: method(one[None])[0])(given)
+    torch.testing.assert_close(mapped, expected, rtol=0, atol=1e-5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert method(mode.from_tensor(given)).shape == expected.shape
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -338,6 +364,8 @@ def test_under_autocast_pixels_and_losses_keep_float32s_digits(likelihood):
         (lambda m: m(None), TypeError, ["images", "NoneType"]),
         (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, ["codes", "int64", "float32"]),
         (lambda m: m.decode(torch.zeros(4, 4, dtype=torch.int64)), ValueError, ["codes", "(B, h, w)", "(4, 4)"]),
+        (lambda m: m.decode(torch.full((1, 4, 4), 70)), ValueError, ["codes", "from 0 to 69", "values from 70 to 70"]),
+        (lambda m: m.decode(torch.full((1, 4, 4), -1)), ValueError, ["codes", "from 0 to 69", "values from -1 to -1"]),
         (lambda m: fnn.DVAEConfig(downsampling=6), ValueError, ["downsampling", "power of two", "6"]),
         (lambda m: fnn.DVAEConfig(image_size=100), ValueError, ["image_size", "multiple", "100"]),
         (lambda m: fnn.DVAEConfig(num_codes=0), ValueError, ["num_codes", "positive", "0"]),

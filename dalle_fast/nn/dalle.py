@@ -20,6 +20,7 @@ from torch import nn
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
+from dalle_fast.nn.checks import check_integers, check_range
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.nn.transformer import INIT_STD, Transformer
 from dalle_fast.ops.attention.op import MAX_HEAD_DIM
@@ -175,7 +176,7 @@ class DALLE(nn.Module):
                 nothing) with values out of range.
         """
         T = self.config.text_len
-        _check_integers("text", text)
+        check_integers("text", text)
         codes = self.check_codes(codes, len(text), least=self.config.image_len)
         hidden = self.hidden(text, codes[:, :-1], text_lengths=text_lengths)  # (B, T + G, W)
         padding = self._padding(text, text_lengths)
@@ -310,23 +311,23 @@ class DALLE(nn.Module):
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def check_text(self, text, text_lengths, *, look=None):
-        """Raise TypeError or ValueError where this model cannot take a caption. `look`: see `_check_range`."""
+        """Raise TypeError or ValueError where this model cannot take a caption. `look`: see `bounds` in checks.py."""
         T, V = self.config.text_len, self.config.vocab_size
-        _check_integers("text", text)
+        check_integers("text", text)
         if text.dim() != 2 or text.shape[1] != T:
             raise ValueError(f"text must have shape (B, {T}), the model's text_len, got {tuple(text.shape)}")
         if text_lengths is not None:
-            _check_integers("text_lengths", text_lengths)
+            check_integers("text_lengths", text_lengths)
             if text_lengths.shape != text.shape[:1] or text_lengths.device != text.device:
                 got = f"{tuple(text_lengths.shape)} on {text_lengths.device}"
                 raise ValueError(f"text_lengths must have shape ({len(text)},) and be on {text.device}, got {got}")
-            _check_range("text_lengths", text_lengths, T, "the model's text_len", look)
+            check_range("text_lengths", text_lengths, T, "the model's text_len", look)
             text = text.masked_fill(self._padding(text, text_lengths), 0)
-        _check_range("text", text, V - 1, f"the last of the model's {V} text tokens", look)
+        check_range("text", text, V - 1, f"the last of the model's {V} text tokens", look)
 
     def check_codes(self, codes, batch, *, least, look=None):
         """Codes (B, n), n from `least` to G, of codes (B, n) or (B, rows, w); or TypeError or ValueError."""
-        _check_integers("codes", codes)
+        check_integers("codes", codes)
         (h, w), G = self.config.grid, self.config.image_len
         flat = codes.flatten(1) if codes.dim() == 3 and codes.shape[2] == w else codes
         if flat.dim() != 2 or len(flat) != batch or not least <= flat.shape[1] <= G:
@@ -335,7 +336,7 @@ class DALLE(nn.Module):
                 shapes = f"({batch}, n) with n from {least} to {G}, or ({batch}, rows, {w}) with at most {h} rows"
             raise ValueError(f"codes must have shape {shapes} for the model's grid {h} x {w}, got {tuple(codes.shape)}")
         K = self.config.num_codes
-        _check_range("codes", flat, K - 1, f"the last of the model's {K} codes", look)
+        check_range("codes", flat, K - 1, f"the last of the model's {K} codes", look)
         return flat
 
 
@@ -344,23 +345,3 @@ def _no_float16(device_type):
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
-
-
-def _check_integers(name, tensor):
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64:
-        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an int64 tensor, got {got}")
-
-
-def _check_range(name, tensor, last, what, look):
-    """Raise ValueError where values are not from 0 to `last`.
-
-    A look costs nothing on a CPU, elsewhere it waits for the device: whether to `look`, None means where it is free.
-    """
-    look = tensor.device.type == "cpu" if look is None else look
-    is_traced = torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
-    if is_traced or not look or not tensor.numel():
-        return
-    low, high = (int(x) for x in torch.aminmax(tensor))
-    if low < 0 or high > last:
-        raise ValueError(f"{name} must be from 0 to {last}, {what}, got values from {low} to {high}")

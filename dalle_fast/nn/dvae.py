@@ -18,6 +18,7 @@ import torch.nn.functional as torch_F
 from torch import nn
 
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.checks import check_integers, check_range
 from dalle_fast.ops.choice import check_impl
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
@@ -276,16 +277,11 @@ class DiscreteVAE(nn.Module):
         Raises:
             TypeError, ValueError: codes are not int64, not of that shape or, on a CPU, not codes.
         """
-        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
-            got = codes.dtype if isinstance(codes, torch.Tensor) else type(codes).__name__
-            raise TypeError(f"codes must be an int64 tensor, got {got}")
+        check_integers("codes", codes)
         if codes.dim() != 3:
             raise ValueError(f"codes must have shape (B, h, w), got {tuple(codes.shape)}")
         _, _, codebook, shift = self._codebook()
-        if codes.device.type == "cpu" and codes.numel():  # elsewhere a look would wait for the device
-            low, high = (int(x) for x in torch.aminmax(codes))
-            if low < 0 or high >= len(codebook):
-                raise ValueError(f"codes must be from 0 to {len(codebook) - 1}, got values from {low} to {high}")
+        check_range("codes", codes, len(codebook) - 1, f"the last of the model's {len(codebook)} codes")
         mu, _ = self._statistics(torch_F.embedding(codes, codebook) + shift)
         return unmap_pixels(torch.sigmoid(mu.float()))
 

@@ -1,0 +1,43 @@
+"""What modules refuse of their arguments, each rule in one place."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+
+
+def check_size(name, size) -> None:
+    """Raise TypeError where `size` is no integer, of Python's or of NumPy's, and ValueError where it is below 1."""
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_integers(name, tensor) -> None:
+    """Raise TypeError where `tensor` is no int64 tensor."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64:
+        got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+
+
+def check_range(name, tensor, last, what, look=None) -> None:
+    """Raise ValueError where integers are not from 0 to `last`, which is `what`. `look`: see `bounds`."""
+    found = bounds(tensor, look)
+    if found and (found[0] < 0 or found[1] > last):
+        raise ValueError(f"{name} must be from 0 to {last}, {what}, got values from {found[0]} to {found[1]}")
+
+
+def bounds(tensor, look=None):
+    """The smallest and the largest value, NaN where there is one; None where it is empty or not to be looked at.
+
+    A look costs nothing on a CPU, elsewhere it waits for the device: whether to `look`, None means where it is free.
+    What a compiler, an exporter, a fake mode or a transform as vmap hands over has no values.
+    """
+    look = tensor.device.type == "cpu" if look is None else look
+    has_values = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if not look or not has_values or torch._C._are_functorch_transforms_active() or not tensor.numel():
+        return None
+    low, high = torch.aminmax(tensor.detach())
+    return low.item(), high.item()
