@@ -1,4 +1,4 @@
-"""Whether results can be kept, asked before long work, and that one process at a time keeps them."""
+"""Whether results can be kept, asked before long work; files written whole or not at all; one process at a time."""
 
 from __future__ import annotations
 
@@ -42,6 +42,25 @@ def make_folder(path: str | os.PathLike, name: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} must be a folder that can be written to, got {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike):
+    """The path of another file in the same folder, with the same ending, for the caller to write; it then takes the
+    place of `path`. Where that fails, as on a full disk, what was at `path` is still there, and nothing beside it.
+
+    Raises:
+        OSError: `path` cannot be written to.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    unfinished = path.with_name(".writing-" + path.name)
+    try:
+        if path.exists():
+            open(path, "ab").close()  # refused where it is a folder, or is not to be written to
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from dalle_fast.outputs import written_whole
+
 __all__ = ["best_of", "check_fit", "draw", "save_grid"]
 
 
@@ -170,7 +172,8 @@ def save_grid(images, path, columns=None):
     sheet[:N] = images
     sheet = sheet.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
     pixels = (sheet.float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, -1, 3)
-    Image.fromarray(pixels.cpu().numpy()).save(path)
+    with written_whole(path) as unfinished:
+        Image.fromarray(pixels.cpu().numpy()).save(unfinished)
 
 
 def _checked_keep(keep, available):

@@ -1,5 +1,7 @@
 """The command generate: from a caption to a file, and errors of one line."""
 
+import errno
+import io
 import os
 import sys
 
@@ -194,6 +196,35 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(generate, tm
         with pytest.raises(AssertionError, match="in vain"):
             generate(CAPTION, out=tmp_path / name)
     assert (tmp_path / "old.png").read_text() == "old" and not (tmp_path / "new.png").exists()
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(generate, model, tmp_path, capsys, monkeypatch):
+    """Of generate, reconstruct and save_grid; what can be written takes its place, behind a link too."""
+    Image.new("RGB", (S, S)).save(tmp_path / "old.png")
+    before = (tmp_path / "old.png").read_bytes()
+    os.symlink("old.png", tmp_path / "link.png")
+    reconstruct = ["reconstruct", tmp_path / "old.png", "--model", model / DVAE, "--out", tmp_path / "old.png"]
+    save = Image.Image.save
+
+    def full(self, path, *arguments, **options):
+        if isinstance(path, io.BytesIO):
+            return save(self, path, *arguments, **options)
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert generate(CAPTION, out=tmp_path / "old.png") == 2
+        assert cli.main([*map(str, reconstruct), "--device", "cpu"]) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert all("cannot write" in line and "No space left" in line for line in errors) and len(errors) == 2
+        with pytest.raises(OSError, match="No space left"):
+            sampling.save_grid(torch.zeros(1, 3, S, S), tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.png", "old.png"]
+    generate(CAPTION, out=tmp_path / "link.png")
+    assert (tmp_path / "old.png").read_bytes() != before and (tmp_path / "link.png").is_symlink()
 
 
 def test_parts_that_are_missing(model, tmp_path, capsys):

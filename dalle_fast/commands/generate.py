@@ -124,6 +124,7 @@ def write(rows, path) -> list[str]:
     """
     from PIL import Image
 
+    from dalle_fast.outputs import written_whole
     from dalle_fast.training.pictures import picture_grid
 
     if _is_folder(path):
@@ -137,7 +138,8 @@ def write(rows, path) -> list[str]:
     for name, picture in pictures.items():
         try:
             os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-            Image.fromarray(picture).save(name)
+            with written_whole(name) as unfinished:
+                Image.fromarray(picture).save(unfinished)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write {name}: {error}") from error
     return list(pictures)

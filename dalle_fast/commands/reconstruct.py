@@ -17,11 +17,13 @@ def run(arguments) -> int:
     from PIL import Image
 
     from dalle_fast.checkpoint import load_model
+    from dalle_fast.outputs import written_whole
 
     model = load_model(arguments.model, kind="DiscreteVAE", device=training.device(arguments.device))
     picture = reconstructions(model, arguments.images)
     try:
-        Image.fromarray(picture).save(arguments.out)
+        with written_whole(arguments.out) as unfinished:
+            Image.fromarray(picture).save(unfinished)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {arguments.out}: {error}") from error
     print(arguments.out)
