@@ -104,13 +104,30 @@ def test_an_image_does_not_depend_on_the_batch(generate):
     assert np.array_equal(generate(CAPTION, "--num-images", "5", "--batch-size", "2"), whole)
 
 
-def test_the_best_of_many(generate, model, tmp_path, monkeypatch):
-    (tmp_path / "scores.py").write_text("def dark(images, caption):\n    return -images.mean((1, 2, 3))\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "scores", raising=False)
+def test_the_best_of_many(generate, model, scores):
+    scores("scores", "def dark(images, caption):\n    return -images.mean((1, 2, 3))\n")
     picture = generate(CAPTION, "--best-of", "6", "--score", "scores:dark")
     means = drawn(model, num_images=6)[0].mean((1, 2, 3))
     assert picture.mean() == means.min() < means.max()
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch):
+    """scores(name, text) writes a module into the working folder, which is on no path, as under the console script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+
+    def write(name, text):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(text)
+
+    return write
+
+
+def test_a_score_may_import_when_it_is_called(generate, scores):
+    scores("lazy", "def dark(images, caption):\n    import beside\n    return beside.means(images)\n")
+    scores("beside", "def means(images):\n    return -images.mean((1, 2, 3))\n")
+    assert generate(CAPTION, "--best-of", "2", "--score", "lazy:dark").shape == (S, S, 3)
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])

@@ -186,13 +186,14 @@ def _captions(arguments) -> list[str]:
 
 def _function(name):
     module_name, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    if os.getcwd() not in sys.path:
+        sys.path.insert(
+            0, os.getcwd()
+        )  # as `python -m` does; it stays, for what the function imports when it is called
     try:
         found = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--score {name} must be MODULE:FUNCTION: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(found):
         raise UserError(f"--score {name} must be a function, got {type(found).__name__}")
     return found
