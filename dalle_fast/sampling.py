@@ -127,10 +127,14 @@ def best_of(images, score, keep=1):
         images: (N, ...), not changed. score: a callable of them that returns N numbers.
 
     Raises:
-        ValueError: keep is not from 1 to N, or the scores are not N numbers.
+        ValueError: keep is not from 1 to N, or the scores are not N numbers. TypeError: they are no numbers at all.
     """
     keep = _checked_keep(keep, len(images))
-    scores = torch.as_tensor(score(images)).detach()
+    scores = score(images)
+    try:
+        scores = torch.as_tensor(scores).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score must return {len(images)} numbers, got {type(scores).__name__}: {error}") from error
     if scores.shape != (len(images),):
         raise ValueError(f"score must return {len(images)} numbers, one for each image, got {tuple(scores.shape)}")
     if scores.isnan().any():

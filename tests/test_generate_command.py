@@ -130,6 +130,18 @@ def test_a_score_may_import_when_it_is_called(generate, scores):
     assert generate(CAPTION, "--best-of", "2", "--score", "lazy:dark").shape == (S, S, 3)
 
 
+def test_what_is_wrong_in_a_score_is_told_as_its_own(generate, scores, capsys):
+    """With the way to the line; what it returns is judged by us, in one line."""
+    scores("wrong", "def typed(images, caption):\n    return 1 + caption\ndef nothing(images, caption):\n    pass\n")
+    assert generate(CAPTION, "--best-of", "2", "--score", "wrong:typed") == 2
+    error = capsys.readouterr().err
+    assert 'wrong.py", line 2, in typed' in error and "generate.py" not in error
+    assert error.splitlines()[-1].startswith("dalle-fast: error: --score wrong:typed failed: TypeError: unsupported op")
+    assert generate(CAPTION, "--best-of", "2", "--score", "wrong:nothing") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle-fast: error: score must return 2 numbers, got NoneType") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_completing_keeps_the_codes_of_the_first_rows(generate, model, tmp_path, rows):
     picture = np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8)

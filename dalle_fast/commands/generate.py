@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from dalle_fast.commands import training
@@ -196,7 +197,15 @@ def _function(name):
         raise UserError(f"--score {name} must be MODULE:FUNCTION: {error}") from error
     if not callable(found):
         raise UserError(f"--score {name} must be a function, got {type(found).__name__}")
-    return found
+
+    def score(images, caption):
+        try:
+            return found(images, caption)
+        except Exception as error:  # the user's own code: what is needed is where
+            traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+            raise UserError(f"--score {name} failed: {type(error).__name__}: {error}") from error
+
+    return score
 
 
 def _first_rows(dvae, arguments, count):
