@@ -1,5 +1,6 @@
 """The command generate: from a caption to a file, and errors of one line."""
 
+import argparse
 import errno
 import io
 import os
@@ -12,6 +13,7 @@ from PIL import Image
 
 import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli, sampling
+from dalle_fast.commands import generate as generate_command
 from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
@@ -90,6 +92,12 @@ def test_a_folder_gets_a_file_of_each_and_captions_come_from_a_file(generate, mo
     expected = drawn(model, (CAPTION, OTHER, CAPTION), num_images=2)
     for name, picture in zip(names, expected.reshape(6, S, S, 3)):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / name)), picture)
+
+
+def test_lines_of_captions_end_where_editors_end_them(tmp_path):
+    arguments = argparse.Namespace(caption=[], captions=tmp_path / "captions.txt", complete=None)
+    arguments.captions.write_bytes("\ufeffa\u2028b\r\nc\x85d\x0be\rf\u2029g\n\nh".encode())
+    assert generate_command._captions(arguments) == ["a\u2028b", "c\x85d\x0be", "f\u2029g", "h"]
 
 
 def test_flags_of_sampling_reach_the_model(generate, model):

@@ -174,7 +174,8 @@ def _captions(arguments) -> list[str]:
     captions = list(arguments.caption)
     if arguments.captions is not None:
         try:
-            lines = Path(arguments.captions).read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines(), which ends lines at U+2028 and others too: read as text, \n stands for \r\n and \r.
+            lines = Path(arguments.captions).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read captions from {arguments.captions}: {error}") from error
         captions += [line.strip() for line in lines if line.strip()]
