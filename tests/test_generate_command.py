@@ -206,7 +206,10 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         (CAPTION, "--best-of", 3): ["--best-of and --score"],
         (CAPTION, "--best-of", 0, "--score", "math:fsum"): ["--best-of must be at least 1, got 0"],
         (CAPTION, "--best-of", 3, "--score", "nowhere:x"): ["nowhere"],
-        (CAPTION, "--best-of", 1, "--num-images", 2, "--score", "math:fsum"): ["keep must be from 1 to 1", "got 2"],
+        (CAPTION, "--best-of", 1, "--num-images", 2, "--score", "math:fsum"): [
+            "--num-images must be at most --best-of 1",
+            "got 2",
+        ],
         ("--captions", tmp_path / "missing.txt"): ["cannot read captions", "missing.txt"],
         ("--captions", tmp_path / "empty.txt"): ["a caption is needed"],
     }

@@ -57,6 +57,9 @@ def run(arguments) -> int:
         raise UserError("--best-of and --score must be given together: how many are drawn, and what is best")
     if arguments.best_of is not None and arguments.best_of < 1:
         raise UserError(f"--best-of must be at least 1, got {arguments.best_of}")
+    if arguments.best_of is not None and arguments.num_images > arguments.best_of:
+        flags = f"--num-images must be at most --best-of {arguments.best_of}, as that many are drawn"
+        raise UserError(f"{flags}, got {arguments.num_images}")
     if arguments.keep_rows is not None and arguments.complete is None:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
