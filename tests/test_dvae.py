@@ -353,6 +353,34 @@ def test_it_compiles_whole_and_exports(name):
         assert method(mode.from_tensor(given)).shape == expected.shape
 
 
+def test_images_are_of_the_models_dtype_or_autocast_makes_them():
+    model, images = fnn.DiscreteVAE(SMALL), torch.rand(2, 3, 16, 16)
+    for call in (model, model.encode):
+        for dtype in (torch.float64, torch.bfloat16):
+            with pytest.raises(TypeError, match=f"the model's dtype torch.float32, or autocast, got {dtype}"):
+                call(images.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            call(images.bfloat16())
+            with pytest.raises(TypeError, match="got torch.float64"):  # which autocast leaves alone
+                call(images.double())
+    model.double()(images.double())
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_pixels_are_from_0_to_1_and_what_resizing_adds(likelihood):
+    """A loss is finite, or refused."""
+    model = fnn.DiscreteVAE(dataclasses.replace(SMALL, likelihood=likelihood))
+    images = torch.rand(2, 3, 16, 16)
+    for value in (0.0, 1.0, -0.12, 1.12):
+        images[0, 0, 0, 0] = value
+        assert model(images).loss.isfinite()
+    for value in (-0.13, 1.13, -1.0, 255.0, math.nan, math.inf):
+        images[0, 0, 0, 0] = value
+        for call in (model, model.encode):
+            with pytest.raises(ValueError, match="images must have pixels from 0 to 1 .*, got values from"):
+                call(images)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -18,11 +18,14 @@ import torch.nn.functional as torch_F
 from torch import nn
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import check_integers, check_range
+from dalle_fast.nn.checks import bounds, check_integers, check_range
+from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
 PIXEL_MARGIN = 0.1  # the paper's epsilon: the logit-Laplace distribution lives on (0, 1), pixels go to (0.1, 0.9)
+# How far beyond [0, 1] pixels may be, as bicubic resizing leaves them: up to here their logit-Laplace density is finite.
+OVERSHOOT = PIXEL_MARGIN / (1 - 2 * PIXEL_MARGIN)  # 1/8
 
 
 def map_pixels(images):
@@ -267,7 +270,11 @@ class DiscreteVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, images):
-        """The most likely code of every position: (B, h, w) int64 of images (B, C, H, W) with pixels from 0 to 1."""
+        """The most likely code of every position: (B, h, w) int64 of images (B, C, H, W) with pixels from 0 to 1.
+
+        Raises:
+            TypeError, ValueError: as `forward` of images.
+        """
         weight, bias, _, _ = self._codebook()
         return F.codebook_argmax(self._features(images), weight, bias, impl=self.impl)
 
@@ -297,7 +304,9 @@ class DiscreteVAE(nn.Module):
             seed: of the noise, as in `gumbel_codebook`; rows are (B, h, w).
 
         Raises:
-            TypeError, ValueError: images of the wrong dtype or shape; what `gumbel_codebook` raises.
+            TypeError, ValueError: images of the wrong dtype or shape or, on a CPU, with pixels that are not from 0 to 1
+                by more than an eighth, with which the loss would be NaN (on a GPU, where a look would wait for the
+                device, it is); what `gumbel_codebook` raises.
         """
         weight, bias, codebook, shift = self._codebook()
         embedding, kl, codes = F.gumbel_codebook(
@@ -327,6 +336,14 @@ class DiscreteVAE(nn.Module):
         if images.dim() != 4 or images.shape[1] != C or images.shape[2] % step or images.shape[3] % step:
             expected = f"(B, {C}, H, W) with H and W multiples of {step}"
             raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+        weight = self.encoder.blocks.input.w
+        of_images, of_weight = (autocast_dtype(x) or x.dtype for x in (images, weight))
+        if of_images != of_weight:
+            raise TypeError(f"images must have the model's dtype {weight.dtype}, or autocast, got {images.dtype}")
+        found = bounds(images)
+        if found and not -OVERSHOOT < found[0] <= found[1] < 1 + OVERSHOOT:  # nor NaN
+            low, high = found
+            raise ValueError(f"images must have pixels from 0 to 1 (clamp them), got values from {low:g} to {high:g}")
         return self.encoder.features(map_pixels(images)).movedim(1, -1)
 
     def _statistics(self, embedding):
