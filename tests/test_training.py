@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -416,6 +417,28 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path, how)
     assert same == [step in {4, 5} for step in range(11)]
     assert [line["skipped"] for line in log_of(tmp_path)] == [0, 2, 2, 2]
     assert all(math.isfinite(value) for line in log_of(tmp_path) for value in line.values())
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (set(), None),
+        ({4, 5}, "2 of 12 steps were skipped, as loss or gradient was not finite; the last one was step 6. A smaller"),
+        ({2, *range(7, 12)}, "6 of 12 steps .*; also the last 5, so that training had ended at step 7. A smaller"),
+    ],
+    ids=["none", "some", "the last"],
+)
+def test_a_run_says_at_its_end_what_was_skipped(tmp_path, capsys, steps, words):
+    """Also one that was resumed after the last of them."""
+    stop = StopAt(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for o in (
+        stop(spoil(objective(), steps, lambda x: x * math.nan)),
+        spoil(objective(), steps, lambda x: x * math.nan),
+    ):
+        assert "warning" not in capsys.readouterr().err
+        train(o, tmp_path, settings(), resume=True, **QUIET)
+    error = capsys.readouterr().err
+    assert re.match(f"warning: {words}", error) and error.count("\n") == 1 if words else not error
 
 
 def test_too_many_in_a_row_are_an_error_that_names_the_last_checkpoint(tmp_path):

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -222,7 +223,7 @@ class _Run:
         self.reports = None
         self.step = self.saved_at = 0
         self.updates = 0  # steps that were not skipped
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.last_skipped = 0
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
 
     def go(self, stop) -> int:
@@ -282,10 +283,20 @@ class _Run:
         """Evaluate and export the averaged model."""
         if not self.processes.leads:
             return {}
+        if self.updates < self.step:
+            self.warn_of_skipped()
         evaluation = self.evaluate()
         checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
         checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
         return evaluation
+
+    def warn_of_skipped(self) -> None:
+        skipped = f"{self.step - self.updates} of {self.step} steps were skipped, as loss or gradient was not finite"
+        last = f"the last one was step {self.last_skipped}"
+        if self.skipped_in_a_row:
+            last = f"also the last {self.skipped_in_a_row}, so that training had ended at step {self.step - self.skipped_in_a_row}"
+        advice = "A smaller learning rate or float32 may help, in another folder"
+        print(f"warning: {skipped}; {last}. {advice}", file=sys.stderr, flush=True)
 
     def evaluate(self) -> dict[str, float]:
         found = self.objective.evaluate(self.ema.model)
@@ -321,6 +332,7 @@ class _Run:
 
     def skip(self) -> None:
         self.skipped_in_a_row += 1
+        self.last_skipped = self.step
         if self.skipped_in_a_row > self.settings.max_skipped:
             last = checkpoint.latest(self.out / checkpoint.CHECKPOINTS)
             raise TrainingError(
@@ -358,6 +370,7 @@ class _Run:
             "settings": self.settings_that_matter,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "last_skipped": self.last_skipped,
             "sums": self.sums,
             "counted": self.counted,
             "random": random_state.get(),
@@ -381,6 +394,7 @@ class _Run:
         random_state.put(saved.state["random"])
         self.step, self.updates = saved.step, saved.state["updates"]
         self.skipped_in_a_row = saved.state["skipped_in_a_row"]
+        self.last_skipped = saved.state.get("last_skipped", self.step)  # older checkpoints do not say when
         self.sums, self.counted = saved.state["sums"], saved.state["counted"]
 
 
