@@ -13,6 +13,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_codebook import SEED, inputs
@@ -404,9 +405,13 @@ def test_module_copies_pickles_and_says_what_it_is():
     other = fnn.GumbelCodebook(I, K, D, bias=False)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.codebook, module.codebook)
-    for sizes in ((0, K, D), (I, 0, D), (I, K, 0), (0.0, K, D)):
-        with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
+    for sizes in ((0, K, D), (I, 0, D), (I, K, 0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
             fnn.GumbelCodebook(*sizes)
+    for size in (4.0, True, "4", None):
+        with pytest.raises(TypeError, match=f"in_channels must be an integer, got {size!r}"):
+            fnn.GumbelCodebook(size, K, D)
+    assert fnn.GumbelCodebook(*np.array([I, K, D])).codebook.shape == (K, D)
     half = fnn.GumbelCodebook(I, K, D, dtype=torch.bfloat16)
     assert half(hidden.bfloat16()).embedding.dtype == torch.bfloat16
 

@@ -5,12 +5,11 @@ B batch, S sequence, E embedding, H heads, D head size, T text.
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 import torch.nn.functional as torch_F
 
 from dalle_fast.masks import AttentionMask
+from dalle_fast.nn.checks import check_size
 from dalle_fast.ops import attention
 from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.calls import autocast_dtype
@@ -54,10 +53,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
         sizes |= {name: size for name, size in (("kdim", kdim), ("vdim", vdim)) if size is not None}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-                raise TypeError(f"{name} must be an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_size(name, size)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         super().__init__(

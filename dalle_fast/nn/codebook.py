@@ -10,6 +10,7 @@ import math
 import torch
 
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.checks import check_size
 
 
 class GumbelCodebook(torch.nn.Module):
@@ -30,7 +31,7 @@ class GumbelCodebook(torch.nn.Module):
         impl: as in `dalle_fast.nn.functional.gumbel_codebook`.
 
     Raises:
-        ValueError: a size that is no positive integer.
+        TypeError: a size that is no integer. ValueError: one below 1.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class GumbelCodebook(torch.nn.Module):
     ):
         super().__init__()
         for name, size in (("in_channels", in_channels), ("num_codes", num_codes), ("embedding_dim", embedding_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+            check_size(name, size)
         options = {"device": device, "dtype": dtype}
         self.tau, self.hard, self.impl = tau, hard, impl
         self.weight = torch.nn.Parameter(torch.empty(num_codes, in_channels, **options))

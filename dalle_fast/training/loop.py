@@ -294,7 +294,8 @@ class _Run:
         skipped = f"{self.step - self.updates} of {self.step} steps were skipped, as loss or gradient was not finite"
         last = f"the last one was step {self.last_skipped}"
         if self.skipped_in_a_row:
-            last = f"also the last {self.skipped_in_a_row}, so that training had ended at step {self.step - self.skipped_in_a_row}"
+            ended = self.step - self.skipped_in_a_row
+            last = f"also the last {self.skipped_in_a_row}, so that training had ended at step {ended}"
         advice = "A smaller learning rate or float32 may help, in another folder"
         print(f"warning: {skipped}; {last}. {advice}", file=sys.stderr, flush=True)
 
