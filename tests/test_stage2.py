@@ -654,7 +654,7 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
         (dvae, tmp_path / "out", "--head-dim", "300"): "head_dim must be at most 128, got 300",
         (dvae, tmp_path / "out", "--seed", "2000000"): "seed must be from 0 to 1048575, got 2000000",
         (dvae, tmp_path / "out", "--ema-decay", "1"): "ema_decay must be from 0 to below 1, got 1.0",
-        (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be at least 0, got -1",
+        (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be an integer of at least 0, got -1",
         (dvae, tmp_path / "out", "--learning-rate", "1e300"): "learning_rate must be a positive number below 1e+38",
     }
     tokenizer = json.loads((run / train_dalle.TOKENIZER).read_text())

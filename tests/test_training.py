@@ -239,6 +239,23 @@ def test_a_model_without_its_checkpoints_is_not_replaced(tmp_path, resume):
         train(objective(), tmp_path, settings(), resume=resume, **QUIET)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_log_that_is_no_runs_is_not_emptied(tmp_path, resume):
+    """One of a run that ended before its first checkpoint is."""
+    log = tmp_path / "log.jsonl"
+    for text in ('{"time": 1}\n', "a log\n", '{"step": 1, "loss"\n'[1:]):
+        log.write_text(text)
+        with pytest.raises(TrainingError, match=r"log.jsonl is not the log of a run: choose another folder"):
+            train(objective(), tmp_path, settings(), resume=resume, **QUIET)
+        assert log.read_text() == text and not list((tmp_path / checkpoint.CHECKPOINTS).iterdir())
+    for number, text in enumerate(('{"st', '{"step": 3, "loss": 1.0}\n{"step": 6', "")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "log.jsonl").write_text(text)
+        train(objective(), folder, settings(steps=1), resume=resume, **QUIET)
+        assert [line["step"] for line in log_of(folder)] == [1]
+
+
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
     with held(tmp_path, "the folder"), pytest.raises(UserError, match="is in use by another process"):
         train(objective(), tmp_path, settings(), **QUIET)
@@ -588,6 +605,11 @@ def test_it_learns_at_low_precision_too(tmp_path):
         (lambda: DVAERecipe(beta=math.nan), ["beta", "nan"]),
         (lambda: DVAERecipe(tau_share=1.5), ["tau_share", "from 0 to 1", "1.5"]),
         (lambda: LoopSettings(steps=0), ["steps", "0"]),
+        (lambda: LoopSettings(steps=2.5), ["steps must be a positive integer, got 2.5"]),
+        (lambda: LoopSettings(steps=True), ["steps must be a positive integer, got True"]),
+        (lambda: LoopSettings(steps=1, ema_every=0), ["ema_every must be a positive integer, got 0"]),
+        (lambda: LoopSettings(steps=1, log_every=1.5), ["log_every must be an integer of at least 0, got 1.5"]),
+        (lambda: LoopSettings(steps=1, max_skipped=-1), ["max_skipped must be an integer of at least 0, got -1"]),
         (lambda: LoopSettings(steps=1, clip=-1.0), ["clip", "-1"]),
         (lambda: LoopSettings(steps=1, precision="float8"), ["precision", "bfloat16", "float8"]),
         (lambda: objective(seed=-1), ["seed", "-1"]),

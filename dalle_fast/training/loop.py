@@ -38,7 +38,8 @@ from dalle_fast.errors import UserError
 from dalle_fast.outputs import held, make_folder
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.ema import EMA
-from dalle_fast.training.reports import NoReports, Reports
+from dalle_fast.training.recipes import check
+from dalle_fast.training.reports import LOG, NoReports, Reports
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -108,11 +109,9 @@ class LoopSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self):
-        for name in ("max_skipped", "log_every", "picture_every", "evaluate_every", "checkpoint_every", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        intervals = ("log_every", "picture_every", "evaluate_every", "checkpoint_every")
+        check(self, positive_integers=("steps", "ema_every"), integers=("max_skipped", *intervals))
+        check(self, not_negative=("clip",))
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
         if self.precision not in PRECISIONS:
@@ -188,14 +187,27 @@ def check_folder(out, *, resume: bool) -> bool:
     """Whether there is a run in `out` to go on with.
 
     Raises:
-        TrainingError: there is one, and `resume` is False; there is only what a finished one left.
+        TrainingError: there is one, and `resume` is False; there is only what a finished one left; there is none, and a
+            log that is no run's, which would be emptied.
     """
     found = checkpoint.latest(Path(out) / checkpoint.CHECKPOINTS)
     if found and not resume:
         raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
     if not found and (Path(out) / checkpoint.MODEL).exists():
         raise TrainingError(f"{out} holds a trained model, and no checkpoint to go on from: choose another folder")
+    if not found and not _is_log(Path(out) / LOG):
+        raise TrainingError(f"{Path(out) / LOG} is not the log of a run: choose another folder, or move it away")
     return found is not None
+
+
+def _is_log(path) -> bool:
+    """Whether `path` is free, or begins as the log of a run that ended before its first checkpoint, perhaps cut short."""
+    ours = b'{"step": '
+    if not path.exists():
+        return True
+    with open(path, "rb") as file:
+        start = file.read(len(ours))
+    return ours.startswith(start)
 
 
 class _Run:

@@ -36,9 +36,9 @@ class DVAERecipe:
     clip: float = _field(1.0, "largest norm of the gradient, 0 for any")
 
     def __post_init__(self):
-        _check(self, positive_integers=("steps", "batch_size"), positive=("learning_rate", "tau"))
-        _check(self, not_negative=("final_learning_rate", "beta", "weight_decay", "clip"))
-        _check(self, shares=("learning_rate_share", "warmup_share", "beta_share", "tau_share"))
+        check(self, positive_integers=("steps", "batch_size"), positive=("learning_rate", "tau"))
+        check(self, not_negative=("final_learning_rate", "beta", "weight_decay", "clip"))
+        check(self, shares=("learning_rate_share", "warmup_share", "beta_share", "tau_share"))
 
     def learning_rate_at(self, step: int) -> float:
         steps = self.learning_rate_share * self.steps
@@ -73,19 +73,22 @@ class DALLERecipe:
     caption_dropout: float = _field(0.0, "share of the captions that are hidden, for classifier-free guidance")
 
     def __post_init__(self):
-        _check(self, positive_integers=("steps", "batch_size", "ema_every"), positive=("learning_rate",))
-        _check(self, not_negative=("final_learning_rate", "weight_decay", "clip"))
-        _check(self, shares=("warmup_share", "ema_decay", "bpe_dropout", "caption_dropout"))
+        check(self, positive_integers=("steps", "batch_size", "ema_every"), positive=("learning_rate",))
+        check(self, not_negative=("final_learning_rate", "weight_decay", "clip"))
+        check(self, shares=("warmup_share", "ema_decay", "bpe_dropout", "caption_dropout"))
 
     def learning_rate_at(self, step: int) -> float:
         rate = cosine(step, start=self.learning_rate, end=self.final_learning_rate, steps=self.steps)
         return rate * warmup(step, steps=self.warmup_share * self.steps)
 
 
-def _check(recipe, *, positive_integers=(), positive=(), not_negative=(), shares=()):
-    for name in positive_integers:
-        if not isinstance(getattr(recipe, name), int) or getattr(recipe, name) < 1:
-            raise ValueError(f"{name} must be a positive integer, got {getattr(recipe, name)!r}")
+def check(recipe, *, positive_integers=(), integers=(), positive=(), not_negative=(), shares=()) -> None:
+    """Raise ValueError where one of a recipe's (or other settings') fields is not what its list says; `integers` may be 0."""
+    for name in (*positive_integers, *integers):
+        value, least = getattr(recipe, name), 1 if name in positive_integers else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "a positive integer" if least else "an integer of at least 0"
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
     for name in positive:
         if not 0 < getattr(recipe, name) < LARGEST:
             raise ValueError(f"{name} must be a positive number below {LARGEST:g}, got {getattr(recipe, name)!r}")
