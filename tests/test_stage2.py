@@ -610,6 +610,44 @@ def test_a_tokenizer_can_be_given(folders, tmp_path):
     assert not (tmp_path / train_dalle.CODES).exists()
 
 
+def test_masks_of_the_layers_can_be_chosen(folders, tmp_path, capsys):
+    """They are the model's, and a run's that is resumed."""
+    dvae, run = folders
+    codes_ = ["--codes", run / train_dalle.CODES]
+    flags = [
+        *codes_,
+        "--layers",
+        "5",
+        "--masks",
+        "axial_row, column,conv_clip",
+        "--last-mask",
+        "causal",
+        "--kernel-size",
+        "3",
+    ]
+    assert command(dvae, tmp_path, *flags) == 0
+    model = checkpoint.load_model(tmp_path)
+    assert [mask.rule for mask in model.config.masks] == ["axial_row", "column", "conv_clip", "axial_row", "causal"]
+    assert [mask.kernel_size for mask in model.config.masks] == [1, 1, 3, 1, 1]
+    capsys.readouterr()
+    assert command(dvae, tmp_path, *flags, "--last-mask", "row", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "model.rules ['axial_row', 'column', 'conv_clip', 'axial_row', 'causal'], not [" in error
+    assert "'row']" in error and error.count("\n") == 1
+
+
+def test_the_papers_masks_are_the_default(folders):
+    """Named or not, for a run that began without them too."""
+    dvae, run = folders
+    assert checkpoint.load_model(run).config.rules is None
+    flags = ["--masks", train_dalle.MASKS, "--last-mask", train_dalle.LAST_MASK]
+    assert command(dvae, run, "--resume", *flags) == 0
+    for layers in range(1, 12):
+        assert train_dalle._rules(*flags[1::2], layers) is None
+        rules = train_dalle._rules(f"{train_dalle.MASKS},{train_dalle.MASKS}", train_dalle.LAST_MASK, layers)
+        assert rules == tuple(mask.rule for mask in dataclasses.replace(SMALL, layers=layers).masks)
+
+
 def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
     dvae, run = folders
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -652,6 +690,13 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "unknown.json"): "must be 0 for a tokenizer with unk_token",
         (dvae, tmp_path / "out", "--vocab-size", "10"): "--vocab-size must be at least 257, got 10",
         (dvae, tmp_path / "out", "--head-dim", "300"): "head_dim must be at most 128, got 300",
+        (
+            dvae,
+            tmp_path / "out",
+            "--masks",
+            "row,diagonal",
+        ): "--masks must be of causal, row, axial_row, column, conv_flat",
+        (dvae, tmp_path / "out", "--masks", ""): "with commas between them, got ''",
         (dvae, tmp_path / "out", "--seed", "2000000"): "seed must be from 0 to 1048575, got 2000000",
         (dvae, tmp_path / "out", "--ema-decay", "1"): "ema_decay must be from 0 to below 1, got 1.0",
         (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be an integer of at least 0, got -1",

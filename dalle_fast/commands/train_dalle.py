@@ -17,9 +17,11 @@ from pathlib import Path
 
 from dalle_fast.commands import training
 from dalle_fast.errors import UserError
+from dalle_fast.masks import RULES
 from dalle_fast.training.recipes import DALLE_RECIPES
 
 DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
+MASKS, LAST_MASK = "row,column,row,row", "conv_flat"  # the paper's: what DALLEConfig.rules is where it is None
 VALIDATION = 1000  # at most, of the validation pictures
 
 
@@ -57,6 +59,14 @@ def _add_model_arguments(group) -> None:
     add("--width", "of the transformer", type=int, metavar="N")
     add("--num-heads", "of attention", type=int, metavar="N")
     add("--head-dim", "size of a head", type=int, metavar="N")
+    group.add_argument(
+        "--masks",
+        default=MASKS,
+        metavar="RULE,...",
+        help="which earlier codes a code sees, layer by layer, from the first again after the last; each RULE is one of "
+        f"{', '.join(RULES)} (see dalle_fast.masks)",
+    )
+    group.add_argument("--last-mask", choices=RULES, default=LAST_MASK, help="the RULE of the last layer")
     add("--kernel-size", "of convolutional attention", type=int, metavar="N")
     add("--text-weight", "of the text's loss; the image's has the rest of 1", type=float, metavar="X")
     add("--hide-padding", "hide padding from attention, instead of learning it", action="store_true")
@@ -100,7 +110,9 @@ def make_objective(arguments, recipe):
     given, out = vars(arguments), Path(arguments.out)
     leads = processes.current().leads
     going_on = check_folder(out, resume=arguments.resume)
-    preset = training.replaced(dalle.PRESETS[arguments.preset], given)
+    preset = dalle.PRESETS[arguments.preset]
+    rules = _rules(arguments.masks, arguments.last_mask, given.get("layers", preset.layers))
+    preset = training.replaced(preset, {**given, "rules": rules})
     device = training.device(arguments.device)
     dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
     if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
@@ -136,6 +148,16 @@ def make_objective(arguments, recipe):
         if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
             _leave(out, objective)
         return objective
+
+
+def _rules(masks, last, layers):
+    """The mask rule of each layer, or None for the paper's."""
+    names = [name.strip() for name in masks.split(",")]
+    if wrong := [name for name in names if name not in RULES]:
+        raise UserError(f"--masks must be of {', '.join(RULES)}, with commas between them, got {wrong[0]!r}")
+    if (",".join(names), last) == (MASKS, LAST_MASK):
+        return None
+    return (*(names[layer % len(names)] for layer in range(layers - 1)), last)
 
 
 def _sources(arguments, dvae) -> dict:
