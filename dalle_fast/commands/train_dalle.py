@@ -63,7 +63,7 @@ def _add_model_arguments(group) -> None:
         "--masks",
         default=MASKS,
         metavar="RULE,...",
-        help="which earlier codes a code sees, layer by layer, from the first again after the last; each RULE is one of "
+        help="which earlier codes a code sees, layer by layer, from the first again after the last; RULE is one of "
         f"{', '.join(RULES)} (see dalle_fast.masks)",
     )
     group.add_argument("--last-mask", choices=RULES, default=LAST_MASK, help="the RULE of the last layer")
