@@ -286,6 +286,49 @@ def test_the_whole_loss_compiles_without_graph_breaks(batch):
         torch.testing.assert_close(actual.grad, p.grad)
 
 
+class Wrapped(torch.nn.Module):
+    """As a LoRA wrapper: the layer within, and what is added to its result."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+class WrappedWithWeight(Wrapped):
+    @property
+    def weight(self):
+        return self.base.weight
+
+
+def test_what_the_docstring_says_of_modules_that_are_not_called(batch):
+    text, codes, lengths = batch
+
+    def loss_of(name, change):
+        model = make_model()
+        change(model, name)
+        return model(text, codes, text_lengths=lengths).loss
+
+    def wrap(kind):
+        return lambda model, name: setattr(model, name, kind(getattr(model, name)))
+
+    def parametrize(model, name):
+        double = torch.nn.Identity()
+        double.forward = lambda x: 2 * x
+        torch.nn.utils.parametrize.register_parametrization(getattr(model, name), "weight", double)
+
+    expected = make_model()(text, codes, text_lengths=lengths).loss
+    for name in ("head", "start", "text_position", "row_embedding", "column_embedding"):
+        with pytest.raises(AttributeError, match="'Wrapped' object has no attribute 'weight'"):
+            loss_of(name, wrap(Wrapped))
+        assert loss_of(name, wrap(WrappedWithWeight)) == expected, name
+        assert loss_of(name, parametrize) != expected, name
+    for name in ("text_embedding", "image_embedding"):
+        assert loss_of(name, wrap(Wrapped)) != expected, name
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
