@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "masks", "nn", "ops", "sampling")
+_PARTS = ("checkpoint", "data", "masks", "nn", "ops", "sampling", "training")
 
 
 def __getattr__(name):

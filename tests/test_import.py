@@ -66,6 +66,13 @@ def test_parts_load_when_first_used():
     assert fresh_python(code).split() == ["False", "True", "True"]
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "data", "masks", "nn", "ops", "sampling", "training"])
+def test_every_part_that_users_import_is_an_attribute(name):
+    code = f"import sys, dalle_fast; before = 'dalle_fast.{name}' in sys.modules; print(before, dalle_fast.{name}.__name__)"
+    assert fresh_python(code).split() == ["False", f"dalle_fast.{name}"]
+    assert name in dir(dalle_fast)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'dalle_fast' has no attribute 'transformer'"):
         _ = dalle_fast.transformer
