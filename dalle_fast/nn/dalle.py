@@ -119,10 +119,10 @@ class DALLE(nn.Module):
     Parameters are float32 and stay so: for 16-bit training use torch.autocast, which leaves gains, biases, embeddings
     and the residual stream alone. Logits are float32 always; their operands are too under float16, as the paper's.
 
-    Of `head`, `start` and the embeddings of positions, rows and columns, `forward`, `hidden` and `generate` read the weight
-    and do not call the module: hooks on them are not noticed, nor what a module in their place does beside its `weight`.
-    One that has none, as a LoRA wrapper that keeps the layer within, is an AttributeError. Parametrizations of the weights
-    are noticed; `text_embedding` and `image_embedding` are called.
+    Of `head`, `start` and the embeddings of positions, rows and columns, `forward` and `hidden` read the weight and do not
+    call the module (a `step` calls those of rows and columns): hooks on them are not noticed, nor what a module in their
+    place does beside its `weight`. One that has none, as a LoRA wrapper that keeps the layer within, is an AttributeError.
+    Parametrizations of the weights are noticed; `text_embedding` and `image_embedding` are called.
 
     Args:
         config: a `DALLEConfig` or the name of one of PRESETS.
