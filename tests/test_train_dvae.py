@@ -77,7 +77,8 @@ def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
         (["--num-codes", "-3"], ["num_codes", "-3"]),
         (["--downsampling", "3"], ["downsampling", "power of two", "3"]),
         (["--tau", "0"], ["tau", "0.0"]),
-        (["--seed", "-1"], ["seed", "-1"]),
+        (["--seed", "-1"], ["seed must be from 0 to 1048575, got -1"]),
+        (["--seed", "1048576"], ["seed must be from 0 to 1048575, got 1048576"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--device", "meta"], ["--device", "meta", "cuda:N"]),
         (["--learning-rate", "1e300"], ["learning_rate", "1e+38", "1e+300"]),
@@ -164,6 +165,7 @@ def test_help_shows_every_preset(capsys):
     with pytest.raises(SystemExit):
         run("train-dvae", "--help")
     text = " ".join(capsys.readouterr().out.split())
+    assert "of all that is random, from 0 to 2^20 - 1 (default: 0)" in text
     assert "pictures in one update (default: openai 512, medium 128, small 64, tiny" in text
 
 

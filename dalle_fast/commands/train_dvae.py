@@ -55,8 +55,10 @@ def make_objective(arguments, recipe):
     """
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
+    from dalle_fast.nn import functional as F
     from dalle_fast.training import stage1
 
+    F.noise_seed(arguments.seed)  # refuses what is out of range, before the data does, whose range is another
     given = vars(arguments)
     if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
         raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")

@@ -18,7 +18,7 @@ def add_run_arguments(group, presets) -> None:
         "--resume", action="store_true", help="go on from the newest good checkpoint in DIR, with the same flags"
     )
     group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
-    group.add_argument("--seed", type=int, default=0, help="of all that is random: weights, noise, order")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random, from 0 to 2^20 - 1")
     add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
     share = (
