@@ -191,10 +191,8 @@ def _captions(arguments) -> list[str]:
 
 def _function(name):
     module_name, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # as `python -m` does; it stays, for what the function imports when it is called
+    if os.getcwd() not in sys.path:  # as `python -m` does; it stays, for what the function imports when it is called
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:

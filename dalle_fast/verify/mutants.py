@@ -246,7 +246,7 @@ MUTANTS = (
     Mutant(
         "the first of equal codes in a lane, not in the row",
         "csrc/cpu/codebook_kernels.cpp",
-        "places = min(places, (best_[v] == most) & (block_[v] == block) ? lane + v * VW : none);",
+        "places = min(places, ((best_[v] == most) & (block_[v] == block)) ? lane + v * VW : none);",
         "places = min(places, best_[v] == most ? lane + v * VW : none);",
         ("tests/test_codebook_products.py", "tests/test_codebook.py"),
         "not cuda",
