@@ -149,3 +149,21 @@ def test_evaluating_and_drawing_do_not_change_the_numbers_of_a_step(tmp_path, wh
 
 def draw():
     return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_a_resumed_run_draws_the_numbers_that_an_uninterrupted_one_does(tmp_path):
+    """An objective of one's own may draw from the global generators; ours draw from none."""
+
+    def numbers_of(folder, stop_at=None):
+        numbers = []
+
+        def look(step):
+            numbers.append(draw())
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train(before_each_loss(objective(), look), tmp_path / folder, settings(steps=6), resume=True, **QUIET)
+        return numbers
+
+    whole = numbers_of("whole")
+    assert numbers_of("parts", stop_at=2) + numbers_of("parts") == whole and len(set(whole)) == 6
