@@ -69,6 +69,40 @@ def test_every_fault_can_still_be_seeded():
         assert text.count(mutant.old) == 1 and mutant.new != mutant.old, mutant.name
 
 
+@pytest.fixture
+def seeded(monkeypatch, tmp_path):
+    """seeded(old, new, test) tries one mutant of a file whose text is `old`, with this text of a test of it."""
+
+    def seeded(old, new, test):
+        copies = [tempfile.TemporaryDirectory(dir=tmp_path) for _ in range(2)]
+        for copy in copies:
+            pathlib.Path(copy.name, "thing.py").write_text(old)
+            pathlib.Path(copy.name, "test_thing.py").write_text(f"import os, thing\ndef test_it():\n    {test}\n")
+        monkeypatch.setattr(mutants, "_copies", lambda: copies)
+        monkeypatch.setattr(mutants, "_build", lambda folder: None)
+        monkeypatch.setattr(mutants, "MUTANTS", [mutants.Mutant("a fault", "thing.py", old, new, ("test_thing.py",))])
+        mutants.case(0, "cpu")
+
+    return seeded
+
+
+def test_a_fault_is_caught_only_by_a_test_that_passes_without_it(seeded):
+    seeded("a = 1", "a = 2", "assert thing.a == 1")
+    seeded("a = 1", "a = 2", "thing.a == 1 or os.abort()")  # a crash is as good
+    with pytest.raises(AssertionError, match="no test of test_thing.py fails, 1 pass"):
+        seeded("a = 1", "a = 2", "pass")
+    for test in ("assert False, 'the disk is full'", "os.abort()"):
+        with pytest.raises(
+            RuntimeError, match="test_thing.py.* fails without the fault too: .*(disk is full|signal 6)"
+        ):
+            seeded("a = 1", "a = 1  # the same", test)
+
+
+def test_a_run_of_tests_that_was_killed_catches_no_fault(seeded):
+    with pytest.raises(NotRun, match="ended by SIGKILL, as the system does when memory is short"):
+        seeded("a = 1", "a = 2", "os.kill(os.getpid(), 9)")
+
+
 # -- the runner --------------------------------------------------------------------------------------------------------
 
 

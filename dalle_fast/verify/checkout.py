@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,24 +55,28 @@ def rebuild(folder: Path, **environment: str) -> None:
 
 
 def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **environment: str) -> dict[str, int]:
-    """Run these test files (or ids) in `folder`; returns how many passed, failed and were skipped.
+    """Run these test files (or ids) in `folder` up to the first failure; returns how many passed, failed and were skipped.
 
-    A crash is a failure.
+    With a failure also what the first one said and the failed test's id. A crash is a failure without an id.
 
     Raises:
         RuntimeError: pytest did not come to run tests.
-        NotRun: every test was skipped, with the first one's reason.
+        NotRun: every test was skipped, with the first one's reason; pytest was killed from outside.
     """
     folder = sources() if folder is None else folder
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        command += ["-o", "junit_family=xunit1"]  # which names each test's file
         command += ["-k", keyword] if keyword else []
         # -m puts the folder first on the path; what pytest's own children import must come from there as well.
         env = {**os.environ, "PYTHONPATH": str(folder), **environment}
         ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        if ran.returncode == -signal.SIGKILL:  # which no code of ours raises
+            raise NotRun(f"pytest for {', '.join(tests)} was ended by SIGKILL, as the system does when memory is short")
         if ran.returncode < 0:
-            return {"passed": 0, "failed": 1, "skipped": 0, "first failure": f"pytest died of signal {-ran.returncode}"}
+            died = f"pytest died of signal {-ran.returncode}"
+            return {"passed": 0, "failed": 1, "skipped": 0, "first failure": died, "failed test": ""}
         if ran.returncode > 1 or not report.exists():
             said = ran.stdout + ran.stderr
             # What a sanitizer has to say, before it ends the process, is followed by a long stack.
@@ -85,7 +90,12 @@ def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **envi
     if not counts["passed"] and not failed:
         reasons = [element.get("message") for element in suite.iter("skipped")]
         raise NotRun(f"every test was skipped: {reasons[0] if reasons else 'there is none'}")
-    counts["first failure"] = next((element.get("message", "") for element in suite.iter("failure")), "")
+    for test in suite.iter("testcase"):
+        found = [element for element in test if element.tag in ("failure", "error")]
+        if found:
+            counts |= {"first failure": found[0].get("message", "")}
+            counts |= {"failed test": f"{test.get('file')}::{test.get('name')}" if test.get("file") else ""}
+            break
     return counts
 
 

@@ -1,12 +1,15 @@
 """Faults that kernels and models of this field have had, seeded one at a time: the tests must catch each.
 
 A mutant is a line of the sources changed in a copy of them, and the tests that are to fail. It counts as caught only
-where a test fails: not where it no longer applies, nor where the build or the collection of the tests breaks.
+where a test fails that passes in another copy without the fault: not where it no longer applies, nor where the build or
+the collection of the tests breaks, nor where a test fails anyway. That one test is run there, of a crash all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,7 +272,7 @@ MUTANTS = (
 
 
 def case(number: int, device: str) -> None:
-    mutant, folder = MUTANTS[number], Path(_copy().name)
+    mutant, (folder, sound) = MUTANTS[number], (Path(copy.name) for copy in _copies())
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
@@ -282,6 +285,11 @@ def case(number: int, device: str) -> None:
         path.write_text(text, encoding="utf-8")
     if not counts["failed"]:
         raise AssertionError(f"{mutant.name}: no test of {', '.join(mutant.tests)} fails, {counts['passed']} pass")
+    tests, keyword = ([counts["failed test"]], "") if counts["failed test"] else (mutant.tests, mutant.keyword)
+    without = run_tests(*tests, folder=sound, keyword=keyword)
+    if without["failed"]:
+        failed = without["failed test"] or ", ".join(tests)
+        raise RuntimeError(f"{mutant.name}: {failed} fails without the fault too: {without['first failure'][:500]}")
 
 
 _built = {}  # the text of each C++ source in the module that stands in the copy
@@ -297,8 +305,9 @@ def _build(folder: Path) -> None:
 
 
 @functools.cache
-def _copy():
-    """One copy for all mutants, so that only what a mutant changes is compiled again."""
-    folder = copy_of_sources()
+def _copies():
+    """Two copies for all mutants, both built: one to change, so that only what a mutant changes is compiled again."""
+    folder, sound = copy_of_sources(), tempfile.TemporaryDirectory(prefix="dalle_fast_verify_")
     _build(Path(folder.name))
-    return folder
+    shutil.copytree(folder.name, sound.name, ignore=shutil.ignore_patterns("build"), dirs_exist_ok=True)
+    return folder, sound
