@@ -7,6 +7,7 @@ import os
 import pathlib
 import queue
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -280,3 +281,20 @@ def test_whether_a_file_can_be_written_is_asked_without_writing(tmp_path, monkey
 def test_without_a_gpu_its_figures_are_not_run(name):
     with pytest.raises(NotRun, match="torch finds no CUDA device here"):
         dataclasses.replace(FIGURES[name], device="cuda").case(0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_sanitizer_that_saw_no_kernel_has_not_passed(tmp_path):
+    """benchmarks/gpu_run.sh where compute-sanitizer only runs what it is given: cases that find no GPU are no evidence."""
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\nexec "$@"\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"STEPS": "^(memcheck|racecheck)$", "PYTHONPATH": str(provenance.ROOT)}
+    command = ["bash", provenance.ROOT / "benchmarks" / "gpu_run.sh", tmp_path / "results"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2, ran.stdout + ran.stderr
+    for name, cases in (("memcheck", 16), ("racecheck", 8)):
+        assert f"{name}" in ran.stdout and "ended with 1" in ran.stdout
+        log = (tmp_path / "results" / f"{name}.log").read_text()
+        assert log.count("torch finds no CUDA device here") == cases

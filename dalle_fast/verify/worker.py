@@ -1,6 +1,7 @@
-"""Tries cases of one figure, a line of JSON for each: `python -m dalle_fast.verify.worker NAME DEVICE START STOP`.
+"""Tries cases of one figure, a line of JSON for each: `python -m dalle_fast.verify.worker NAME DEVICE START STOP [--strict]`.
 
-The runner's child, and the way to repeat a failure by its number.
+The runner's child, and the way to repeat a failure by its number. With --strict the exit status is 1 where a case failed
+or was not run, for tools that watch it, as a sanitizer does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import warnings
 from dalle_fast.verify.figures import FIGURES, NotRun
 
 
-def main(name: str, device: str, start: int, stop: int) -> None:
+def main(name: str, device: str, start: int, stop: int) -> bool:
+    """Try the cases from `start` to before `stop`; returns whether all were tried and none failed."""
     import dataclasses
 
     import torch
@@ -23,7 +25,7 @@ def main(name: str, device: str, start: int, stop: int) -> None:
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a case prints is no answer
-    figure = dataclasses.replace(FIGURES[name], device=device)
+    figure, fine = dataclasses.replace(FIGURES[name], device=device), stop > start
     for number in range(start, stop):
         try:
             answer = {"numbers": figure.case(number) or {}}
@@ -31,8 +33,12 @@ def main(name: str, device: str, start: int, stop: int) -> None:
             answer = {"not run": str(reason)}
         except Exception as error:  # noqa: BLE001 - a failed comparison or a crash alike
             answer = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+        fine = fine and "numbers" in answer
         print(json.dumps(answer), file=answers, flush=True)
+    return fine
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    name, device, start, stop, *strict = sys.argv[1:]
+    fine = main(name, device, int(start), int(stop))
+    sys.exit(0 if fine or strict != ["--strict"] else 1)
