@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,9 @@ import torch
 import dalle_fast
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, where the package is used from one
+# What a result depends on, as git takes it; results that a run itself writes are none of it.
+SOURCES = ("benchmarks", "build_backend", "csrc", "dalle_fast", "tests", "CMakeLists.txt", "pyproject.toml", "setup.py")
+SOURCES += (":(exclude)benchmarks/results",)
 
 
 def describe_machine() -> dict:
@@ -91,11 +95,43 @@ def _compiler() -> str | None:
 
 
 def describe_commit() -> str | None:
-    """The commit of this tree, with "+changes" where tracked files differ from it; None outside a repository."""
-    commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if not commit:
+    """The commit of this checkout; None outside of one, in a repository of something else, or where git cannot say.
+
+    Where sources differ from it "+changes-" and a hash of those follow, so that two changed trees are not taken for one
+    another, and "+stale-native" where the native module is older than its sources.
+    """
+    try:
+        if Path(_git("rev-parse", "--show-toplevel").rstrip("\n")).resolve() != ROOT:
+            return None
+        commit = _git("rev-parse", "HEAD").strip()
+        changed = _git("diff", "--name-only", "--no-renames", "-z", "HEAD", "--", *SOURCES)
+        changed += _git("ls-files", "--others", "--exclude-standard", "-z", "--", *SOURCES)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if _output_of("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+    if changed:
+        found = hashlib.sha256()
+        for name in changed.rstrip("\0").split("\0"):
+            path = ROOT / name
+            found.update(repr((name, path.read_bytes() if path.is_file() else None)).encode(errors="surrogateescape"))
+        commit += f"+changes-{found.hexdigest()[:8]}"
+    return commit + ("+stale-native" if _native_is_stale() else "")
+
+
+def _native_is_stale() -> bool:
+    """Whether a C++ or CUDA source was written after the native module: then it may be of other sources than these."""
+    from dalle_fast import _extension
+
+    if _extension.why_missing():
+        return False
+    built = Path(_extension.native().__file__).stat().st_mtime
+    return any(path.stat().st_mtime > built for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    # Names are bytes: as Path takes them back.
+    ran = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    return os.fsdecode(ran.stdout)
 
 
 def _output_of(*command: str) -> str:

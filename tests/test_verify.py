@@ -6,17 +6,20 @@ import json
 import os
 import pathlib
 import queue
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 
 import pytest
 import torch
 
-from dalle_fast import cli, outputs, provenance
+from dalle_fast import _extension, cli, outputs, provenance
 from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
@@ -298,3 +301,73 @@ def test_a_sanitizer_that_saw_no_kernel_has_not_passed(tmp_path):
         assert f"{name}" in ran.stdout and "ended with 1" in ran.stdout
         log = (tmp_path / "results" / f"{name}.log").read_text()
         assert log.count("torch finds no CUDA device here") == cases
+
+
+# -- which code it was -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    """A small repository in place of this one: a function that runs git in it, and its folder."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    root = tmp_path / "checkout"
+    (root / "csrc").mkdir(parents=True)
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("csrc/a.cpp", "benchmarks/results/a.json", "README.md"):
+        (root / name).write_text("1\n")
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=root, capture_output=True, check=True, text=True
+        ).stdout
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(provenance, "ROOT", root)
+    monkeypatch.setattr(provenance, "_native_is_stale", lambda: False)
+    return git, root
+
+
+def test_two_changed_trees_are_two(checkout):
+    git, root = checkout
+    commit = git("rev-parse", "HEAD").strip()
+    assert provenance.describe_commit() == commit
+    (root / "benchmarks" / "results" / "a.json").write_text("2\n")  # what a run itself writes
+    (root / "README.md").write_text("2\n")
+    assert provenance.describe_commit() == commit
+    (root / "csrc" / "a.cpp").write_text("2\n")
+    seen = [provenance.describe_commit()]
+    (root / "csrc" / "a.cpp").write_text("3\n")
+    seen.append(provenance.describe_commit())
+    (root / "csrc" / "ünder.cpp").write_text("new: CMake would find it\n")
+    seen.append(provenance.describe_commit())
+    (root / "csrc" / "a.cpp").unlink()
+    seen.append(provenance.describe_commit())
+    assert len(set(seen)) == 4 and seen[-1] == provenance.describe_commit()
+    for text in seen:
+        assert re.fullmatch(rf"{commit}\+changes-[0-9a-f]{{8}}", text)
+
+
+def test_a_repository_that_holds_the_package_is_not_its_own(checkout, monkeypatch):
+    """As one with a virtual environment in it, where the package is installed."""
+    monkeypatch.setattr(provenance, "ROOT", checkout[1] / "csrc")
+    assert provenance.describe_commit() is None
+    monkeypatch.setattr(provenance, "ROOT", checkout[1].parent)
+    assert provenance.describe_commit() is None
+
+
+def test_a_native_module_that_is_older_than_its_sources_is_told(tmp_path, monkeypatch):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    source, module = tmp_path / "csrc" / "cpu" / "a.cpp", tmp_path / "_native.so"
+    for path in (source, module):
+        path.touch()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    monkeypatch.setattr(_extension, "native", lambda: types.SimpleNamespace(__file__=str(module)))
+    monkeypatch.setattr(provenance, "_git", lambda what, *_: f"{tmp_path}\n" if what == "rev-parse" else "")
+    for age, stale in ((-10, False), (10, True)):
+        os.utime(source, (0, module.stat().st_mtime + age))
+        assert provenance.describe_commit().endswith("+stale-native") == stale
