@@ -5,13 +5,14 @@ B batch, H heads, S sequence, D head size, T text. Of codebooks: N rows, K codes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from typing import NamedTuple
 
 import torch
 
-from dalle_fast.masks import RULES, AttentionMask
+from dalle_fast.masks import RULES, AttentionMask, column_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IMPLEMENTATIONS = {"attention": {"cpu": "cpu", "cuda": "triton"}, "codebook": {"cpu": "cpu", "cuda": "cuda"}}
@@ -36,6 +37,17 @@ class CodebookCall(NamedTuple):
     hard: bool
     grad_embedding: torch.Tensor | None
     grad_kl: torch.Tensor | None
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """CPU threads within it; the worker has one, as several figures run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Draw:
@@ -67,18 +79,24 @@ class Draw:
         return made.permute([order.index(n) for n in range(len(shape))]).expand(shape)
 
 
-def attention_call(number: int, device: str) -> AttentionCall:
+def attention_call(number: int, device: str, *, large=False, sharp=False) -> AttentionCall:
+    """large: one to three heads so long that several threads share each. sharp: scores of hundreds."""
     draw = Draw(number, device)
-    pick, mask = draw.choose, draw.mask()
-    B, H = pick.randint(1, 3), pick.randint(1, 3)
-    S = mask.seq_len if pick.random() < 0.5 else pick.randint(0, mask.seq_len)
+    pick, mask = draw.choose, draw.mask(text=160, rows=8, columns=40) if large else draw.mask()
+    if sharp:  # so long a column that the first queries of the next, which see none of its keys, wait for all of them
+        mask = column_mask(0, (pick.randint(100, 240), pick.randint(2, 4))) if pick.random() < 0.5 else mask
+    B, H = 1 if large or sharp else pick.randint(1, 3), pick.randint(1, 3)
+    S = mask.seq_len if large or sharp or pick.random() < 0.5 else pick.randint(0, mask.seq_len)
     D = pick.choice((16, 32, 64, pick.randint(16 if device == "cuda" else 1, 128)))
-    dtype, shape = pick.choice(DTYPES), (B, H, S, D)
+    dtype, shape = torch.bfloat16 if sharp and pick.random() < 0.5 else pick.choice(DTYPES), (B, H, S, D)
     options = {"scale": pick.choice((None, None, pick.uniform(-2, 2))), "text_lengths": None}
     if pick.random() < 0.4:
         lengths = [pick.randint(0, mask.text_len) for _ in range(B)]
         options["text_lengths"] = torch.tensor(lengths, dtype=pick.choice((torch.int32, torch.int64)), device=device)
     qkv = [draw.tensor(shape, dtype) for _ in range(3)]
+    if sharp:  # all scores moved by as much, which changes no probability
+        first, size = torch.arange(D, device=device) == 0, pick.choice((-1, -1, 1)) * 2 ** pick.randint(9, 12)
+        qkv[:2] = [x.masked_fill(first, value) for x, value in zip(qkv, (size, 1), strict=False)]
     grad_lse = draw.tensor(shape[:3], torch.float32) if pick.random() < 0.5 else None
     return AttentionCall(qkv, mask, draw.tensor(shape, dtype), grad_lse, options)
 
