@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -19,7 +18,7 @@ import sys
 
 import torch
 from attn_bench import mask_argument
-from harness import DTYPES, Progress, describe_run
+from harness import DTYPES, Progress, describe_run, output_file, write_json
 
 from dalle_fast.ops.attention.triton import configs, launch
 from dalle_fast.ops.attention.triton.configs import KERNELS, Tiles
@@ -107,7 +106,7 @@ def main(argv=None) -> int:
     parser.add_argument("--head-dim", type=int, default=64, metavar="D", help="(default: 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() - 2), help="processes that compile")
-    parser.add_argument("--json", metavar="FILE.json", help="write the results there")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE.json", help="write the results there")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("it needs a GPU, torch sees none")
@@ -118,49 +117,60 @@ def main(argv=None) -> int:
             jobs += [(mask, kernel, choice) for choice in [None, *choices(mask)]]
     jobs = [(number, *job) for number, job in enumerate(jobs)]
     print(f"{len(jobs)} kernels to compile", flush=True)
-    shares = [(jobs[n :: args.jobs], args.dtype, args.heads, args.head_dim) for n in range(args.jobs)]
-    failures = {}
+    report = describe_run("tune_attention", sys.argv[1:] if argv is None else argv) | {"complete": False, "results": []}
+    try:
+        failures = compile_all(jobs, args)
+        for mask in masks:
+            attention = Attention(mask, DTYPES[args.dtype], args.batch, args.heads, args.head_dim)
+            for kernel in args.kernel or KERNELS:
+                mine = [job for job in jobs if job[1] == mask and job[2] == kernel]
+                report["results"] += measure(attention, mask, kernel, mine, failures)
+        report["complete"] = True
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(report['results'])} of {len(jobs)} candidates are measured", file=sys.stderr)
+    if args.json and report["results"]:
+        write_json(args.json, report)
+        print(f"wrote {args.json}")
+    return 0 if report["complete"] else 130
+
+
+def compile_all(jobs, args) -> dict:
+    """Compile all, in processes of their own; returns the numbers of those that failed, with the reason."""
+    shares, failures = [(jobs[n :: args.jobs], args.dtype, args.heads, args.head_dim) for n in range(args.jobs)], {}
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         progress = Progress(len(shares))
         for done, found in enumerate(pool.imap_unordered(compile_share, shares)):
             failures |= found
             progress.advance(done + 1)
         progress.close()
-    report = describe_run("tune_attention", sys.argv[1:] if argv is None else argv) | {"results": []}
-    for mask in masks:
-        attention = Attention(mask, DTYPES[args.dtype], args.batch, args.heads, args.head_dim)
-        for kernel in args.kernel or KERNELS:
-            mine = [job for job in jobs if job[1] == mask and job[2] == kernel]
-            calls = {job[0]: attention.call(*job[2:]) for job in mine if job[0] not in failures}
-            for call in calls.values():
-                call()
-            times = time_of(calls)
-            now = times.get(mine[0][0], float("nan"))
-            rows = []
-            for number, _, _, choice in mine:
-                tiles, numbers = choice or launch.chosen_tiles(kernel, attention.tensors[0], mask)
-                row = {
-                    "mask": repr(mask),
-                    "kernel": kernel,
-                    "tiles": tiles._asdict(),
-                    "walk": configs.WALKS[numbers.WALK],
-                    "present": choice is None,
-                }
-                found = {"reason": failures[number]} if number in failures else {"seconds": times[number]}
-                rows.append(row | found)
-            rows.sort(key=lambda row: row.get("seconds", float("inf")))
-            report["results"] += rows
-            print(f"\n{mask!r} {kernel}: {now * 1e6:.0f} us now")
-            for row in rows[:6]:
-                if "seconds" in row:
-                    tiles = Tiles(**row["tiles"])
-                    print(
-                        f"  {row['seconds'] * 1e6:7.1f} us  {now / row['seconds']:.2f}x  {tuple(tiles)} {row['walk']}"
-                    )
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    return 0
+    return failures
+
+
+def measure(attention, mask, kernel, jobs, failures) -> list[dict]:
+    """Time one kernel's candidates for one mask, print the fastest, and return a row for each, the fastest first."""
+    calls = {job[0]: attention.call(*job[2:]) for job in jobs if job[0] not in failures}
+    for call in calls.values():
+        call()
+    times = time_of(calls)
+    now = times.get(jobs[0][0], float("nan"))
+    rows = []
+    for number, _, _, choice in jobs:
+        tiles, numbers = choice or launch.chosen_tiles(kernel, attention.tensors[0], mask)
+        row = {
+            "mask": repr(mask),
+            "kernel": kernel,
+            "tiles": tiles._asdict(),
+            "walk": configs.WALKS[numbers.WALK],
+            "present": choice is None,
+        }
+        rows.append(row | ({"reason": failures[number]} if number in failures else {"seconds": times[number]}))
+    rows.sort(key=lambda row: row.get("seconds", float("inf")))
+    print(f"\n{mask!r} {kernel}: {now * 1e6:.0f} us now")
+    for row in rows[:6]:
+        if "seconds" in row:
+            tiles = tuple(Tiles(**row["tiles"]))
+            print(f"  {row['seconds'] * 1e6:7.1f} us  {now / row['seconds']:.2f}x  {tiles} {row['walk']}")
+    return rows
 
 
 if __name__ == "__main__":

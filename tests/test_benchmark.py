@@ -309,6 +309,7 @@ def every_memory_is_zero(benchmark, case, contenders, *_):
         (["--embedding-dim", "x"], "argument --embedding-dim: expected an integer of at least 1, got 'x'"),
         (["--din", "-2"], "argument --din: expected an integer of at least 1, got '-2'"),
         (["--op", "argmax", "--pass", "forward+backward"], "argument --pass: argmax has no backward pass"),
+        (["--op", "sample", "--op", "gumbel", "--pass", "forward+backward"], "argument --pass: sample has no backward"),
         (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
         (["--json", "a.txt"], "argument --json: expected a file name ending in .json, got 'a.txt'"),
     ],
@@ -328,6 +329,10 @@ def test_the_default_cases_of_the_codebook(codebook_bench):
     for op, pass_ in CODEBOOK_CONTENDERS:
         assert {(op, pass_, "float32", din) for din in (512, 2048)} <= set(kinds)
     assert len(kinds) == 2 * len(CODEBOOK_CONTENDERS) + 1
+
+
+def test_a_median_of_the_codebook_is_one_of_nine_at_least(codebook_bench):
+    assert codebook_bench.MIN_ROUNDS >= 9
 
 
 @pytest.mark.parametrize("op", ["gumbel", "argmax", "sample", "cross_entropy"])
@@ -391,6 +396,7 @@ def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--pass", "backward"], "argument --pass: invalid choice: 'backward'"),
         (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
+        (["--impl", "cuda", "--device", "cpu"], "argument --impl: impl='cuda' cannot serve this call: "),
         (["--seconds", "0"], "argument --seconds: expected a positive number of seconds, got '0'"),
         (["--json", "no/such/folder/a.json"], "argument --json: expected a writable file in an existing folder"),
         (["--json", "/proc/a.json"], "argument --json: expected a writable file in an existing folder"),
@@ -404,6 +410,46 @@ def test_a_bad_flag_is_named(modules, capsys, flags, message):
         modules[1].parse(flags)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def tuner(modules, monkeypatch):
+    """benchmarks/tune_attention.py where a GPU seems to be there, without its work on one."""
+    pytest.importorskip("triton")
+    import tune_attention
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune_attention, "compile_all", lambda jobs, args: {})
+    monkeypatch.setattr(tune_attention, "describe_run", lambda name, argv: {"benchmark": name})
+    monkeypatch.setattr(tune_attention, "Attention", lambda *_: None)
+    return tune_attention
+
+
+def test_where_the_tuners_results_go_is_asked_first(tuner, capsys, monkeypatch):
+    monkeypatch.setattr(tuner, "compile_all", lambda jobs, args: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit) as stop:
+        tuner.main(["--json", "no/such/folder/a.json"])
+    assert stop.value.code == 2
+    assert "argument --json: expected a writable file in an existing folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_tuner_keeps_what_it_has_measured(tuner, tmp_path, monkeypatch, capsys, interrupted):
+    measured = []
+
+    def measure(attention, mask, kernel, jobs, failures):
+        if interrupted and len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(kernel)
+        return [{"kernel": kernel}]
+
+    monkeypatch.setattr(tuner, "measure", measure)
+    flags = ["--mask", "row", "--grid", "4", "--text-len", "8", "--json", str(tmp_path / "tiles.json")]
+    assert tuner.main(flags) == (130 if interrupted else 0)
+    report = json.loads((tmp_path / "tiles.json").read_text())
+    assert report["complete"] is not interrupted
+    assert [row["kernel"] for row in report["results"]] == measured and len(measured) == (2 if interrupted else 3)
+    assert ("interrupted: 2 of" in capsys.readouterr().err) == interrupted
 
 
 def test_a_picture_that_cannot_be_written_is_refused(modules, capsys):
