@@ -123,6 +123,32 @@ def test_a_figure_sees_what_only_some_calls_show(monkeypatch, name, case, where,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    ("way", "message", "named"),
+    [
+        ("a number", "keyword must be a tensor", False),
+        ("a number", "query must be a tensor", False),
+        ("a number", "key must be a tensor", True),
+        ("a longer first dimension", "query must have key's shape", True),
+        ("a longer first dimension", "keys must have as many", False),
+    ],
+)
+def test_an_error_must_name_the_argument(monkeypatch, way, message, named):
+    def refuse(query, key):
+        if key is not good:
+            raise ValueError(message)
+
+    good = torch.zeros(2, 2)
+    spoils = {"key": {way: {**badinput.NOT_TENSORS, **badinput.SHAPES}[way]}}
+    monkeypatch.setattr(badinput, "CALLS", {"f": lambda: badinput.Call(refuse, {"query": 1, "key": good}, spoils)})
+    monkeypatch.setattr(badinput, "cases", lambda: [("f", "key", way)])
+    if named:
+        badinput.case(0, "cpu")
+    else:
+        with pytest.raises(AssertionError, match="f, key .*: the error does not name it"):
+            badinput.case(0, "cpu")
+
+
 def test_every_figure_has_as_many_cases_as_it_says():
     listed = {
         "badinput": badinput.cases(),
@@ -300,6 +326,17 @@ def test_not_run_is_not_passed(verify, capsys):
     status, result, _ = verify(["fine", "not run"])
     assert status == 0 and result["status"] == "not run" and result["reason"] == "no such machine"
     assert "0 pass, 0 fail, 1 not run" in capsys.readouterr().out
+
+
+def test_the_reason_is_that_of_the_last_judgement(verify):
+    """Neither that the budget had ended, before all was tried, nor any where something failed."""
+    _, result, out = verify(["not run", "fine"])
+    assert result["status"] == "not run" and result["reason"] == "no such machine"
+    report = json.loads(out.read_text())
+    report["figures"]["trial"] |= {"done": 1, "reason": "the budget ended after 1 of 2"}
+    out.write_text(json.dumps(report))
+    status, result, _ = verify(["not run", "wrong"])
+    assert status == 1 and result["status"] == "fail" and "reason" not in result
 
 
 def test_goes_on_where_it_stopped(verify, capsys):

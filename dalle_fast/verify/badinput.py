@@ -1,7 +1,8 @@
-"""Wrong arguments to the public face: each must be refused with an error that names an argument of the call.
+"""Wrong arguments to the public face: each must be refused with an error that names it.
 
 A case is one good call with one argument spoilt. A crash or a hang ends the process, which the runner counts; an answer
-is a silent wrong one. Before any of a function's arguments is spoilt, the good call itself must be taken.
+is a silent wrong one. Where shapes disagree, the error may name the other argument. Before any of a function's arguments
+is spoilt, the good call itself must be taken.
 """
 
 from __future__ import annotations
@@ -259,9 +260,10 @@ def case(number: int, device: str) -> None:
     try:
         answer = call.function(**bad)
     except (TypeError, ValueError) as error:
-        if any(re.search(rf"\b{word}", str(error)) for word in call.good):
+        names = call.good if way in (*SHAPES, "too short") else (argument,)
+        if any(re.search(rf"\b{word}\b", str(error)) for word in names):
             return
-        raise AssertionError(f"{name}, {argument} {way}: the error names no argument: {error}") from None
+        raise AssertionError(f"{name}, {argument} {way}: the error does not name it: {error}") from None
     except Exception as error:  # noqa: BLE001
         raise AssertionError(f"{name}, {argument} {way}: {type(error).__name__}: {str(error)[:200]}") from None
     raise AssertionError(f"{name}, {argument} {way}: an answer of type {type(answer).__name__}")

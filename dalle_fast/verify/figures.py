@@ -69,7 +69,7 @@ FIGURES = {
         Figure("gradcheck", "gradients of the reference against finite differences in float64", 200),
         Figure("badinput", "wrong arguments that crash, hang or give an answer", 500),
         Figure("repeat", "repeats that differ in a bit, alone or in another batch", 1000, gpu_total=40),
-        Figure("guard", "accesses outside of any tensor, with unreadable pages around each", 400),
+        Figure("guard", "accesses outside of a tensor that is given, with unreadable pages around each", 400),
         Figure("large", "wrong results with offsets beyond 2^31 elements", 6, gpu_total=6),
         Figure("sampler", "groups of contrasts passed, and flawed samplers rejected", 21, 300, gpu_total=21),
         Figure("noise", "slices of all 2^32 words whose noise is not finite or not in order", 256),

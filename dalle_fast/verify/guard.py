@@ -1,7 +1,8 @@
-"""No kernel touches memory outside of its tensors: each lies against a page that cannot be read or written.
+"""No kernel touches memory outside of the tensors it is given: each lies against a page that cannot be read or written.
 
 An access beyond an end ends the process with a signal, which the runner counts. Even numbers put the unreadable page
-behind the tensors, odd ones before them.
+behind the tensors, odd ones before them. What a call itself allocates, its results and scratch memory, lies where torch
+puts it: accesses beyond those are for the sanitizers (`native`), and here only seen where they break the heap.
 """
 
 from __future__ import annotations

@@ -144,8 +144,6 @@ class _Run:
 
     def go(self) -> None:
         total, start = self.figure.total, time.monotonic()
-        if not total:
-            self.result["reason"] = "--gpu was not given"
         bar = tqdm(
             total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None
         )
@@ -217,7 +215,7 @@ class _Run:
                 result["failures"].append({"case": number, "what": found["error"]})
         elif "not run" in found:
             result["skipped"] += 1
-            result["reason"] = found["not run"]
+            result["skip_reason"] = found["not run"]
         for key, value in found.get("numbers", {}).items():
             if isinstance(value, int):
                 result["counts"][key] = value + result["counts"].get(key, 0)
@@ -230,16 +228,20 @@ class _Run:
 
     def _judge(self) -> None:
         """A figure passes only where every case was tried and none failed."""
-        result = self.result
+        result, reason = self.result, None
+        if not result["total"]:
+            reason = "--gpu was not given"
+        elif result["done"] < result["total"]:
+            reason = f"the budget ended after {result['done']} of {result['total']}"
+        elif result["skipped"]:
+            reason = result["skip_reason"]
+        result.pop("reason", None)  # of an earlier judgement
         if result["num_failures"]:
             result["status"] = FAIL
-        elif result["done"] < result["total"] or result["skipped"] or not result["total"]:
-            result["status"] = NOT_RUN
-            if result["done"] < result["total"]:
-                result["reason"] = f"the budget ended after {result['done']} of {result['total']}"
-        else:
+        elif reason is None:
             result["status"] = PASS
-            result.pop("reason", None)
+        else:
+            result |= {"status": NOT_RUN, "reason": reason}
 
 
 def _read(stream, keep) -> None:
