@@ -67,6 +67,7 @@ def test_the_module_needs_neither_torch_nor_a_cuda_driver():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.skipif("Clang" in native.build_info()["compiler"], reason="Clang's OpenMP is its own, torch's is GCC's")
 def test_the_module_shares_the_openmp_runtime_of_torch():
     code = (
         "import json; from dalle_fast import _extension; _extension.native(); "
