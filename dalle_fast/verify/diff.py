@@ -26,11 +26,8 @@ from dalle_fast.testing import (
 from dalle_fast.verify.random_calls import IMPLEMENTATIONS, CodebookCall, attention_call, codebook_call, threads
 
 ATTENTION_SHARE = 3  # of four cases; the reference, which is short enough to be read, gets every eighth
-SLICES, LARGE, SHARP = (
-    120,
-    117,
-    93,
-)  # numbers modulo the first: attention, not of the reference, and beyond those a GPU gets
+# Numbers modulo the first: attention, not of the reference, and beyond those a GPU gets.
+SLICES, LARGE, SHARP = 120, 117, 93
 AGAIN = 15  # times, as threads take over what others leave, which is another part each time
 
 
