@@ -7,7 +7,8 @@
 A step is the loss of a `DALLE` and the gradients of all its parameters; the optimizer, the same for all, is left out. The
 contenders are one model with the same weights and masks, whose attention is this package's, torch's
 scaled_dot_product_attention with the masks as boolean matrices or as what is added to scores (booleans become that in
-every call on a CPU), or compiled FlexAttention (which has no backward pass on a CPU). Everything else is the same code. On a CPU the model is small, so that attention's share is larger than in a wide one.
+every call on a CPU), or compiled FlexAttention (which has no backward pass on a CPU). Everything else is the same code. On
+a CPU the model is small, so that attention's share is larger than in a wide one.
 
 In each case the loss and two gradients are held against the reference in float64: the command fails where this package
 errs more than twice as much as the eager reference in the same dtype, plus rounding.

@@ -86,8 +86,9 @@ def open_source(
 
     Args:
         spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
-            same-stem .txt captions (of one caption each, whatever their lines: several are warned of), a .tar file or several ("x-{000..003}.tar"), or a folder of them, which must have no
-            pictures. A folder that is called like a built-in source is reached as "./shapes".
+            same-stem .txt captions (one caption a file, whatever its lines: several are warned of), a .tar file or several
+            ("x-{000..003}.tar"), or a folder of them, which must have no pictures. A folder that is called like a
+            built-in source is reached as "./shapes".
         image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.
         split: "train" or "validation", which share no picture, by the picture's name and so the same for every seed;
             "shapes" has "heldout" too, combinations of attributes that the other two never show.

@@ -89,11 +89,12 @@ def codebook_cross_entropy(
     # What is no code becomes -1 or the number of codes, so that none of them can become what stands for ignore_index.
     target = (target.reshape(-1) - start).clamp(-1, weight.shape[0]).where(counted, _IGNORED)
     rows = _rows(hidden)
+    if reduction == "none":
+        return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).view(hidden.shape[:-1])
     row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    if reduction == "none" or (rows.dtype == torch.float16 and any(needs)):
-        losses = _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl)
-        return losses.view(hidden.shape[:-1]) if reduction == "none" else losses.sum() * row_weight
+    if rows.dtype == torch.float16 and any(needs):
+        return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).sum() * row_weight
     operands = rows, weight, bias, target, row_weight.view(1), _IGNORED, needs, impl
     loss, *_ = _ops.codebook_cross_entropy_reduced(*operands)
     return loss
