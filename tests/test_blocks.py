@@ -467,7 +467,7 @@ class OwnForward(module.Block):
 )
 def test_what_steps_do_not_go_through_is_told(change, name):
     """Once, as a cache takes the text, and not to who has a step that fits."""
-    model, inputs = make_transformer(), make_inputs(1, 48)
+    model = make_transformer()
     change(model)
     cache = KVCache(model.masks, num_prompts=1, num_images=1, num_heads=3, head_dim=16)
     with pytest.warns(UserWarning, match=f"{name} forward hooks, or a forward of its own, which image tokens"):
