@@ -147,3 +147,14 @@ def test_two_processes_learn_what_one_does(data, dvae, tmp_path):
     for a, b in zip(one, two, strict=True):
         for name in ("image_loss", "gradient_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
+def test_parts_of_a_process_are_as_processes(data, dvae, tmp_path):
+    """Two processes with two parts each learn what one with four does, noise and all: examples are dealt the same way."""
+    run("-m", "dalle_fast", *flags(DVAE, data, tmp_path / "two", "--accumulate", 2))
+    assert main(flags(DVAE, data, tmp_path / "one", "--accumulate", 4)) == 0
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for a, b in zip(one[:6], two[:6], strict=True):
+        for name in ("loss", "reconstruction", "kl", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), (a["step"], name)
+    assert abs(one[0]["loss"] - log_of(dvae)[0]["loss"]) > 1e-5  # the noise of two parts

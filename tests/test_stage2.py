@@ -396,6 +396,26 @@ def test_weights_are_the_seeds(objective):
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (seed == 0)
 
 
+def test_it_begins_with_the_weights_of_another(objective, tokenizer):
+    """What a model has besides may be another: masks, and how losses are weighted."""
+    first = objective().model
+    torch.nn.init.normal_(first.transformer.blocks[0].attention.out.weight)
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    o = objective(config=dataclasses.replace(SMALL, rules=("row", "causal"), text_weight=0.5), initial=first)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in o.model.state_dict().items())
+    assert o.settings["initial"] == codes.fingerprint(first) and "initial" not in objective().settings
+    with torch.no_grad():
+        for parameter in o.model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in first.state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"initial must have the weights .*: \S+ is \(330, 16\), expected \(330, 32\); and \d+ more"
+    ):
+        objective(config=dataclasses.replace(SMALL, width=32, head_dim=16), initial=first)
+    with pytest.raises(ValueError, match=r"is \(2, 2\), expected \(3, 2\); and 13 more differ"):
+        objective(config=dataclasses.replace(SMALL, layers=3), initial=first)
+
+
 def test_settings_name_all_that_a_run_depends_on(objective):
     """What differs is one name."""
     settings = objective().settings
@@ -414,7 +434,7 @@ def test_the_loss_is_the_models(objective):
     o = objective(activation_checkpointing=True)
     assert o.model.transformer.activation_checkpointing
     batch = next(o.batches(0))
-    loss, scalars = o.loss(batch, 0)
+    loss, scalars = o.loss(batch, 0, 0)
     expected = o.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
     assert {"loss": loss, **scalars} == expected._asdict()
 
@@ -523,16 +543,37 @@ def test_resuming_is_exact(objective, tmp_path):
         o = objective()
         loss = o.loss
 
-        def stopping(batch, at, loss=loss, step=step, number=number):
+        def stopping(batch, at, part, loss=loss, step=step, number=number):
             if at == step:
                 os.kill(os.getpid(), number)
-            return loss(batch, at)
+            return loss(batch, at, part)
 
         o.loss = stopping
         assert train(o, tmp_path / "parts", settings, resume=True, **QUIET).step == step + 1
         torch.manual_seed(99)
     train(objective(), tmp_path / "parts", settings, resume=True, **QUIET)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("scaling", [False, True], ids=["plain", "scaled blocks"])
+def test_a_batch_in_parts_learns_what_the_whole_does(objective, tmp_path, scaling):
+    """Of codes alone, whose losses are of as many tokens in every part; gradients that are clipped, too."""
+    logs, weights = [], []
+    for parts in (1, 2, 8):
+        recipe = dataclasses.replace(RECIPE, steps=5, batch_size=8, bpe_dropout=0.0, clip=0.5)
+        o = objective(recipe, dataclasses.replace(SMALL, text_weight=0.0))
+        o.model.transformer.gradient_scaling = scaling
+        settings = LoopSettings(steps=5, clip=0.5, log_every=1, precision="float32", accumulate=parts)
+        train(o, tmp_path / str(parts), settings, **QUIET)
+        logs.append([json.loads(line) for line in (tmp_path / str(parts) / "log.jsonl").read_text().splitlines()])
+        weights.append(o.model.state_dict())
+    assert logs[0][0]["gradient_norm"] > 0.5
+    for log, other in zip(logs[1:], weights[1:], strict=True):
+        for mine, whole in zip(log, logs[0], strict=True):
+            for name in ("loss", "image_loss", "gradient_norm"):
+                assert mine[name] == pytest.approx(whole[name], rel=1e-4), (mine["step"], name)
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-3)
 
 
 def test_gradient_scaling_changes_nothing_but_the_scales(objective, tmp_path):
@@ -579,7 +620,8 @@ def folders(tmp_path_factory):
 def command(dvae, out, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dalle, "VALIDATION", 20)
-        arguments = ["train-dalle", "--data", "shapes", "--dvae", dvae, "--out", out, *FLAGS, *flags]
+        of_dvae = ["--dvae", dvae] if dvae else []
+        arguments = ["train-dalle", "--data", "shapes", *of_dvae, "--out", out, *FLAGS, *flags]
         return cli.main([str(argument) for argument in arguments])
 
 
@@ -611,6 +653,37 @@ def test_a_tokenizer_can_be_given(folders, tmp_path):
     assert command(dvae, tmp_path, "--tokenizer", run / train_dalle.TOKENIZER, "--codes", run / train_dalle.CODES) == 0
     assert (tmp_path / train_dalle.TOKENIZER).read_bytes() == (run / train_dalle.TOKENIZER).read_bytes()
     assert not (tmp_path / train_dalle.CODES).exists()
+
+
+def test_a_run_begins_with_another_ones_model(folders, tmp_path, capsys):
+    """With its tokenizer and VAE; on other data, here of another seed. Its settings are those of the model."""
+    dvae, run = folders
+    other = ["--final-learning-rate", "0", "--seed", "1", "--truncate"]
+    assert command(None, tmp_path / "more", "--init", run, "--learning-rate", "1e-12", *other) == 0
+    for name in (train_dalle.TOKENIZER, f"{train_dalle.DVAE}/{checkpoint.MODEL}"):
+        assert (tmp_path / "more" / name).read_bytes() == (run / name).read_bytes()
+    old, new = (checkpoint.load_model(folder) for folder in (run, tmp_path / "more"))
+    assert new.config == old.config
+    for name, tensor in old.state_dict().items():
+        torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0, atol=1e-9)
+    flags = ["--init", run, "--learning-rate", "1e-12", *other]
+    assert command(None, tmp_path / "more", *flags, "--resume") == 0
+    capsys.readouterr()
+    cases = {
+        (None, tmp_path / "more", *flags[2:], "--dvae", dvae, "--resume"): "of a run with initial '",
+        (
+            None,
+            tmp_path / "a",
+        ): "--dvae must be given, the folder of a run of train-dvae, or --init, whose VAE is taken",
+        (None, tmp_path / "b", "--init", dvae): "holds a DiscreteVAE, expected a DALLE",
+        (None, tmp_path / "c", "--init", run, "--width", "32"): "initial must have the weights of the model that is",
+        (None, tmp_path / "d", "--init", tmp_path / "none"): "none holds no model",
+        (None, tmp_path / "e", "--init", run / "checkpoints" / "step-000000004"): "dvae holds no model",
+    }
+    for arguments, words in cases.items():
+        assert command(*arguments) == 2, arguments
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("dalle-fast: error: ") and words in line, (arguments, line)
 
 
 def test_masks_of_the_layers_can_be_chosen(folders, tmp_path, capsys):
@@ -699,6 +772,8 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
             "--masks",
             "row,diagonal",
         ): "--masks must be of causal, row, axial_row, column, conv_flat",
+        (dvae, tmp_path / "out", "--accumulate", "0"): "accumulate must be a positive integer, got 0",
+        (dvae, tmp_path / "out", "--accumulate", "3"): "batch_size must be a multiple of --accumulate 3, got 4",
         (dvae, tmp_path / "out", "--masks", ""): "with commas between them, got ''",
         (dvae, tmp_path / "out", "--seed", "2000000"): "seed must be from 0 to 1048575, got 2000000",
         (dvae, tmp_path / "out", "--ema-decay", "1"): "ema_decay must be from 0 to below 1, got 1.0",

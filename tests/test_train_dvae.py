@@ -1,5 +1,6 @@
 """The commands train-dvae and reconstruct: a tokenizer from one line, and errors of one line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -111,6 +112,37 @@ def test_a_folder_without_pictures(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(*TRAIN, "--steps", "2", "--out", tmp_path / "run", "--data", tmp_path / "empty") == 2
     assert "empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_another_ones_model(trained, tmp_path, capsys):
+    """Its settings are those of the model, but for what is given."""
+    arguments = ["train-dvae", "--data", "shapes", "--device", "cpu", "--batch-size", "4", "--no-tensorboard"]
+    flags = [
+        "--steps",
+        "2",
+        "--init",
+        trained,
+        "--learning-rate",
+        "1e-12",
+        "--final-learning-rate",
+        "0",
+        "--accumulate",
+        2,
+    ]
+    assert run(*arguments, *flags, "--out", tmp_path / "more", "--image-size", "24") == 0
+    old, new = (checkpoint.load_model(folder) for folder in (trained, tmp_path / "more"))
+    assert new.config == dataclasses.replace(old.config, image_size=24) and old.config.likelihood == "l1"
+    for name, tensor in old.state_dict().items():
+        torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0, atol=1e-9)
+    capsys.readouterr()
+    for more, words in {
+        ("--init", tmp_path / "none"): "none holds no model",
+        ("--init", trained, "--hidden", "16"): "initial must have the weights of the model that is trained: ",
+        ("--accumulate", "3"): "batch_size must be a multiple of --accumulate 3, got 4",
+    }.items():
+        assert run(*arguments, "--steps", "2", "--out", tmp_path / "wrong", *more) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(trained, capsys):

@@ -23,6 +23,7 @@ from dalle_fast.data import batches, open_source
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held
 from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, loop, random_state, train
+from dalle_fast.training.codes import fingerprint
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.recipes import RECIPES
 from dalle_fast.training.schedules import cosine, warmup
@@ -164,10 +165,10 @@ class StopAt:
     def __call__(self, o):
         loss = o.loss
 
-        def stopping(batch, step):
+        def stopping(batch, step, part):
             if step == self.step:
                 self.how()
-            return loss(batch, step)
+            return loss(batch, step, part)
 
         o.loss = stopping
         return o
@@ -378,8 +379,8 @@ def test_an_objectives_batches_and_numbers(tmp_path, uninterrupted):
     some = [next(every) for _ in range(12)]
     loss, evaluate_ = o.loss, o.evaluate
 
-    def with_tensors(batch, step):
-        value, scalars = loss(batch, step)
+    def with_tensors(batch, step, part):
+        value, scalars = loss(batch, step, part)
         return value, {name: torch.tensor([scalar]) for name, scalar in scalars.items()}
 
     o.batches, o.loss = lambda start: some, with_tensors
@@ -415,8 +416,8 @@ def test_random_states_come_back():
 def spoil(o, steps, how):
     loss = o.loss
 
-    def spoiled(batch, step):
-        value, scalars = loss(batch, step)
+    def spoiled(batch, step, part):
+        value, scalars = loss(batch, step, part)
         return (how(value) if step in steps else value), scalars
 
     o.loss = spoiled
@@ -561,7 +562,7 @@ def test_the_divergence_does_not_depend_on_the_batch_size():
     batch = next(o.batches(0))
     twice = batch._replace(images=batch.images.repeat(2, 1, 1, 1))
     with torch.no_grad():
-        (_, one), (_, two) = o.loss(batch, 3), o.loss(twice, 3)
+        (_, one), (_, two) = o.loss(batch, 3, 0), o.loss(twice, 3, 0)
     torch.testing.assert_close(one["kl"], two["kl"], rtol=1e-5, atol=1e-7)
     assert one["beta"] == 6.6
 
@@ -574,6 +575,17 @@ def test_weights_are_the_seeds():
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (seed == 0)
 
 
+def test_it_begins_with_the_weights_of_another():
+    """Convolutions do not know how large pictures are."""
+    first = objective(seed=1).model
+    o = objective(initial=first)
+    assert all(torch.equal(tensor, o.model.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert o.settings["initial"] == fingerprint(first) and "initial" not in objective().settings
+    objective(config=dataclasses.replace(SMALL, image_size=32, likelihood="logit_laplace"), initial=first)
+    with pytest.raises(ValueError, match=r"initial must have the weights of the model that is trained: \S+ is \(12"):
+        objective(config=dataclasses.replace(SMALL, num_codes=13), initial=first)
+
+
 def test_noise_differs_between_steps_and_seeds_and_batches_follow_the_start():
     o, other = objective(), objective(seed=1)
     other.model.load_state_dict(o.model.state_dict())
@@ -581,7 +593,12 @@ def test_noise_differs_between_steps_and_seeds_and_batches_follow_the_start():
     stream = o.batches(0)
     assert [next(stream).indices for _ in range(3)][2] == batch.indices != next(other.batches(2)).indices
     with torch.no_grad():
-        losses = [o.loss(batch, 20)[0], o.loss(batch, 21)[0], other.loss(batch, 20)[0], o.loss(batch, 20)[0]]
+        losses = [
+            o.loss(batch, 20, 0)[0],
+            o.loss(batch, 21, 0)[0],
+            other.loss(batch, 20, 0)[0],
+            o.loss(batch, 20, 0)[0],
+        ]
     assert len({x.item() for x in losses}) == 3 and losses[0] == losses[3]
 
 
@@ -608,6 +625,7 @@ def test_it_learns_at_low_precision_too(tmp_path):
         (lambda: LoopSettings(steps=2.5), ["steps must be a positive integer, got 2.5"]),
         (lambda: LoopSettings(steps=True), ["steps must be a positive integer, got True"]),
         (lambda: LoopSettings(steps=1, ema_every=0), ["ema_every must be a positive integer, got 0"]),
+        (lambda: LoopSettings(steps=1, accumulate=0), ["accumulate must be a positive integer, got 0"]),
         (lambda: LoopSettings(steps=1, log_every=1.5), ["log_every must be an integer of at least 0, got 1.5"]),
         (lambda: LoopSettings(steps=1, max_skipped=-1), ["max_skipped must be an integer of at least 0, got -1"]),
         (lambda: LoopSettings(steps=1, clip=-1.0), ["clip", "-1"]),

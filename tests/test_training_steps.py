@@ -24,9 +24,9 @@ def before_each_loss(o, look):
     """An objective for which look(step) is called first."""
     loss = o.loss
 
-    def looked_at(batch, step):
+    def looked_at(batch, step, part):
         look(step)
-        return loss(batch, step)
+        return loss(batch, step, part)
 
     o.loss = looked_at
     return o
@@ -52,7 +52,7 @@ def test_the_loss_is_the_models_at_the_steps_temperature_and_weight():
     o = objective()
     batch, step = next(o.batches(0)), 4
     assert 0 < RECIPE.beta_at(step) < RECIPE.beta and RECIPE.tau < RECIPE.tau_at(step) < 0.9
-    loss, scalars = o.loss(batch, step)
+    loss, scalars = o.loss(batch, step, 0)
     expected = o.model(
         batch.images.float() / 255,
         tau=RECIPE.tau_at(step),
@@ -72,6 +72,34 @@ def test_losses_are_computed_in_the_precision_that_is_asked_for(tmp_path, precis
 
     train(before_each_loss(objective(), look), tmp_path, settings(steps=2, precision=precision), **QUIET)
     assert seen == [getattr(torch, precision)] * 2 and not torch.is_autocast_enabled("cpu")
+
+
+# -- parts of a batch --------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_are_a_batch(tmp_path):
+    """Each example is seen once, with noise that no other part has; the step's loss is the mean of the parts'."""
+    seen, losses = [], []
+    o = objective()
+    whole = next(objective().batches(0))
+    loss = o.loss
+
+    def looked_at(batch, step, part):
+        value, scalars = loss(batch, step, part)
+        losses.append(value.item())
+        seen.append((step, part, batch.indices, batch.captions, batch.images))
+        return value, scalars
+
+    o.loss = looked_at
+    train(o, tmp_path, settings(steps=2, accumulate=2, log_every=1), **QUIET)
+    assert [(step, part) for step, part, *_ in seen] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for part, (*_, indices, captions, images) in enumerate(seen[:2]):
+        assert indices == whole.indices[part::2] and captions == whole.captions[part::2]
+        assert torch.equal(images, whole.images[part::2])
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+    with torch.no_grad():
+        same = whole._replace(images=whole.images[:1].expand_as(whole.images))
+        assert len({objective().loss(same, 0, part)[0].item() for part in range(4)}) == 4
 
 
 # -- steps that are not finite -----------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ VALIDATION = 1000  # at most, of the validation pictures
 def add_arguments(parser) -> None:
     run = parser.add_argument_group("the run")
     training.add_run_arguments(run, DALLE_RECIPES)
-    run.add_argument("--dvae", required=True, metavar="DIR", help="folder of a run of train-dvae")
-    run.add_argument("--tokenizer", metavar="FILE", help="of captions; without one it is trained on the data's")
+    run.add_argument("--dvae", metavar="DIR", help="folder of a run of train-dvae (default: the VAE of --init)")
+    tokenizer = "of captions (default: that of --init; without it one is trained on the data's)"
+    run.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
     run.add_argument("--truncate", action="store_true", help="cut captions that are too long, instead of refusing them")
     run.add_argument(
         "--examples",
@@ -43,7 +44,9 @@ def add_arguments(parser) -> None:
         help="where codes and captions are kept, and found again (default: in the run's folder); empty it after "
         "changes of few pictures or captions, as a few are all that is looked at",
     )
-    _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's, or the VAE's"))
+    _add_model_arguments(
+        parser.add_argument_group("the model; what is not given is the preset's, or that of --init or the VAE")
+    )
     recipe = parser.add_argument_group("the recipe; what is not given is the preset's")
     training.add_recipe_arguments(recipe, DALLE_RECIPES)
     training.add_loop_arguments(parser.add_argument_group("the loop"))
@@ -59,14 +62,10 @@ def _add_model_arguments(group) -> None:
     add("--width", "of the transformer", type=int, metavar="N")
     add("--num-heads", "of attention", type=int, metavar="N")
     add("--head-dim", "size of a head", type=int, metavar="N")
-    group.add_argument(
-        "--masks",
-        default=MASKS,
-        metavar="RULE,...",
-        help="which earlier codes a code sees, layer by layer, from the first again after the last; RULE is one of "
-        f"{', '.join(RULES)} (see dalle_fast.masks)",
-    )
-    group.add_argument("--last-mask", choices=RULES, default=LAST_MASK, help="the RULE of the last layer")
+    rules = "which earlier codes a code sees, layer by layer, from the first again after the last (the paper's: "
+    rules += f"{MASKS}); RULE is one of {', '.join(RULES)} (see dalle_fast.masks)"
+    add("--masks", rules, metavar="RULE,...")
+    add("--last-mask", f"the RULE of the last layer (the paper's: {LAST_MASK})", choices=RULES)
     add("--kernel-size", "of convolutional attention", type=int, metavar="N")
     add("--text-weight", "of the text's loss; the image's has the rest of 1", type=float, metavar="X")
     add("--hide-padding", "hide padding from attention, instead of learning it", action="store_true")
@@ -107,19 +106,26 @@ def make_objective(arguments, recipe):
     if arguments.examples is not None and arguments.examples < 1:
         raise UserError(f"--examples must be at least 1, got {arguments.examples}")
     F.noise_seed(arguments.seed)  # refuses what is out of range
-    given, out = vars(arguments), Path(arguments.out)
+    given, out = dict(vars(arguments)), Path(arguments.out)
     leads = processes.current().leads
     going_on = check_folder(out, resume=arguments.resume)
-    preset = dalle.PRESETS[arguments.preset]
-    rules = _rules(arguments.masks, arguments.last_mask, given.get("layers", preset.layers))
-    preset = training.replaced(preset, {**given, "rules": rules})
+    initial = checkpoint.load_model(arguments.init, kind="DALLE") if arguments.init else None
+    preset = initial.config if initial else dalle.PRESETS[arguments.preset]
+    if "masks" in given or "last_mask" in given:
+        given["rules"] = _rules(
+            given.get("masks", MASKS), given.get("last_mask", LAST_MASK), given.get("layers", preset.layers)
+        )
+    preset = training.replaced(preset, given)
     device = training.device(arguments.device)
-    dvae = checkpoint.load_model(arguments.dvae, kind="DiscreteVAE", device=device)
+    if not (arguments.dvae or arguments.init):
+        raise UserError("--dvae must be given, the folder of a run of train-dvae, or --init, whose VAE is taken")
+    dvae_folder = Path(arguments.dvae or Path(arguments.init) / DVAE)
+    dvae = checkpoint.load_model(dvae_folder, kind="DiscreteVAE", device=device)
     if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
-        raise UserError(f"{out} began with another discrete VAE than the one in {arguments.dvae}")
-    tokenizer = None
-    if arguments.tokenizer or going_on or not leads:
-        tokenizer = Tokenizer.load(arguments.tokenizer or out / TOKENIZER)
+        raise UserError(f"{out} began with another discrete VAE than the one in {dvae_folder}")
+    tokenizer, its_folder = None, out if going_on or not leads else arguments.init
+    if arguments.tokenizer or its_folder:
+        tokenizer = Tokenizer.load(arguments.tokenizer or Path(its_folder) / TOKENIZER)
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
@@ -140,6 +146,7 @@ def make_objective(arguments, recipe):
             tokenizer,
             encoded["train"],
             encoded["validation"],
+            initial=initial,
             seed=arguments.seed,
             truncate=arguments.truncate,
             device=device,

@@ -21,7 +21,7 @@ def add_arguments(parser) -> None:
     run = parser.add_argument_group("the run")
     training.add_run_arguments(run, RECIPES)
     run.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the pictures")
-    _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's"))
+    _add_model_arguments(parser.add_argument_group("the model; what is not given is the preset's, or that of --init"))
     training.add_recipe_arguments(parser.add_argument_group("the recipe; what is not given is the preset's"), RECIPES)
     loop = parser.add_argument_group("the loop")
     loop.add_argument("--ema-decay", type=float, default=0.999, metavar="X", help="of the averaged weights")
@@ -53,6 +53,7 @@ def make_objective(arguments, recipe):
         ValueError: a flag's value that the model, the recipe or the data refuse.
         UserError: one that they would take, but cannot use.
     """
+    from dalle_fast import checkpoint
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
     from dalle_fast.nn import functional as F
@@ -62,7 +63,8 @@ def make_objective(arguments, recipe):
     given = vars(arguments)
     if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
         raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")
-    config = training.replaced(dvae.PRESETS[arguments.preset], given)
+    initial = checkpoint.load_model(arguments.init, kind="DiscreteVAE") if arguments.init else None
+    config = training.replaced(initial.config if initial else dvae.PRESETS[arguments.preset], given)
     options = {"image_size": config.image_size, "seed": arguments.seed, "max_bad_share": arguments.max_bad_share}
     sources = {
         split: open_source(arguments.data, split=split, **options)
@@ -73,6 +75,7 @@ def make_objective(arguments, recipe):
         recipe,
         sources["train"],
         sources["validation"],
+        initial=initial,
         heldout=sources.get("heldout"),
         seed=arguments.seed,
         flip=arguments.flip,

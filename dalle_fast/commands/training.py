@@ -17,7 +17,12 @@ def add_run_arguments(group, presets) -> None:
     group.add_argument(
         "--resume", action="store_true", help="go on from the newest good checkpoint in DIR, with the same flags"
     )
-    group.add_argument("--preset", choices=presets, default="tiny", help="of the model and its recipe")
+    begin = (
+        "run whose trained model this one begins with, instead of a new one: flags of the model are for its settings"
+    )
+    group.add_argument("--init", metavar="DIR", help=begin)
+    preset = "of the recipe and, without --init, of the model"
+    group.add_argument("--preset", choices=presets, default="tiny", help=preset)
     group.add_argument("--seed", type=int, default=0, help="of all that is random, from 0 to 2^20 - 1")
     add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
@@ -49,6 +54,8 @@ def add_recipe_arguments(group, recipes) -> None:
 
 def add_loop_arguments(group) -> None:
     switch = argparse.BooleanOptionalAction
+    parts = "parts of a batch that go through the model one after another, for the memory of one of them"
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help=parts)
     group.add_argument("--max-skipped", type=int, default=20, metavar="N", help="non-finite steps in a row to skip")
     group.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between two lines of the log")
     group.add_argument("--picture-every", type=int, default=500, metavar="N", help="steps between two pictures")
@@ -85,6 +92,7 @@ def _run_training(make_objective, arguments, recipes, then, loop_settings) -> in
             steps=recipe.steps,
             clip=recipe.clip,
             precision=arguments.precision,
+            accumulate=arguments.accumulate,
             max_skipped=arguments.max_skipped,
             log_every=arguments.log_every,
             picture_every=arguments.picture_every,
@@ -92,7 +100,10 @@ def _run_training(make_objective, arguments, recipes, then, loop_settings) -> in
             checkpoint_every=arguments.checkpoint_every,
             **{name: value(recipe) for name, value in loop_settings.items()},
         )
-        together.part([0] * recipe.batch_size)  # refuses what cannot be shared now, not in the first step
+        mine = together.part([0] * recipe.batch_size)  # refuses what cannot be shared now, not in the first step
+        if len(mine) % settings.accumulate:
+            of_what = "batch_size" if together.count == 1 else "a process's part of batch_size"
+            raise ValueError(f"{of_what} must be a multiple of --accumulate {settings.accumulate}, got {len(mine)}")
         with together.lead_first():  # which leaves what the others read
             objective = make_objective(arguments, recipe)
     except (ValueError, OSError, ImportError) as error:

@@ -72,10 +72,12 @@ class Objective(Protocol):
     def learning_rate(self, step: int) -> float: ...
 
     def batches(self, start: int) -> Iterator:
-        """Those of the steps `start`, `start + 1` ..., without end; this process's part of them."""
+        """Those of the steps `start`, `start + 1` ..., without end; this process's part of them. What has several parts
+        itself (`LoopSettings.accumulate`) must be a NamedTuple of tensors and lists, an example in each row."""
 
-    def loss(self, batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """The loss to minimise, and scalars to log."""
+    def loss(self, batch, step: int, part: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """The loss to minimise, and scalars to log, of one part of a step's batch. The parts of all processes have
+        numbers from 0 on: what is drawn for one must not be drawn for another."""
 
     def evaluate(self, model) -> dict[str, float]:
         """How good the averaged model is."""
@@ -90,6 +92,8 @@ class LoopSettings:
 
     Attributes:
         steps: updates in all. clip: largest norm of the gradient, 0 for any. ema_decay, ema_every: see `EMA`.
+        accumulate: parts of a batch that go through the model one after another, for the memory of one of them. The
+            gradient is the mean of theirs.
         max_skipped: steps whose loss or gradient is not finite change nothing; one more than this many in a row is an
             error.
         precision: "float32"; "bfloat16" for autocast; "auto": bfloat16 on a device that multiplies in it, which some
@@ -101,6 +105,7 @@ class LoopSettings:
     clip: float = 1.0
     ema_decay: float = 0.999
     ema_every: int = 1
+    accumulate: int = 1
     max_skipped: int = 20
     precision: str = "auto"
     log_every: int = 50
@@ -110,7 +115,7 @@ class LoopSettings:
 
     def __post_init__(self):
         intervals = ("log_every", "picture_every", "evaluate_every", "checkpoint_every")
-        check(self, positive_integers=("steps", "ema_every"), integers=("max_skipped", *intervals))
+        check(self, positive_integers=("steps", "ema_every", "accumulate"), integers=("max_skipped", *intervals))
         check(self, not_negative=("clip",))
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
@@ -120,6 +125,8 @@ class LoopSettings:
     def that_matter(self) -> dict:
         """Those that numbers depend on, but for the precision, which "auto" leaves to the device."""
         names = ("steps", "clip", "ema_decay", "ema_every", "log_every", "evaluate_every")
+        if self.accumulate > 1:  # runs of before it could be chosen go on
+            names += ("accumulate",)
         return {name: getattr(self, name) for name in names}
 
 
@@ -322,14 +329,13 @@ class _Run:
         learning_rate = self.objective.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            loss, scalars = self.objective.loss(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scalars = self.add_gradients(batch)
         if hasattr(self.model, "unscale_gradients"):
             self.model.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        values = _numbers({"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, **scalars})
+        values = {"loss": scalars.pop("loss"), "gradient_norm": norm, "learning_rate": learning_rate, **scalars}
+        values = _numbers(values)
         values = self.processes.mean(values)
         self.step += 1
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
@@ -342,6 +348,18 @@ class _Run:
         self.counted += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def add_gradients(self, batch) -> dict:
+        """The gradients of a batch are added up in its parts; returns the means of the parts' losses and scalars."""
+        count, scalars = self.settings.accumulate, []
+        for number, rows in enumerate(_dealt(batch, count)):
+            part = self.processes.number + self.processes.count * number
+            with self.processes.sharing_gradients(self.objective.model, number == count - 1):
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    loss, of_part = self.objective.loss(rows, self.step, part)
+                (loss / count).backward()
+            scalars.append({"loss": loss.detach(), **of_part})
+        return {name: sum(x[name] for x in scalars) / count for name in scalars[0]}
 
     def skip(self) -> None:
         self.skipped_in_a_row += 1
@@ -463,6 +481,14 @@ def _has_bfloat16(device):
     if device.type == "cpu" and not _extension.why_missing():
         return "avx512_bf16" in _extension.native().instruction_sets()
     return False
+
+
+def _dealt(batch, count):
+    """The parts of a batch, as cards are dealt: every count-th example. As several processes' are, so that as many parts
+    in all are the same ones."""
+    if count == 1:
+        return [batch]
+    return [type(batch)(*(rows[number::count] for rows in batch)) for number in range(count)]
 
 
 def _numbers(scalars: dict) -> dict[str, float]:

@@ -87,6 +87,10 @@ class Processes(NamedTuple):
             finally:
                 objective.model = model
 
+    def sharing_gradients(self, model, share: bool):
+        """While entered, passes through the model of `sharing` average their gradients, or leave that to a later one."""
+        return contextlib.nullcontext() if share or self.count == 1 else model.no_sync()
+
 
 def current() -> Processes:
     """Those of torch's default process group; one alone where there is none."""

@@ -17,6 +17,7 @@ from dalle_fast.data.source import identity
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
 from dalle_fast.training import processes, random_state
+from dalle_fast.training.initial import begin_with
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DVAERecipe
 
@@ -29,10 +30,11 @@ class DVAEObjective:
 
     Args:
         config: of the model, whose weights are drawn from `seed`.
+        initial: None, or a `DiscreteVAE` with the weights to begin with instead; see `begin_with`.
         recipe: see `DVAERecipe`.
         source, validation: of pictures, see `dalle_fast.data.open_source`.
         heldout: None, or a source to evaluate on beside validation.
-        seed: of weights, noise and the order of pictures, from 0 to 2^20 - 1. Several processes draw different noise.
+        seed: of weights, noise and the order of pictures, from 0 to 2^20 - 1. Each part of a batch has noise of its own.
         flip: mirror half of the pictures. workers: processes that load them. device: of the model.
     """
 
@@ -43,6 +45,7 @@ class DVAEObjective:
         source,
         validation,
         *,
+        initial=None,
         heldout=None,
         seed=0,
         flip=False,
@@ -67,6 +70,7 @@ class DVAEObjective:
             "seed": seed,
             "flip": flip,
             "data": identity(source),
+            **begin_with(self.model, initial),
         }
 
     def parameter_groups(self):
@@ -87,9 +91,9 @@ class DVAEObjective:
             part=processes.current().part,
         )
 
-    def loss(self, batch, step):
+    def loss(self, batch, step, part):
         tau, beta = self.recipe.tau_at(step), self.recipe.beta_at(step)
-        seed = F.noise_seed(self.seed, step=step, rank=processes.current().number)
+        seed = F.noise_seed(self.seed, step=step, rank=part)
         out = self.model(self._pixels(batch), tau=tau, beta=beta, seed=seed)
         perplexity, used = usage(torch.bincount(out.codes.flatten(), minlength=self.config.num_codes))
         return out.loss, {

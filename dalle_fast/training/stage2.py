@@ -22,6 +22,7 @@ from dalle_fast.nn import functional as F
 from dalle_fast.nn.dalle import DALLE, DALLEConfig
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.codes import Encoded
+from dalle_fast.training.initial import begin_with
 from dalle_fast.training.pictures import picture_grid
 from dalle_fast.training.recipes import DALLERecipe
 from dalle_fast.training.stage1 import to_uint8
@@ -45,6 +46,7 @@ class DALLEObjective:
 
     Args:
         config: of the model, whose weights are drawn from `seed`.
+        initial: None, or a `DALLE` with the weights to begin with instead; see `begin_with`.
         recipe: see `DALLERecipe`.
         dvae, tokenizer: what made the codes, and what cuts the captions.
         train, validation: see `Encoded`. Of validation captions the first few are drawn while training.
@@ -65,6 +67,7 @@ class DALLEObjective:
         train: Encoded,
         validation: Encoded,
         *,
+        initial=None,
         seed=0,
         truncate=False,
         device="cpu",
@@ -91,6 +94,7 @@ class DALLEObjective:
             "truncate": truncate,
             "tokenizer": hashlib.sha256(self.validation_text[0].numpy().tobytes()).hexdigest(),
             **{f"codes.{name}": value for name, value in train.key.items()},
+            **begin_with(self.model, initial),
         }
 
     def parameter_groups(self):
@@ -110,9 +114,9 @@ class DALLEObjective:
             lengths = lengths.masked_fill(torch.tensor(part(hidden.tolist())), 0)
             yield self._batch(text, lengths, self.train.codes[indices])
 
-    def loss(self, batch, step):
-        """Of several processes the gradient is of the mean of their losses: of text, where captions differ in length, not
-        quite the mean over all tokens."""
+    def loss(self, batch, step, part):
+        """Of several parts of a batch the gradient is of the mean of their losses: of text, where captions differ in
+        length, not quite the mean over all tokens."""
         out = self.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
         return out.loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
 
