@@ -28,6 +28,27 @@ def why_missing() -> str | None:
 
 
 @functools.cache
+def why_no_cuda() -> str | None:
+    """Why the module's CUDA kernels cannot run on this machine, whatever its GPUs are; None if they can."""
+    if missing := why_missing():
+        return missing
+    if reason := native().build_info()["why_no_cuda"]:
+        return f"the native module was built without CUDA: {reason}"
+    driver, runtime = native().cuda_versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    has = f"is of CUDA {_dotted(driver)}" if driver else "is missing"
+    return (
+        f"the native module was built for CUDA {_dotted(runtime)}, and the machine's driver {has}: a newer driver will do, "
+        f"or an nvcc of the driver's version, from 12.8 on, to build with (CUDACXX)"
+    )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
 def _load():
     import torch  # noqa: F401 (first, so that the module shares torch's OpenMP runtime and its threads)
 

@@ -32,7 +32,7 @@ def collect() -> dict:
         versions: of dalle_fast, python and PACKAGES, None where one is not installed.
         platform, cpu: strings. threads: what torch, and so this package, uses.
         native: `build_info` of the native module with its instruction sets (`available`, and `active`, None where
-            `isa_error` says why), or {"error": why it does not load}.
+            `isa_error` says why), and `why_cuda_cannot_run` on this machine; or {"error": why it does not load}.
         gpus: names and compute capabilities; why_no_gpu is None where there is one.
         attention: device type -> implementation -> reasons why it cannot serve float32 heads of 64 there; empty = can.
     """
@@ -86,7 +86,8 @@ def _native() -> dict:
         active, isa_error = module.instruction_set(), None
     except ValueError as error:
         active, isa_error = None, str(error)
-    return {**module.build_info(), "available": module.instruction_sets(), "active": active, "isa_error": isa_error}
+    sets = {"available": module.instruction_sets(), "active": active, "isa_error": isa_error}
+    return {**module.build_info(), "why_cuda_cannot_run": _extension.why_no_cuda(), **sets}
 
 
 def _gpu(index: int) -> str:
@@ -130,7 +131,9 @@ def as_text(facts: dict) -> str:
         active = f"{native['active']} in use" if native["active"] else native["isa_error"]
         lines.append(("instruction sets", f"{', '.join(native['available'])}; {active}"))
         if native["cuda"]:
-            lines.append(("CUDA kernels", f"built by nvcc {native['cuda']} for {native['cuda_architectures']}"))
+            reason = native["why_cuda_cannot_run"]
+            built = f"built by nvcc {native['cuda']} for {native['cuda_architectures']}"
+            lines.append(("CUDA kernels", f"{built}; they cannot run here: {reason}" if reason else built))
         else:
             lines.append(("CUDA kernels", f"none, built for CPUs only: {native['why_no_cuda']}"))
     lines += [("GPU", gpu) for gpu in facts["gpus"]] or [("GPU", f"none: {facts['why_no_gpu']}")]

@@ -392,7 +392,10 @@ def _visible_slots(mask: AttentionMask, device: str):
     if device != "cpu":
         if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a mask's first step of decoding on a device must not be captured in a CUDA graph")
-        return tuple(x.to(device) for x in _visible_slots(mask, "cpu"))
+        slots, counts = _visible_slots(mask, "cpu")
+        shared = slots.stride(0) == 0  # one row for all, which must not become as many
+        moved = slots[0].to(device).expand(slots.shape) if shared else slots.to(device)
+        return moved, counts.to(device)
     N, C = mask.image_len, mask.cache_slots
     if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new
         slots = torch.arange(N, dtype=torch.int32, device="cpu")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,33 @@ def test_info_says_why_there_is_no_cuda():
     text = info.as_text(facts)
     assert "none, built for CPUs only: no nvcc was found" in text
     assert "without OpenMP" in text
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (0, "built for CUDA 13.0, and the machine's driver is missing"),
+        (12080, "built for CUDA 13.0, and the machine's driver is of CUDA 12.8: a newer driver will do, or an nvcc of"),
+        (13000, None),
+        (14010, None),
+    ],
+)
+def test_info_compares_the_driver_with_the_modules_cuda(monkeypatch, driver, reason):
+    """A driver serves runtimes of its own major version and of older ones."""
+    built = {"version": dalle_fast.__version__, "compiler": "x", "openmp": True, "cuda": "13.0", "why_no_cuda": None}
+    built["cuda_architectures"] = "sm_80"
+    names = {"build_info": lambda: built, "cuda_versions": lambda: (driver, 13000)}
+    names |= {"instruction_sets": lambda: ["portable"], "instruction_set": lambda: "portable"}
+    monkeypatch.setattr(_extension, "native", lambda: SimpleNamespace(**names))
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    monkeypatch.setattr(_extension, "why_no_cuda", _extension.why_no_cuda.__wrapped__)
+    native = info._native()
+    if reason is None:
+        assert native["why_cuda_cannot_run"] is None
+    else:
+        assert reason in native["why_cuda_cannot_run"]
+    facts = {**info.collect(), "native": native}
+    assert ("they cannot run here: the native module was " in info.as_text(facts)) == (reason is not None)
 
 
 def test_a_wrong_instruction_set_is_reported():

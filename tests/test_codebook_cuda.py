@@ -714,6 +714,21 @@ def test_every_reason_why_it_cannot_serve():
         assert reason in reasons
 
 
+def test_a_torch_for_rocm_is_a_reason(monkeypatch):
+    """Its GPUs are "cuda" too, and their compute capability is not below 8.0."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    tensor = SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 8), is_floating_point=lambda: True
+    )
+    assert "its kernels are for NVIDIA GPUs, and this torch is built for ROCm" in cuda.why_not({"hidden": tensor})
+
+
+def test_an_older_driver_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_extension, "why_no_cuda", lambda: "the driver is older")
+    assert "the driver is older" in cuda.why_not({"hidden": torch.zeros(1, 8)})
+
+
 @pytest.mark.skipif(
     _extension.why_missing() is not None or _extension.native().build_info()["cuda"] is None,
     reason="the native module has no CUDA kernels",

@@ -3,11 +3,13 @@
 R rows, K in, N out.
 """
 
+import contextlib
 import copy
 import itertools
 import math
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +266,34 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch):
     assert len(set(places)) == 5 and places[0] == places[-1]
     with pytest.raises(ValueError, match="at most 512 tiles of the weight's rows are counted, got 513"):
         module._counters(device, 513)
+
+
+def test_threads_that_come_first_together_share_the_counters(monkeypatch):
+    """A graph that one of them has captured writes to them, whatever the other makes."""
+    module = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton")
+    device, zeros = torch.device("cuda", 0), torch.zeros
+    together = threading.Barrier(2)
+    monkeypatch.setattr(module, "_of_graphs", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+
+    def synchronize():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=synchronize))
+    found = []
+
+    def first_call():
+        module._prepare(device)
+        found.append(module._of_graphs[device][0].data_ptr())
+
+    threads = [threading.Thread(target=first_call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and set(found) == {module._of_graphs[device][0].data_ptr()}
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -156,6 +156,15 @@ def test_what_is_derived_ignores_the_default_device():
         assert there.visible_slots("meta")[0].device.type == "meta"
 
 
+def test_the_causal_slots_are_one_row_on_every_device():
+    """As on the host: 1 GiB at grid 128 otherwise."""
+    mask = causal_mask(3, 128)
+    for device in ("cpu", "meta"):
+        slots, counts = mask.visible_slots(device)
+        assert slots.shape == (1 << 14, 1 << 14) and slots.stride() == (0, 1) and counts.shape == (1 << 14,)
+        assert slots.untyped_storage().nbytes() == 4 << 14
+
+
 def test_the_picture_ignores_the_default_device():
     pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
     mask = row_mask(7, (5, 6))

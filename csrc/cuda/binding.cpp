@@ -25,6 +25,13 @@ void bind_cuda(py::module_& m) {
         py::arg("mask"), py::arg("seq_len"), py::arg("out"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
         "Evaluate a mask (AttentionMask.encode()) for its first seq_len positions into a (seq_len, seq_len) bool tensor\n"
         "of the current device, given by its address, in the stream given by its handle.");
+    m.def(
+        "cuda_versions",
+        [] {
+            const CudaVersions versions = cuda_versions();
+            return std::array<int, 2>{versions.driver, versions.runtime};
+        },
+        "CUDA versions, 1000 * major + 10 * minor: the newest one that the driver serves, 0 without one, and this module's.");
     bind_cuda_codebook(m);
     bind_cuda_codebook_chunks(m);
 }

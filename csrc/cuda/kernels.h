@@ -9,6 +9,13 @@
 
 namespace dalle_fast {
 
+// CUDA versions, 1000 * major + 10 * minor: the newest one that the machine's driver serves, 0 without a driver, and that
+// of the runtime in this module.
+struct CudaVersions {
+    int driver, runtime;
+};
+CudaVersions cuda_versions();
+
 // Evaluates the rule for the first seq_len positions, on the device and in the stream that are given.
 // out: seq_len x seq_len booleans on the current device, true = attends.
 void cuda_dense_mask(const Mask& mask, int32_t seq_len, bool* out, void* stream);

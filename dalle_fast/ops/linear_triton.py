@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -209,6 +210,7 @@ def _sizes_of(device) -> tuple[int, int]:
 
 _of_stream = {}  # (device, stream): counters of the calls there, which run one after another
 _of_graphs = {}  # device: (counters of captured calls, a row for each, and the numbers of those calls)
+_making_them = threading.Lock()  # those of graphs
 
 
 def _counters(device, count):
@@ -230,10 +232,13 @@ def _counters(device, count):
 
 def _prepare(device):
     """Make the counters of captured calls, at the first call that is not captured itself."""
-    if device.type == "cuda" and device not in _of_graphs and not torch.cuda.is_current_stream_capturing():
-        counters = torch.zeros(CAPTURED_CALLS, COUNTERS, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
-        _of_graphs[device] = counters, itertools.count()
+    if device.type != "cuda" or device in _of_graphs or torch.cuda.is_current_stream_capturing():
+        return
+    with _making_them:
+        if device not in _of_graphs:  # made by another thread, they may be captured already
+            counters = torch.zeros(CAPTURED_CALLS, COUNTERS, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
+            _of_graphs[device] = counters, itertools.count()
 
 
 def can_be_captured(device) -> bool:

@@ -32,6 +32,8 @@ def why_not(tensors) -> list[str]:
             reasons.append(f"it needs CUDA tensors, got {name} on {tensor.device}")
             break
     else:
+        if torch.version.hip is not None:
+            reasons.append("its kernels are for NVIDIA GPUs, and this torch is built for ROCm")
         for device in {tensor.device for tensor in tensors.values()}:
             if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
                 reasons.append(f"it needs compute capability {_dotted(OLDEST_GPU)}, {device} has {_dotted(capability)}")
@@ -42,10 +44,8 @@ def why_not(tensors) -> list[str]:
     for name, what, limit in (("hidden", "Din", MAX_DIN), ("codebook", "D", MAX_D)):
         if name in tensors and tensors[name].shape[-1] > limit:
             reasons.append(f"its {what} is at most {limit}, got {name} of shape {tuple(tensors[name].shape)}")
-    if missing := _extension.why_missing():
-        reasons.append(missing)
-    elif no_cuda := _extension.native().build_info()["why_no_cuda"]:
-        reasons.append(f"the native module was built without CUDA: {no_cuda}")
+    if no_cuda := _extension.why_no_cuda():
+        reasons.append(no_cuda)
     return reasons
 
 
