@@ -120,7 +120,7 @@ def test_as_exact_as_attention_over_the_whole_sequence(server, make, mask):
 
 @pytest.mark.every_instruction_set
 @pytest.mark.parametrize("size", [1e4, 1e6])
-def test_large_scores_keep_their_differences(make, size):
+def test_large_scores_keep_their_differences(server, make, size):
     """A score that float32 holds exactly is compared with the largest before anything of it is rounded."""
     for scale in (None, -0.25):
         q, k, v = sequences(make, ROW, 2, 3)
@@ -128,7 +128,7 @@ def test_large_scores_keep_their_differences(make, size):
         q = torch.zeros_like(q)
         q[..., 0] = 1
         out = F.sparse_attention_decode(
-            q[:, :, ROW.text_len + 12], *Cache(k, v, ROW, 2).fill(12), ROW, 12, scale=scale, impl="cpu"
+            q[:, :, ROW.text_len + 12], *Cache(k, v, ROW, 2).fill(12), ROW, 12, scale=scale, impl=server.impl
         )
         exact, _ = eager_attention(q.double(), k.double(), v.double(), ROW, scale=scale)
         torch.testing.assert_close(out.double(), exact[:, :, ROW.text_len + 12], rtol=0, atol=2e-6)

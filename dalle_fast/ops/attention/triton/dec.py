@@ -1,8 +1,9 @@
 """Decoding: text keys once for 16 samples of a prompt as a matrix product, image keys for each sample on its own.
 
 Two launches. In the first, a program takes TEXT_PART text keys for up to 16 samples of a prompt and leaves the softmax over
-its part, and its log-sum-exp. In the second, a program takes one head of one sample: its image keys, and then the
-parts of the text as if each were a key. How the keys are cut depends on the mask alone, and 16 rows are the least that a
+its part, its maximum and its sum. In the second, a program takes one head of one sample: its image keys, and then the
+parts of the text as if each were a key of several. Scores are compared with their maximum as the product left them, and
+scaled afterwards: rounded differences of large scores are not the differences of rounded ones. How the keys are cut depends on the mask alone, and 16 rows are the least that a
 matrix product takes, so a sample's result depends neither on the other samples nor on their number. The position is read
 on the device.
 
@@ -61,7 +62,7 @@ def _text_part(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax of queries (16, BLOCK_D) over the text keys [start, end): (acc, maximum, sum), unscaled."""
+    """Softmax of queries (16, BLOCK_D) over the text keys [start, end): (acc, maximum, sum), not divided by it."""
     acc = tl.zeros([SAMPLES, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([SAMPLES], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([SAMPLES], dtype=tl.float32)
@@ -69,11 +70,11 @@ def _text_part(
         k_pos = first + tl.arange(0, STEP)
         k = load_tile(k_base, k_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D, WIDE)
         v = load_tile(v_base, v_strides, k_pos, k_pos < end, True, HEAD_DIM, BLOCK_D, WIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.where((k_pos < end)[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        p = tl.exp2(scores - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
+        p = tl.exp2((scores - new_max[:, None]) * scale_log2)
+        rescale = tl.exp2((row_max - new_max) * scale_log2)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         row_max = new_max
@@ -81,26 +82,28 @@ def _text_part(
 
 
 @triton.jit
-def _absorb(scores, values, acc, row_max, row_sum):
-    """The running softmax of one query, (acc (BLOCK_D,), maximum, sum), after more scores (n,) and values (n, BLOCK_D).
+def _absorb(scores, weights, values, scale_log2, acc, row_max, row_sum):
+    """The running softmax of one query, (acc (BLOCK_D,), maximum, sum), after more scores (n,), how often each counts, and
+    values (n, BLOCK_D).
 
     A hidden key has the score -inf; the first call must bring one that is seen.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 0))
-    p = tl.exp2(scores - new_max)
-    rescale = tl.exp2(row_max - new_max)
+    p = tl.exp2((scores - new_max) * scale_log2) * weights
+    rescale = tl.exp2((row_max - new_max) * scale_log2)
     acc = acc * rescale + tl.sum(p[:, None] * values.to(tl.float32), 0)
     return acc, new_max, row_sum * rescale + tl.sum(p, 0)
 
 
 @triton.jit
-def _load_parts(out_ptr, lse_ptr, row, first, PARTS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(lse (STEP,), out (STEP, BLOCK_D)) of the text's parts from `first` on; -inf and 0 past the last."""
+def _load_parts(out_ptr, stats_ptr, row, first, PARTS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(maxima (STEP,), sums (STEP,), out (STEP, BLOCK_D)) of the text's parts from `first` on; -inf, 0 and 0 past the last."""
     part = first + tl.arange(0, STEP)
     rows = row * PARTS + part
-    lse = tl.load(lse_ptr + rows, mask=part < PARTS, other=float("-inf"))
+    maxima = tl.load(stats_ptr + 2 * rows, mask=part < PARTS, other=float("-inf"))
+    sums = tl.load(stats_ptr + 2 * rows + 1, mask=part < PARTS, other=0.0)
     pointers = out_ptr + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    return lse, tl.load(pointers, mask=(part < PARTS)[:, None], other=0.0)
+    return maxima, sums, tl.load(pointers, mask=(part < PARTS)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_heads"])
@@ -112,7 +115,7 @@ def _attention_decode_text_kernel(
     v_ptr,
     v_strides,
     out_ptr,
-    lse_ptr,
+    stats_ptr,
     text_lengths_ptr,
     num_samples,
     num_heads,
@@ -124,11 +127,13 @@ def _attention_decode_text_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Parts of the text -> out (B, H, PARTS, BLOCK_D) float32, 0 without keys, and lse (B, H, PARTS) in units of log2.
+    """Parts of the text -> out (B, H, PARTS, BLOCK_D) float32, 0 without keys, and stats (B, H, PARTS, 2): the largest score,
+    times SIGN and not scaled, and the sum of exponentials below it.
 
-    Programs: P * H * PARTS * cdiv(N, 16). num_samples is N.
+    Programs: P * H * PARTS * cdiv(N, 16). num_samples is N. SIGN and scale_log2: see `_attention_fwd_kernel`.
     """
     program = tl.program_id(0)
     groups = (num_samples + SAMPLES - 1) // SAMPLES
@@ -141,8 +146,11 @@ def _attention_decode_text_kernel(
     end = min(T, (part + 1) * PART)
     if text_lengths_ptr is not None:
         end = min(end, tl.load(text_lengths_ptr + prompt))
+    q = _load_queries(q_ptr, q_strides, samples, head, valid, HEAD_DIM, BLOCK_D)
+    if SIGN != 1:
+        q = (q * SIGN).to(q.dtype)
     acc, row_max, row_sum = _text_part(
-        _load_queries(q_ptr, q_strides, samples, head, valid, HEAD_DIM, BLOCK_D),
+        q,
         head_base(k_ptr, k_strides, prompt, head),
         k_strides,
         head_base(v_ptr, v_strides, prompt, head),
@@ -156,13 +164,12 @@ def _attention_decode_text_kernel(
         WIDE,
         PRECISION,
     )
-    nothing = row_sum == 0.0
-    row_sum = tl.where(nothing, 1.0, row_sum)
-    lse = tl.where(nothing, float("-inf"), row_max + tl.log2(row_sum))
+    divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
     rows = (samples.to(tl.int64) * num_heads + head) * PARTS + part
     d = tl.arange(0, BLOCK_D)
-    tl.store(out_ptr + rows[:, None] * BLOCK_D + d[None, :], acc / row_sum[:, None], mask=valid[:, None])
-    tl.store(lse_ptr + rows, lse, mask=valid)
+    tl.store(out_ptr + rows[:, None] * BLOCK_D + d[None, :], acc / divisor[:, None], mask=valid[:, None])
+    tl.store(stats_ptr + 2 * rows, row_max, mask=valid)
+    tl.store(stats_ptr + 2 * rows + 1, row_sum, mask=valid)
 
 
 @triton.jit
@@ -200,7 +207,7 @@ def _attention_decode_kernel(
     v_ptr,
     v_strides,
     parts_ptr,
-    lse_ptr,
+    stats_ptr,
     out_ptr,
     position_ptr,
     slots_ptr,
@@ -218,6 +225,7 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    SIGN: tl.constexpr,
 ):
     """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
 
@@ -232,9 +240,11 @@ def _attention_decode_kernel(
     q_base = q_ptr + sample * q_strides[0] + head * q_strides[1]
     q = tl.load(q_base + d * q_strides[2], mask=d < HEAD_DIM, other=0.0)
     if PARTS > 0:
-        lse, values = _load_parts(parts_ptr, lse_ptr, row, 0, PARTS, PARTS_STEP, BLOCK_D)
+        maxima, sums, values = _load_parts(parts_ptr, stats_ptr, row, 0, PARTS, PARTS_STEP, BLOCK_D)
     count = tl.load(counts_ptr + position)
-    q = q.to(tl.float32) * scale_log2
+    q = q.to(tl.float32)
+    if SIGN != 1:
+        q *= SIGN
     k_base = head_base(k_ptr, k_strides, sample, head)
     v_base = head_base(v_ptr, v_strides, sample, head)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -245,19 +255,19 @@ def _attention_decode_kernel(
     if LOOP:
         for first in range(0, count, BLOCK_V):
             seen, k, v = _load_keys(keys, first, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
-            acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
+            acc, row_max, row_sum = _absorb(_scores(q, k, seen), 1.0, v, scale_log2, acc, row_max, row_sum)
     else:
         seen, k, v = _load_keys(keys, 0, BLOCK_V, HEAD_DIM, BLOCK_D, WIDE)
         if REST > 0:
             rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE)
-        acc, row_max, row_sum = _absorb(_scores(q, k, seen), v, acc, row_max, row_sum)
+        acc, row_max, row_sum = _absorb(_scores(q, k, seen), 1.0, v, scale_log2, acc, row_max, row_sum)
         if REST > 0:
-            acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), rest_v, acc, row_max, row_sum)
+            acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), 1.0, rest_v, scale_log2, acc, row_max, row_sum)
     if PARTS > 0:
-        acc, row_max, row_sum = _absorb(lse, values, acc, row_max, row_sum)
+        acc, row_max, row_sum = _absorb(maxima, sums, values, scale_log2, acc, row_max, row_sum)
         for first in range(PARTS_STEP, PARTS, PARTS_STEP):
-            lse, values = _load_parts(parts_ptr, lse_ptr, row, first, PARTS, PARTS_STEP, BLOCK_D)
-            acc, row_max, row_sum = _absorb(lse, values, acc, row_max, row_sum)
+            maxima, sums, values = _load_parts(parts_ptr, stats_ptr, row, first, PARTS, PARTS_STEP, BLOCK_D)
+            acc, row_max, row_sum = _absorb(maxima, sums, values, scale_log2, acc, row_max, row_sum)
     tl.store(out_ptr + row * HEAD_DIM + d, (acc / row_sum).to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
@@ -294,7 +304,8 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     block, rest, loop = image_blocks(most, IMAGE_BYTES // row_bytes)
     text_parts = triton.cdiv(T, TEXT_PART)
     parts = torch.empty((B, H, text_parts, BLOCK_D), dtype=torch.float32, device=query.device)
-    lse = torch.empty((B, H, text_parts), dtype=torch.float32, device=query.device)
+    stats = torch.empty((B, H, text_parts, 2), dtype=torch.float32, device=query.device)
+    scale_log2, sign = abs(scale) * LOG2E.value or 1.0, (scale > 0) - (scale < 0)
     with launch.device_guard(query):
         if T:
             _launch_text(
@@ -306,11 +317,11 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 text_value,
                 text_strides[1],
                 parts,
-                lse,
+                stats,
                 text_lengths,
                 B // P,
                 H,
-                scale * LOG2E.value,
+                scale_log2,
                 T,
                 text_parts,
                 TEXT_PART,
@@ -318,6 +329,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 D,
                 BLOCK_D,
                 launch.wide(T, D, *text_strides),
+                sign,
                 launch.input_precision(query.dtype),
                 num_warps=TEXT_WARPS,
                 num_stages=2,
@@ -333,7 +345,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             image_value,
             image_strides[1],
             parts,
-            lse,
+            stats,
             out,
             position,
             slots,
@@ -341,7 +353,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             slots.stride(0),
             most,
             H,
-            scale * LOG2E.value,
+            scale_log2,
             mask.image_len,
             text_parts,
             min(triton.next_power_of_2(max(1, text_parts)), MERGE_PARTS),
@@ -351,6 +363,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             D,
             BLOCK_D,
             launch.wide(image_key.shape[2], D, *image_strides),
+            sign,
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,
             enable_fp_fusion=True,
