@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_fast.nn import functional as F
-from dalle_fast.ops.codebook.noise import gumbel_noise
-from dalle_fast.ops.codebook.op import bounded
+from dalle_fast.ops.codebook.op import bounded, logits_of, sample_of_logits
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes, in sizes of its cache
@@ -134,7 +133,7 @@ class Sampling(NamedTuple):
         if self.temperature == 0 or (self.top_k is None and self.top_p is None):
             return F.codebook_sample(hidden, weight, temperature=self.temperature, seed=seeds, impl=impl)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.float() @ weight.float().T
+            logits = logits_of(hidden, weight, impl=impl)
         if self.top_k is not None:
             most_likely = logits.topk(self.top_k)
             logits = torch.full_like(logits, -torch.inf).scatter(1, *reversed(most_likely))
@@ -146,8 +145,7 @@ class Sampling(NamedTuple):
             before = p.cumsum(-1) - p
             ordered = ordered.masked_fill(before >= self.top_p * UNIT, -torch.inf)  # the first always stays
             logits = logits.scatter(1, order, ordered)
-        noise = gumbel_noise(seeds, seeds.new_zeros(1), len(weight))  # codebook_sample's
-        return (logits + noise).argmax(-1)
+        return sample_of_logits(logits, seeds, impl=impl)
 
 
 class Samples:

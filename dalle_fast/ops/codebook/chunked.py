@@ -86,6 +86,14 @@ class Chunked:
         self._each_chunk(chunk, weight, hidden, seed, codes)
         return codes
 
+    def logits(self, hidden, weight):
+        return self.rows.logits(hidden, weight)
+
+    def sample_of_logits(self, logits, seed):
+        codes = _row_results(logits, (), torch.int64)
+        self.rows.sample(logits, None, seed, 0, logits.new_ones(()), codes, seed_per_row=True)
+        return codes
+
     def cross_entropy(self, hidden, weight, bias, target, ignore_index, row_weight, needs):
         sums = _Gradients(self.rows, hidden, weight, bias, needs)
         bias, row_weight = _float32(bias), _float32(row_weight)

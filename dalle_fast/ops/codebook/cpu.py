@@ -282,11 +282,16 @@ def _has_few_rows(hidden, weight):
     return hidden.shape[0] <= few_rows(weight.dtype) and weight.stride(1) == 1
 
 
+def logits(hidden, weight):
+    """Returns hidden (N, I) @ weight (K, I).T in float32."""
+    return linear_product(hidden, weight) if _has_few_rows(hidden, weight) else product(hidden, weight)
+
+
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
     """Returns codes (N,) as `sample` does, of hidden (N, I) and weight (K, I). Few rows have logits, which are small."""
     codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
     if _has_few_rows(hidden, weight):
-        sample(linear_product(hidden, weight), bias, seed, 0, temperature, codes, seed_per_row=seed_per_row)
+        sample(logits(hidden, weight), bias, seed, 0, temperature, codes, seed_per_row=seed_per_row)
         return codes
     _extension.native().sample_streaming(
         _matrix(hidden), _matrix(weight), _address(bias), _address(seed), seed_per_row, _address(temperature),

@@ -239,6 +239,25 @@ def _blas():
     return torch.cuda.current_blas_handle()
 
 
+# -- logits that someone chooses from ----------------------------------------------------------------------------------
+
+
+def logits(hidden, weight):
+    return hidden.float() @ weight.float().T
+
+
+def sample_of_logits(logits, seed):
+    codes, temperature = _row_results(logits, dtype=torch.int64), logits.new_ones(())
+    _extension.native().cuda_sample(
+        (*logits.shape, logits.data_ptr(), 0),
+        (*_noise(seed, True), 0),
+        temperature.data_ptr(),
+        codes.data_ptr(),
+        _stream(),
+    )
+    return codes
+
+
 # -- without logits in memory -----------------------------------------------------------------------------------------
 
 # Who finds the largest logit, samples, and computes a loss without gradients where all could: "chunked" (the vendor's

@@ -73,6 +73,17 @@ def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, co
     return _offset(codes, start).view(hidden.shape[:-1])
 
 
+def logits_of(hidden, weight, *, impl="auto"):
+    """hidden (N, I) @ weight (K, I).T, in float32 whatever the dtypes are (float64 stays): for a choice among some codes."""
+    return _serving("codebook_sample", impl, hidden=hidden, weight=weight).logits(hidden, weight)
+
+
+def sample_of_logits(logits, seeds, *, impl="auto"):
+    """Codes (N,) that `codebook_sample` draws at temperature 1 with seeds (N,), of logits (N, K), of which some are -inf."""
+    with _current_device(logits):
+        return _serving("codebook_sample", impl, logits=logits).sample_of_logits(logits.contiguous(), seeds)
+
+
 def codebook_cross_entropy(
     hidden, weight, bias, target, *, reduction="mean", ignore_index=-100, code_range=None, impl="auto"
 ):

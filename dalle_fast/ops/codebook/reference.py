@@ -80,6 +80,16 @@ def sample(hidden, weight, bias, temperature, seed, seed_per_row):
     return z.argmax(-1)
 
 
+def logits(hidden, weight):
+    """Returns z (N, K), without a bias."""
+    return _logits(hidden, weight, None)
+
+
+def sample_of_logits(z, seed):
+    """Returns codes (N,) int64, argmax(z + noise), with a seed for every row."""
+    return (z + _noise(z, seed, True)).argmax(-1)
+
+
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     """Returns loss (N,) and the gradients of sum(row_weight * loss), None where `needs` has False.
 

@@ -262,7 +262,9 @@ def _attention_decode_kernel(
             rest_seen, rest_k, rest_v = _load_keys(keys, BLOCK_V, REST, HEAD_DIM, BLOCK_D, WIDE)
         acc, row_max, row_sum = _absorb(_scores(q, k, seen), 1.0, v, scale_log2, acc, row_max, row_sum)
         if REST > 0:
-            acc, row_max, row_sum = _absorb(_scores(q, rest_k, rest_seen), 1.0, rest_v, scale_log2, acc, row_max, row_sum)
+            acc, row_max, row_sum = _absorb(
+                _scores(q, rest_k, rest_seen), 1.0, rest_v, scale_log2, acc, row_max, row_sum
+            )
     if PARTS > 0:
         acc, row_max, row_sum = _absorb(maxima, sums, values, scale_log2, acc, row_max, row_sum)
         for first in range(PARTS_STEP, PARTS, PARTS_STEP):
