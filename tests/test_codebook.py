@@ -10,6 +10,8 @@ import torch
 
 from dalle_fast.nn import functional as F
 from dalle_fast.ops.codebook import cpu, cuda
+from dalle_fast.ops.codebook.noise import gumbel_noise
+from dalle_fast.ops.codebook.op import logits_of, sample_of_logits
 from dalle_fast.testing import (
     assert_as_exact_as_eager,
     codebook_noise,
@@ -515,3 +517,31 @@ def test_arguments_are_not_written(serve):
     serve.codebook_cross_entropy(*tensors[:3], target)
     serve.gumbel_softmax(tensors[1], seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, tau, seed, target), strict=True))
+
+
+# -- logits that someone chooses from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.every_instruction_set
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 100, 33), (70, 130, 64), (3, 8192, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_are_drawn_of_logits_as_of_their_factors(serve, dtype, sizes):
+    """Of few and of many rows; and of none but those that are left, which is where top-k and top-p come from."""
+    N, K, I = sizes
+    hidden, weight, *_ = (x.to(serve.device) for x in inputs(N, K, I, 1, dtype))
+    seeds = torch.arange(N, device=serve.device) * 977 - 5
+    logits = logits_of(hidden, weight, impl=serve.impl)
+    exact = hidden.double() @ weight.double().T
+    assert logits.dtype == torch.float32 and logits.shape == (N, K)
+    assert ((logits - exact).abs() <= 1e-6 * (hidden.double().abs() @ weight.double().abs().T) + 1e-30).all()
+    noise = gumbel_noise(seeds, seeds.new_zeros(1), K)
+    codes = sample_of_logits(logits, seeds, impl=serve.impl)
+    check_codes(codes.cpu(), (exact + noise).cpu(), (exact.abs() + noise.abs()).cpu(), K)
+    assert (codes == serve.codebook_sample(hidden, weight, seed=seeds)).float().mean() > 0.98
+    left = (
+        torch.arange(K, device=serve.device) % 7 == 3 if K > 3 else torch.ones(K, dtype=torch.bool, device=serve.device)
+    )
+    some = sample_of_logits(logits.masked_fill(~left, -torch.inf), seeds, impl=serve.impl)
+    assert left[some].all()
+    noisy = (exact + noise).masked_fill(~left, -1e30)
+    check_codes(some.cpu(), noisy.cpu(), (exact.abs() + noise.abs()).cpu(), K)

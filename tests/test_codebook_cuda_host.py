@@ -130,6 +130,16 @@ def test_gumbel_codebook(on_host, dtype, seed_per_row, hard):
     check_gumbel_codebook(on_host, x, dtype, seed_per_row, hard, grad_kl=False)
 
 
+@pytest.mark.parametrize("K", [1, 70, 300])
+def test_codes_are_drawn_of_logits(on_host, K):
+    """Of all of them, and of those that are left."""
+    logits = torch.randn(9, K, generator=torch.Generator().manual_seed(1))
+    seeds = torch.arange(9) * 977 - 5
+    few = logits.masked_fill(torch.arange(K) % 7 != 0, -torch.inf)
+    for z in (logits, few):
+        assert torch.equal(on_host.sample_of_logits(z, seeds), reference.sample_of_logits(z, seeds))
+
+
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 @pytest.mark.parametrize("hard", [False, True])
 def test_only_the_gradients_that_are_needed(on_host, dtype, hard):
