@@ -247,7 +247,7 @@ def test_ranges_fill_the_processors_and_none_is_empty():
 
 @compiled
 @pytest.mark.parametrize("task", ["argmax", "sample", "loss"])
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_compiles_well(monkeypatch, tmp_path, arch, task):
     from test_triton_compile import SHARED_LIMIT, TENSOR_CORE, TargetOnly, kernel_usage
 
@@ -274,7 +274,7 @@ def test_compiles_well(monkeypatch, tmp_path, arch, task):
     for name, kernel in kernels.items():
         registers, local, shared, code = kernel_usage(kernel, tmp_path)
         print(f"sm_{arch} {task:6} {name:20} {registers:3} registers {shared / 1024:5.1f} KiB shared {local} spilled")
-        assert local == 0 and shared <= SHARED_LIMIT[arch], name
+        assert local == 0 and shared <= SHARED_LIMIT[arch] << 10, name
         assert name != "_streaming_kernel" or re.search(TENSOR_CORE[arch], code)
 
 
