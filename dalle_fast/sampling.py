@@ -5,8 +5,11 @@ P captions, N images of each, C channels, H x W pixels, h x w grid of codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
+from dalle_fast.nn.checks import check_size
 from dalle_fast.outputs import written_whole
 
 __all__ = ["best_of", "check_fit", "draw", "save_grid"]
@@ -68,21 +71,23 @@ def draw(
         TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
     """
     check_fit(dalle, dvae, tokenizer)
-    if isinstance(captions, str):
-        raise TypeError(f"captions must be a sequence of strings, got the string {captions!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    captions = _checked_captions(captions)
+    check_size("num_images", num_images)
+    check_size("batch_size", batch_size)
     if keep is not None:
         _checked_keep(keep, num_images)
     device = dalle.head.weight.device
-    captions = list(captions)
-    for name, given in (("codes", codes), ("known", known if known is not None and known.dim() == 3 else None)):
-        if given is not None and len(given) != len(captions):
-            sizes = f"{len(given)} and {len(captions)}"
+    completed = {"codes": codes, "known": known}  # of each caption, or what generate takes or refuses as it is
+    of_each = [name for name, given in completed.items() if _dim(given) > (0 if name == "codes" else 2)]
+    for name in of_each:
+        if len(completed[name]) != len(captions):
+            sizes = f"{len(completed[name])} and {len(captions)}"
             raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": int(torch.randint(1 << 20, ())) if seed is None else seed, "progress": progress}
-    together = max(1, batch_size // max(1, num_images))  # captions
+    # Of no captions: refuses now what it would refuse of a later batch.
+    dalle.generate(text[:0].to(device), num_images=num_images, **options, **({} if captions else completed))
+    together = max(1, batch_size // num_images)  # captions
     pictures = []
     for first in range(0, len(captions), together):
         part = slice(first, first + together)
@@ -92,9 +97,8 @@ def draw(
             num_images,
             batch_size,
             text_lengths=lengths[part].to(device),
-            codes=None if codes is None else codes[part],
-            known=known[part] if known is not None and known.dim() == 3 else known,
             **options,
+            **completed | {name: completed[name][part] for name in of_each},
         )
         for caption, of_caption in zip(captions[part], drawn, strict=True):
             images = torch.cat([dvae.decode(some) for some in of_caption.split(batch_size)])
@@ -109,7 +113,7 @@ def _draw_codes(dalle, text, num_images, batch_size, **options):
     """Codes (P, N, h, w), at most batch_size of a caption at once."""
     parts = [
         dalle.generate(text, num_images=min(batch_size, num_images - first), first_image=first, **options)
-        for first in range(0, max(1, num_images), batch_size)  # generate says what is wrong with N = 0
+        for first in range(0, num_images, batch_size)
     ]
     return torch.cat([part.unflatten(0, (len(text), -1)) for part in parts], 1)
 
@@ -135,6 +139,9 @@ def best_of(images, score, keep=1):
         scores = torch.as_tensor(scores).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"score must return {len(images)} numbers, got {type(scores).__name__}: {error}") from error
+    if scores.is_complex() or scores.layout != torch.strided:
+        got = f"{scores.dtype} in layout {scores.layout}"
+        raise TypeError(f"score must return {len(images)} real numbers, not sparse, got {got}")
     if scores.shape != (len(images),):
         raise ValueError(f"score must return {len(images)} numbers, one for each image, got {tuple(scores.shape)}")
     if scores.isnan().any():
@@ -164,11 +171,14 @@ def save_grid(images, path, columns=None):
     """
     from PIL import Image
 
-    if images.dim() == 5:
+    if columns is not None:
+        check_size("columns", columns)
+    if _dim(images) == 5:
         columns = images.shape[1] if columns is None else columns
         images = images.flatten(0, 1)
-    if images.dim() != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {tuple(images.shape)}")
+    if _dim(images) != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {got}")
     N, C, H, W = images.shape
     columns = min(N, columns or int((N - 1) ** 0.5) + 1)
     rows = -(-N // columns)
@@ -182,6 +192,21 @@ def save_grid(images, path, columns=None):
 
 def _checked_keep(keep, available):
     keep = available if keep is None else keep
-    if not 1 <= keep <= available:
+    check_size("keep", keep)
+    if keep > available:
         raise ValueError(f"keep must be from 1 to {available}, the images that are drawn, got {keep}")
     return keep
+
+
+def _checked_captions(captions):
+    if isinstance(captions, str):
+        raise TypeError(f"captions must be a sequence of strings, got the string {captions!r}")
+    captions = list(captions) if isinstance(captions, Iterable) else [captions]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise TypeError(f"captions must be a sequence of strings, got {caption!r}")
+    return captions
+
+
+def _dim(given):
+    return given.dim() if isinstance(given, torch.Tensor) else -1

@@ -6,6 +6,7 @@ P captions, N images of each, C channels, H x W pixels.
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,7 +122,7 @@ def test_best_of(make):
 @pytest.mark.parametrize(
     ("score", "keep", "message"),
     [
-        (lambda x: torch.zeros(4), 0, "keep must be from 1 to 4, the images that are drawn, got 0"),
+        (lambda x: torch.zeros(4), 0, "keep must be at least 1, got 0"),
         (lambda x: torch.zeros(4), 5, "keep must be from 1 to 4, the images that are drawn, got 5"),
         (lambda x: torch.zeros(4, 1), 1, r"score must return 4 numbers, one for each image, got \(4, 1\)"),
         (lambda x: torch.tensor([0, torch.nan, 0, 0]), 1, "score must return numbers, got NaN for image 1"),
@@ -132,14 +133,52 @@ def test_bad_scores_are_refused(make, score, keep, message):
         sampling.best_of(make((4, 3, 2, 2))[0], score, keep)
 
 
+@pytest.mark.parametrize("scores", [torch.ones(4).to_sparse(), torch.ones(4, dtype=torch.complex64), [1j] * 4])
+def test_scores_that_have_no_order_are_refused(make, scores):
+    with pytest.raises(
+        TypeError, match="score must return 4 real numbers, not sparse, got torch.(float32|complex64) in"
+    ):
+        sampling.best_of(make((4, 3, 2, 2))[0], lambda x: scores)
+
+
 def test_no_captions(parts):
+    """Make no pictures, yet what is wrong is told."""
     assert sampling.draw(*parts, [], num_images=2).shape == (0, 2, 3, 12, 12)
+    for options, message in (
+        ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"seed": -5}, "seed must be from 0 to .*, got -5"),
+        ({"num_images": 0}, "num_images must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampling.draw(*parts, [], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"known": np.ones((3, 3), bool)}, "known must be a bool tensor on cpu, got ndarray"),
+        ({"known": [[True] * 3] * 3}, "known must be a bool tensor on cpu, got list"),
+        ({"codes": [[0] * 9] * 2}, "codes must be an int64 tensor, got list"),
+        ({"num_images": 2.0}, "num_images must be an integer, got 2.0"),
+        ({"num_images": "2"}, "num_images must be an integer, got '2'"),
+        ({"batch_size": None}, "batch_size must be an integer, got None"),
+        ({"batch_size": 2.0}, "batch_size must be an integer, got 2.0"),
+        ({"keep": 1.0}, "keep must be an integer, got 1.0"),
+        ({"keep": True}, "keep must be an integer, got True"),
+        ({"captions": None}, "captions must be a sequence of strings, got None"),
+        ({"captions": ["a", 3]}, "captions must be a sequence of strings, got 3"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(parts, options, message):
+    codes = torch.zeros(2, 9, dtype=torch.int64)
+    with pytest.raises(TypeError, match=message):
+        sampling.draw(*parts, **{"captions": ["a", "b"], "codes": codes, "num_images": 2, **options})
 
 
 def test_bad_requests_are_refused_before_anything_is_drawn(parts):
     for options, message in (
         ({"keep": 3}, "keep must be from 1 to 2, the images that are drawn, got 3"),
-        ({"num_images": 0}, "num_images must be an integer of at least 1, got 0"),
+        ({"num_images": 0}, "num_images must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"captions": ["much too long"]}, "captions must have at most 5 tokens"),
     ):
@@ -179,3 +218,8 @@ def test_a_grid_is_saved_row_by_row(tmp_path):
         assert [picture.getpixel(at)[0] for at in ((2, 2), (7, 2), (2, 6), (7, 6))] == [0, 51, 102, 0]
     with pytest.raises(ValueError, match=r"images must have shape \(N, C, H, W\) with N > 0 .* got \(0, 3, 4, 5\)"):
         sampling.save_grid(images[0, :0], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="images must have shape .* got ndarray"):
+        sampling.save_grid(images.numpy(), tmp_path / "none.png")
+    for columns, kind in ((-1, ValueError), (0, ValueError), (2.0, TypeError)):
+        with pytest.raises(kind, match=f"columns must be .*, got {columns}"):
+            sampling.save_grid(images, tmp_path / "none.png", columns)
