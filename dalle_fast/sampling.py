@@ -5,10 +5,12 @@ P captions, N images of each, C channels, H x W pixels, h x w grid of codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
+from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_size
 from dalle_fast.outputs import written_whole
 
@@ -59,7 +61,8 @@ def draw(
         score: a callable of images (N, C, H, W), pixels from 0 to 1, and their caption, that returns N numbers; None
             keeps the images in the order in which they were drawn.
         keep: how many of the N are returned, those with the highest scores first; None keeps all.
-        batch_size: the most images that are drawn at once.
+        batch_size: the most images that are drawn, or decoded, at once. All images of a caption are held until they
+            are scored.
         truncate: cut captions that are too long, instead of refusing them.
         seed, codes, known, options: as of `generate`; codes and known of P images to complete.
         progress: show a bar for each batch.
@@ -69,13 +72,13 @@ def draw(
 
     Raises:
         TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
+        torch.OutOfMemoryError: the pictures do not fit, or a batch of them does not, and what would.
     """
     check_fit(dalle, dvae, tokenizer)
     captions = _checked_captions(captions)
     check_size("num_images", num_images)
     check_size("batch_size", batch_size)
-    if keep is not None:
-        _checked_keep(keep, num_images)
+    keep = _checked_keep(keep, num_images)
     device = dalle.head.weight.device
     completed = {"codes": codes, "known": known}  # of each caption, or what generate takes or refuses as it is
     of_each = [name for name, given in completed.items() if _dim(given) > (0 if name == "codes" else 2)]
@@ -85,10 +88,10 @@ def draw(
             raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": int(torch.randint(1 << 20, ())) if seed is None else seed, "progress": progress}
+    pictures = _room(dvae.config, len(captions), num_images, keep, device)
     # Of no captions: refuses now what it would refuse of a later batch.
     dalle.generate(text[:0].to(device), num_images=num_images, **options, **({} if captions else completed))
     together = max(1, batch_size // num_images)  # captions
-    pictures = []
     for first in range(0, len(captions), together):
         part = slice(first, first + together)
         drawn = _draw_codes(
@@ -100,13 +103,10 @@ def draw(
             **options,
             **completed | {name: completed[name][part] for name in of_each},
         )
-        for caption, of_caption in zip(captions[part], drawn, strict=True):
-            images = torch.cat([dvae.decode(some) for some in of_caption.split(batch_size)])
-            pictures.append(_select(images, caption, score, keep))
-    if not pictures:
-        config = dvae.config
-        return torch.empty(0, keep or num_images, config.channels, config.image_size, config.image_size, device=device)
-    return torch.stack(pictures)
+        for kept, caption, of_caption in zip(pictures[part], captions[part], drawn, strict=True):
+            images = _decoded(dvae, of_caption, batch_size)
+            kept.copy_(images[:keep] if score is None else best_of(images, lambda x, of=caption: score(x, of), keep))
+    return pictures
 
 
 def _draw_codes(dalle, text, num_images, batch_size, **options):
@@ -118,10 +118,40 @@ def _draw_codes(dalle, text, num_images, batch_size, **options):
     return torch.cat([part.unflatten(0, (len(text), -1)) for part in parts], 1)
 
 
-def _select(images, caption, score, keep):
-    if score is None:
-        return images[: _checked_keep(keep, len(images))]
-    return best_of(images, lambda images: score(images, caption), len(images) if keep is None else keep)
+def is_out_of_memory(error):
+    """Whether torch ran out of memory, for which a CPU's allocator has no error of its own kind."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _decoded(dvae, codes, batch_size):
+    """Images (N, C, H, W) of codes (N, h, w), at most batch_size at once."""
+    try:
+        images = [dvae.decode(some) for some in codes.split(batch_size)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        at_once = min(batch_size, len(codes))
+        advice = f"try batch_size={at_once // 2}" if at_once > 1 else "not even one fits"
+        raise torch.OutOfMemoryError(
+            f"decoding {at_once} images at once ran out of memory: {advice} ({error})"
+        ) from error
+    return torch.cat(images)
+
+
+def _room(config, num_captions, num_images, keep, device):
+    """Pictures (P, keep, C, H, W) to fill; or OutOfMemoryError where they, with the N of a caption, are not to be held.
+
+    These are there twice while what `decode` returns in parts becomes one tensor.
+    """
+    shape = (config.channels, config.image_size, config.image_size)
+    image, free = 4 * math.prod(shape), generation.free_memory(device)
+    needed = (num_captions * keep + 2 * num_images) * image
+    if free is not None and needed > free:  # a CPU would begin to swap, or end the process, hours later
+        fits = free // (image * (num_captions + 2))
+        advice = f"num_images={fits} would fit" if fits else "pass fewer captions"
+        what = f"{num_images} images of each of {num_captions} captions take {needed / 1e9:.3g} GB"
+        raise torch.OutOfMemoryError(f"{what}, {free / 1e9:.3g} GB are free on {device}: {advice}")
+    return torch.empty(num_captions, keep, *shape, device=device)
 
 
 def best_of(images, score, keep=1):

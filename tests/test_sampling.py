@@ -12,6 +12,7 @@ import torch
 
 import dalle_fast.nn as fnn
 from dalle_fast import sampling
+from dalle_fast.nn import generation
 
 DVAE = fnn.DVAEConfig(
     image_size=12, downsampling=4, num_codes=11, embedding_dim=6, hidden=8, blocks_per_group=1, min_log_scale=-2.0
@@ -187,6 +188,49 @@ def test_bad_requests_are_refused_before_anything_is_drawn(parts):
     with pytest.raises(TypeError, match="captions must be a sequence of strings, got the string 'a cat'"):
         sampling.draw(*parts, "a cat")
     assert sampling.draw(*parts, ["much too long"], truncate=True).shape == (1, 1, 3, 12, 12)
+
+
+def test_pictures_that_cannot_be_held_are_refused_before_any_is_drawn(parts, monkeypatch):
+    monkeypatch.setattr(parts[0], "generate", lambda *_, **__: pytest.fail("drawn in vain"))
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"1000000000 images of each of 5 captions take 1.21e\+04 GB, .* GB"
+    ):
+        sampling.draw(*parts, CAPTIONS, num_images=10**9)
+    image = 3 * 12 * 12 * 4
+    for free, advice in ((28 * image, "num_images=4 would fit"), (6 * image, "pass fewer captions")):
+        monkeypatch.setattr(generation, "free_memory", lambda device, free=free: free)
+        with pytest.raises(torch.OutOfMemoryError, match=f"6 images of each of 5 captions .* free on cpu: {advice}"):
+            sampling.draw(*parts, CAPTIONS, num_images=6)
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "free_memory", lambda device: 10**15)
+    with pytest.raises(ValueError, match="num_images must be at most 477218588 images of a caption, got 477218589"):
+        sampling.draw(*parts, [], num_images=477218589)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_decoding_that_runs_out_of_memory_says_which_batch_to_try(parts, monkeypatch, error):
+    dvae = parts[1]
+    decode, fits = dvae.decode, 1
+
+    def decode_few(codes):
+        if len(codes) > fits:
+            raise error
+        return decode(codes)
+
+    monkeypatch.setattr(dvae, "decode", decode_few)
+    for batch_size, at_once, half in ((64, 5, 2), (3, 3, 1)):
+        message = rf"decoding {at_once} images at once ran out of memory: try batch_size={half} \(.*memory\)"
+        with pytest.raises(torch.OutOfMemoryError, match=message):
+            sampling.draw(*parts, CAPTIONS, num_images=5, batch_size=batch_size)
+    assert sampling.draw(*parts, CAPTIONS, num_images=2, batch_size=1).shape == (5, 2, 3, 12, 12)
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError, match="not even one fits"):
+        sampling.draw(*parts, CAPTIONS, batch_size=8)
+    error = RuntimeError("another one")
+    with pytest.raises(RuntimeError, match="^another one"):
+        sampling.draw(*parts, CAPTIONS)
 
 
 @pytest.mark.parametrize(
