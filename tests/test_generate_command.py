@@ -150,6 +150,29 @@ def test_what_is_wrong_in_a_score_is_told_as_its_own(generate, scores, capsys):
     assert error.startswith("dalle-fast: error: score must return 2 numbers, got NoneType") and error.count("\n") == 1
 
 
+def test_a_score_that_cannot_be_imported_is_one_line_that_says_where(generate, scores, capsys):
+    scores("unfinished", "x = 1\ndef gray(images, caption:\n    pass\n")
+    scores("unnamed", "x = 1\ny = missing\n")
+    scores("ending", "import sys\nsys.exit(0)\n")
+    scores("over", "import unnamed\n")
+    scores("needy", "import nothing_of_this_name\n")
+    for name, words in {
+        "./unnamed:gray": ["--score must be MODULE:FUNCTION, the module as `import` takes it, got ./unnamed:gray"],
+        ":gray": ["--score must be MODULE:FUNCTION", "got :gray"],
+        "unfinished:gray": ["cannot import unfinished: SyntaxError: ", "(unfinished.py, line 2)"],
+        "unnamed:gray": ["cannot import unnamed: NameError: name 'missing' is not defined (", "unnamed.py, line 2)"],
+        "over:gray": ["cannot import over: NameError: name 'missing' is not defined (", "unnamed.py, line 2)"],
+        "ending:gray": ["cannot import ending: SystemExit: 0 (", "ending.py, line 2)"],
+        "needy:gray": ["ModuleNotFoundError: No module named 'nothing_of_this_name' (", "needy.py, line 1)"],
+        "absent:gray": ["cannot import absent: ModuleNotFoundError: No module named 'absent'\n"],
+        "math:gray": ["--score math:gray must be MODULE:FUNCTION: module 'math' has no attribute 'gray'"],
+    }.items():
+        assert generate(CAPTION, "--best-of", "2", "--score", name) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("dalle-fast: error: --score ") and error.count("\n") == 1, error
+        assert all(word in error for word in [*words, name]), error
+
+
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_completing_keeps_the_codes_of_the_first_rows(generate, model, tmp_path, rows):
     picture = np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8)
@@ -219,6 +242,42 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         assert line.startswith("dalle-fast: error: ")
         for word in words:
             assert word in line, (arguments, line)
+
+
+def test_what_does_not_fit_in_memory_is_one_line(generate, capsys, monkeypatch):
+    assert generate(CAPTION, "--num-images", 10**9) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle-fast: error: 1000000000 images of each of 1 captions take ")
+    assert "would fit" in error and error.count("\n") == 1
+    for owner, name, error in (
+        (fnn.DALLE, "generate", torch.OutOfMemoryError("generating ... num_images=7 would fit")),
+        (
+            fnn.DALLE,
+            "generate",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ),
+        (
+            fnn.DiscreteVAE,
+            "decode",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ),
+        (generate_command, "load_parts", torch.OutOfMemoryError("CUDA out of memory")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, raising(error))
+            assert generate(CAPTION) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("dalle-fast: error: ") and str(error) in line and line.count("\n") == 1
+    monkeypatch.setattr(fnn.DiscreteVAE, "decode", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate(CAPTION)
+
+
+def raising(error):
+    def refuse(*_, **__):
+        raise error
+
+    return refuse
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_drawn(generate, tmp_path, capsys, monkeypatch):

@@ -45,8 +45,6 @@ def add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
-    import torch
-
     from dalle_fast import sampling
     from dalle_fast.training.stage1 import to_uint8
 
@@ -63,8 +61,9 @@ def run(arguments) -> int:
     if arguments.keep_rows is not None and arguments.complete is None:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
-    dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=training.device(arguments.device))
+    device = training.device(arguments.device)
     try:
+        dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device)
         codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
         _check_out(arguments.out)
         drawn = sampling.draw(
@@ -85,7 +84,9 @@ def run(arguments) -> int:
             guidance=arguments.guidance,
             progress=sys.stderr.isatty(),
         )
-    except (ValueError, TypeError, torch.OutOfMemoryError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not sampling.is_out_of_memory(error):
+            raise
         raise UserError(str(error)) from error
     for path in write([to_uint8(row) for row in drawn], arguments.out):
         print(path)
@@ -191,11 +192,18 @@ def _captions(arguments) -> list[str]:
 
 def _function(name):
     module_name, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"--score must be MODULE:FUNCTION, the module as `import` takes it, got {name}")
     if os.getcwd() not in sys.path:  # as `python -m` does; it stays, for what the function imports when it is called
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the user's own code; a script may end the process
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--score {name}: cannot import {module_name}: {what}{_where(error)}") from error
+    try:
+        found = getattr(module, function)
+    except AttributeError as error:
         raise UserError(f"--score {name} must be MODULE:FUNCTION: {error}") from error
     if not callable(found):
         raise UserError(f"--score {name} must be a function, got {type(found).__name__}")
@@ -208,6 +216,16 @@ def _function(name):
             raise UserError(f"--score {name} failed: {type(error).__name__}: {error}") from error
 
     return score
+
+
+def _where(error):
+    """File and line that raised it while it was imported, or nothing where that is not in an imported file."""
+    if isinstance(error, SyntaxError):
+        return ""  # says them itself
+    ours = (__file__, importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _first_rows(dvae, arguments, count):
