@@ -140,6 +140,7 @@ def test_norms_are_as_exact_as_torchs(served, make, W):
         cache = KVCache(masks, **sizes, dtype=dtype)
         text = torch.zeros(1, 1, 1, D, dtype=dtype)  # 0 times what memory holds may be NaN
         cache.layer(0).prefill(text, text)
+        cache.advance(0)
         for tensor in cache.layer(0).tensors:
             tensor.zero_()
         return model.to(dtype).step(rows.to(dtype), cache)

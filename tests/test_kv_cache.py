@@ -192,6 +192,28 @@ def test_the_tensors_stay_where_they_are():
     assert (cache.length, int(cache.position)) == (4, 4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_text_that_came_to_some_layers_only_is_not_there(error):
+    """A step is refused, and the same cache takes the text after all."""
+    model = make_model(PAPER, "cpu")
+    text, codes = make_batch(0)
+    cache = make_cache(model)
+
+    def interrupt(*_):
+        raise error
+
+    hook = model.transformer.blocks[2].attention.out.register_forward_hook(interrupt)
+    with pytest.raises(error):
+        model.hidden(text[::N], codes[::N, :0], cache=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="cache must hold the text before the first image token"):
+        model.step(codes[:, 0], cache)
+    model.hidden(text[::N], codes[::N, :0], cache=cache)
+    whole = model.hidden(text, codes)[:, T + 1]
+    torch.testing.assert_close(model.step(codes[:, 0], cache), whole, rtol=0, atol=1e-5)
+
+
 # -- bad use ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +236,7 @@ def test_more_than_an_image_is_refused(mask):
     key = torch.zeros(1, 1, 9, 1)
     with pytest.raises(ValueError, match=r"key must have at most 2 \+ 6 tokens, got 9"):
         cache.layer(0).prefill(key, key)
+    assert not cache.has_text
     cache.layer(0).prefill(key[:, :, :8], key[:, :, :8])
 
 

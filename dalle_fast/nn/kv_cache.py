@@ -36,7 +36,6 @@ class LayerCache:
         if key.shape[:2] != (P, H) or key.shape[2] < T or key.shape[3] != D:
             shape = f"({P}, {H}, {T} + n, {D})"
             raise ValueError(f"key must have shape {shape} for this cache of {P} prompts, got {tuple(key.shape)}")
-        self.cache.has_text = True
         n = key.shape[2] - T
         if n > self.mask.image_len:
             raise ValueError(f"key must have at most {T} + {self.mask.image_len} tokens, got {key.shape[2]}")
@@ -84,7 +83,7 @@ class KVCache:
 
     Attributes:
         masks: as given. length: number of image tokens that all layers hold; position: the same as an int64 tensor on the
-            device. has_text: whether there was a `prefill`; a cache is for one.
+            device. has_text: whether all layers hold a text; a cache is for one.
     """
 
     def __init__(
@@ -127,7 +126,8 @@ class KVCache:
             raise ValueError(f"{full}: no more can be appended")
 
     def advance(self, count=1):
-        """Another `count` image tokens are in all layers."""
+        """Another `count` image tokens are in all layers, and so is the text before them."""
+        self.has_text = True  # only now: an exception on the way leaves some layers without it
         self.length += count
         self.position += count
 
