@@ -3,6 +3,7 @@
 P prompts, N images of each, B = P * N, T text positions, G image positions, K codes, H heads, D head size.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -212,6 +213,27 @@ def test_a_text_that_came_to_some_layers_only_is_not_there(error):
     model.hidden(text[::N], codes[::N, :0], cache=cache)
     whole = model.hidden(text, codes)[:, T + 1]
     torch.testing.assert_close(model.step(codes[:, 0], cache), whole, rtol=0, atol=1e-5)
+
+
+def test_a_cache_keeps_nothing_of_a_graph():
+    """It is copied with gradients on, and its second text stands on no first one."""
+    model = make_model(PAPER, "cpu").requires_grad_(True)
+    text, codes = make_batch(0)
+    cache = make_cache(model)
+    hidden = model.hidden(text[::N], codes[::N, :3], cache=cache)
+    assert hidden.requires_grad
+    copied = copy.deepcopy(cache)
+    for index in range(len(PAPER)):
+        for tensor, other in zip(cache.layer(index).tensors, copied.layer(index).tensors, strict=True):
+            assert not tensor.requires_grad and torch.equal(tensor.nan_to_num(), other.nan_to_num())
+
+
+def test_a_caches_lengths_are_its_own():
+    model = make_model(PAPER, "cpu", hide_padding=True)
+    lengths = torch.tensor([3, 1])
+    cache = fnn.KVCache(model.config.masks, num_prompts=P, num_images=N, num_heads=2, head_dim=16, text_lengths=lengths)
+    lengths += 1
+    assert cache.text_lengths.tolist() == [3, 1]
 
 
 # -- bad use ----------------------------------------------------------------------------------------------------------

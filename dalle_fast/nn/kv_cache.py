@@ -42,6 +42,7 @@ class LayerCache:
         first = max(0, n - C)  # what was before is out of reach
         slots = self.mask.cache_slot(torch.arange(first, n, device=key.device))
         for new, text, image in ((key, self.text_key, self.image_key), (value, self.text_value, self.image_value)):
+            new = new.detach()  # steps have no gradient, and a cache keeps no graph
             text.copy_(new[:, :, :T])
             image[:, :, slots] = new[:, :, T + first :].repeat_interleave(self.cache.num_images, 0).to(image.dtype)
 
@@ -97,7 +98,8 @@ class KVCache:
         if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
             raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {masks!r}")
         self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
-        self.text_lengths, self.device, self.dtype = text_lengths, device, dtype
+        self.text_lengths = None if text_lengths is None else text_lengths.clone()  # the caller may change theirs
+        self.device, self.dtype = device, dtype
         self.length, self.has_text = 0, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._layers = [(mask, self._allocate(mask)) for mask in masks]
