@@ -236,6 +236,15 @@ def test_a_caches_lengths_are_its_own():
     assert cache.text_lengths.tolist() == [3, 1]
 
 
+def test_a_cache_of_a_model_on_meta_is_sized_without_memory():
+    with torch.device("meta"):
+        model = fnn.DALLE("tiny")
+    expected = fnn.DALLE("tiny").new_cache(2, 3).nbytes
+    for device in ("meta", None):
+        assert model.new_cache(2, 3, device=device).nbytes == expected
+    assert model.bfloat16().new_cache(2, 3).nbytes == expected / 2
+
+
 # -- bad use ----------------------------------------------------------------------------------------------------------
 
 

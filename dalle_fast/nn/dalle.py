@@ -231,7 +231,7 @@ class DALLE(nn.Module):
             text_lengths: (P,) or None, those of the call of `hidden`. device: None means the model's.
         """
         own = self.head.weight
-        autocast = torch.is_autocast_enabled(own.device.type)
+        autocast = not own.is_meta and torch.is_autocast_enabled(own.device.type)  # which knows no device "meta"
         return KVCache(
             self.config.masks,
             num_prompts=num_prompts,

@@ -98,7 +98,8 @@ class KVCache:
         if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
             raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {masks!r}")
         self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
-        self.text_lengths = None if text_lengths is None else text_lengths.clone()  # the caller may change theirs
+        is_tensor = isinstance(text_lengths, torch.Tensor)  # attention refuses what is not
+        self.text_lengths = text_lengths.clone() if is_tensor else text_lengths  # the caller may change theirs
         self.device, self.dtype = device, dtype
         self.length, self.has_text = 0, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
