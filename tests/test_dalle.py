@@ -286,6 +286,21 @@ def test_the_whole_loss_compiles_without_graph_breaks(batch):
         torch.testing.assert_close(actual.grad, p.grad)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_loss_is_exported_for_any_batch(batch, strict):
+    model = make_model().eval().requires_grad_(False)
+    text, codes, lengths = batch
+    of_batch = {0: torch.export.Dim("B", min=2, max=64)}
+    for given in (None, lengths):
+        shapes = {"text": of_batch, "codes": of_batch, "text_lengths": None if given is None else of_batch}
+        options = {"dynamic_shapes": shapes, "strict": strict}
+        exported = torch.export.export(model, (text, codes), {"text_lengths": given}, **options).module()
+        text2, codes2 = text.repeat(2, 1), codes.repeat(2, 1, 1)
+        given = None if given is None else given.repeat(2)
+        actual, expected = (call(text2, codes2, text_lengths=given) for call in (exported, model))
+        torch.testing.assert_close(actual.loss, expected.loss)
+
+
 class Wrapped(torch.nn.Module):
     """As a LoRA wrapper: the layer within, and what is added to its result."""
 

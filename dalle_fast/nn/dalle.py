@@ -179,7 +179,7 @@ class DALLE(nn.Module):
         """
         T = self.config.text_len
         check_integers("text", text)
-        codes = self.check_codes(codes, len(text), least=self.config.image_len)
+        codes = self.check_codes(codes, text.shape[0], least=self.config.image_len)
         hidden = self.hidden(text, codes[:, :-1], text_lengths=text_lengths)  # (B, T + G, W)
         padding = self._padding(text, text_lengths)
         text_target = text if padding is None else text.masked_fill(padding, -100)
@@ -202,7 +202,7 @@ class DALLE(nn.Module):
             (B, T + 1 + n, W)
         """
         self.check_text(text, text_lengths)
-        codes = self.check_codes(codes, len(text), least=0)
+        codes = self.check_codes(codes, text.shape[0], least=0)
         inputs = self._embed(text, codes, self._padding(text, text_lengths))
         return self.transformer(inputs, self.attention_lengths(text_lengths), cache)
 
@@ -328,11 +328,14 @@ class DALLE(nn.Module):
         check_range("text", text, V - 1, f"the last of the model's {V} text tokens", look)
 
     def check_codes(self, codes, batch, *, least, look=None):
-        """Codes (B, n), n from `least` to G, of codes (B, n) or (B, rows, w); or TypeError or ValueError."""
+        """Codes (B, n), n from `least` to G, of codes (B, n) or (B, rows, w); or TypeError or ValueError.
+
+        Of a batch's size always shape[0], never len, which an exporter makes one number.
+        """
         check_integers("codes", codes)
         (h, w), G = self.config.grid, self.config.image_len
         flat = codes.flatten(1) if codes.dim() == 3 and codes.shape[2] == w else codes
-        if flat.dim() != 2 or len(flat) != batch or not least <= flat.shape[1] <= G:
+        if flat.dim() != 2 or flat.shape[0] != batch or not least <= flat.shape[1] <= G:
             shapes = f"({batch}, {G}) or ({batch}, {h}, {w})"
             if least < G:
                 shapes = f"({batch}, n) with n from {least} to {G}, or ({batch}, rows, {w}) with at most {h} rows"
