@@ -110,6 +110,7 @@ class DenseCache:
 
     def __init__(self, config, batch, device, dtype, whole):
         self.T, self.whole, self.masks = config.text_len + 1, whole, config.masks
+        self.num_prompts, self.num_images = 1, batch
         self.text_lengths, self.has_text = None, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         rows = {mask: mask.to_dense(device)[self.T :] for mask in set(config.masks)}  # (G, S), of image queries

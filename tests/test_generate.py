@@ -316,8 +316,18 @@ def test_the_loop_of_new_caches_docstring_draws_what_generate_draws(text, hide_p
             hidden = model.step(codes[-1], cache)
     expected = model.generate(text, text_lengths=lengths, seed=5)
     assert torch.equal(torch.stack(codes, 1), expected.flatten(1))
-    with pytest.raises(ValueError, match=r"codes must have shape \(B,\), one for each sample, got \(3, 1\)"):
-        model.step(codes[-1][:, None], model.new_cache(P))
+    cache = model.new_cache(P)
+    model.hidden(text, text[:, :0], cache=cache)
+    for bad, error, message in (
+        (codes[-1][:, None], ValueError, r"codes must have shape \(3,\), one for each .*samples, got \(3, 1\)"),
+        (codes[-1][:2], ValueError, r"codes must have shape \(3,\), one for each of the cache's samples, got \(2,\)"),
+        (codes[-1] + K, ValueError, "codes must be from 0 to 10, the last of the model's 11 codes, got values from"),
+        (codes[-1] - K, ValueError, "codes must be from 0 to 10, the last of the model's 11 codes, got values from -"),
+        (codes[-1] / 1, TypeError, "codes must be an int64 tensor, got torch.float32"),
+        (codes[-1].tolist(), TypeError, "codes must be an int64 tensor, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            model.step(bad, cache)
 
 
 def test_a_cache_is_for_one_text_and_its_lengths(text):

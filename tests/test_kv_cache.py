@@ -278,8 +278,10 @@ def test_a_cache_of_another_size_is_refused():
         model.hidden(text, codes[:, :3], cache=make_cache(model))
     cache = make_cache(model)
     model.hidden(text[::N], codes[::N, :0], cache=cache)
-    with pytest.raises(ValueError, match=r"key must have shape \(6, 2, 16\), got \(2, 2, 16\)"):
+    with pytest.raises(ValueError, match=r"codes must have shape \(6,\), one for each .*samples, got \(2,\)"):
         model.step(codes[::N, 0], cache)
+    with pytest.raises(ValueError, match=r"key must have shape \(6, 2, 16\), got \(2, 2, 16\)"):
+        model.transformer.step(torch.zeros(P, 32), cache)
 
 
 @pytest.mark.parametrize(

@@ -247,10 +247,16 @@ class DALLE(nn.Module):
         """What predicts the next image token, (B, W), after one more image token for each sample, codes (B,).
 
         Raises:
-            ValueError: the cache holds a whole image; codes has another shape.
+            TypeError, ValueError: codes of another dtype or shape, or (on a CPU) with values out of range; the cache
+                holds no text, or a whole image.
         """
-        if codes.dim() != 1:
-            raise ValueError(f"codes must have shape (B,), one for each sample, got {tuple(codes.shape)}")
+        check_integers("codes", codes)
+        B = cache.num_prompts * cache.num_images
+        if codes.dim() != 1 or codes.shape[0] != B:
+            raise ValueError(
+                f"codes must have shape ({B},), one for each of the cache's samples, got {tuple(codes.shape)}"
+            )
+        self._check_codes_range(codes)
         cache.check_room()
         row, column = cache.position // self.config.grid[1], cache.position % self.config.grid[1]
         x = self.image_embedding(codes) + self.row_embedding(row) + self.column_embedding(column)
@@ -340,9 +346,12 @@ class DALLE(nn.Module):
             if least < G:
                 shapes = f"({batch}, n) with n from {least} to {G}, or ({batch}, rows, {w}) with at most {h} rows"
             raise ValueError(f"codes must have shape {shapes} for the model's grid {h} x {w}, got {tuple(codes.shape)}")
-        K = self.config.num_codes
-        check_range("codes", flat, K - 1, f"the last of the model's {K} codes", look)
+        self._check_codes_range(flat, look)
         return flat
+
+    def _check_codes_range(self, codes, look=None):
+        K = self.config.num_codes
+        check_range("codes", codes, K - 1, f"the last of the model's {K} codes", look)
 
 
 def _no_float16(device_type):
