@@ -4,6 +4,9 @@ P prompts, N images of each, T text positions, G image positions, K codes.
 """
 
 import dataclasses
+import re
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 import dalle_fast.nn as fnn
 from dalle_fast.nn import functional as F
-from dalle_fast.nn import generation
+from dalle_fast.nn import generation, memory
 from dalle_fast.nn.generation import Sampling
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.codebook.noise import gumbel_noise
@@ -372,13 +375,51 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(model, text, mo
     assert len(model.generate(text, num_images=64)) == 192
 
 
-def test_running_out_on_the_way_says_so_too(model, text, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        RuntimeError("tried to: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError("tried to"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_on_the_way_says_so_too(model, text, monkeypatch, error):
     def step(codes, cache):
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(model, "step", step)
-    with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to alloc"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to"):
         model.generate(text, num_images=8)
+
+
+def test_other_errors_stay_what_they_are(model, text, monkeypatch):
+    def step(codes, cache):
+        raise RuntimeError("no memory of that")
+
+    monkeypatch.setattr(model, "step", step)
+    with pytest.raises(RuntimeError, match="^no memory of that$"):
+        model.generate(text)
+
+
+def test_a_process_limit_is_told_of():
+    """The cache fits it, what works on it does not: the CPU's own allocator is what fails."""
+    program = """
+import resource, torch, dalle_fast.nn as fnn
+from pathlib import Path
+model, text = fnn.DALLE("tiny"), torch.zeros(1, 32, dtype=torch.int64)
+model.generate(text)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = size + model.new_cache(1, 2000, device="meta").nbytes + (2 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    model.generate(text, num_images=2000, top_p=0.9)
+except torch.OutOfMemoryError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    found = re.search(r"0\.2\d* GB are free on cpu: num_images=(\d+) would fit .*DefaultCPUAllocator", ran.stdout)
+    assert found and 1000 < int(found[1]) < 1999, ran.stdout + ran.stderr
 
 
 def test_what_would_fit_is_told_without_what_did_not(model, text, monkeypatch):
@@ -404,3 +445,26 @@ def test_what_would_fit_is_told_without_what_did_not(model, text, monkeypatch):
 
 def test_free_memory_of_this_machine():
     assert 1e6 < generation.free_memory(torch.device("cpu")) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names", "total"),
+    [
+        ("0::/a/b", "a", ("memory.max", "memory.current"), ""),
+        ("5:cpu:/\n4:hugetlb,memory:/a/b", "memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+        ("0::/of/the/host", ".", ("memory.max", "memory.current"), ""),
+    ],
+    ids=["version 2", "version 1", "a container"],
+)
+def test_free_memory_of_a_control_group(tmp_path, monkeypatch, line, folder, names, total):
+    """Of all that the process is in; files that are cached make room."""
+    (tmp_path / folder / "b").mkdir(parents=True)
+    (tmp_path / "own").write_text(f"{line}\n")
+    stat = f"anon 7\n{total}inactive_file 100\n{total}active_file 20\n"
+    for group, *texts in ((folder, "1000\n", "600\n", stat), (f"{folder}/b", "max\n", "500\n", stat)):
+        for name, text in zip((*names, "memory.stat"), texts, strict=True):
+            (tmp_path / group / name).write_text(text)
+    left = list(memory.left_by_groups(tmp_path / "own", tmp_path))
+    assert left == [520] and not list(memory.left_by_groups(tmp_path / "none", tmp_path))
+    monkeypatch.setattr(memory, "left_by_groups", lambda: left)
+    assert memory.free_memory(torch.device("cpu")) == 520

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import os
 import threading
 import traceback
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.ops.codebook.op import bounded, logits_of, sample_of_logits
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
@@ -102,7 +102,9 @@ def generate(
 
     try:
         return run()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         traceback.clear_frames(error.__traceback__)  # which hold the cache: what is free is asked without it
         raise memory.error(str(error)) from error
 
@@ -239,18 +241,6 @@ class Memory:
             advice = f"num_images={fits} would fit" if fits > 0 else "not even one of each fits; pass fewer captions"
             message += f", {free / 1e9:.3g} GB are free on {self.device}: {advice}"
         return torch.OutOfMemoryError(f"{message} ({reason})" if reason else message)
-
-
-def free_memory(device):
-    """Bytes that can still be allocated on `device`, or None where that is not known."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as lines:
-            sizes = dict(line.split(":", 1) for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
-    return None
 
 
 def _seeds(seed, first_image, num_images, image_len, device):
