@@ -389,6 +389,23 @@ def test_running_out_on_the_way_says_so_too(model, text, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(model, "step", step)
+
+
+def test_what_would_fit_has_room_for_the_draws(model, text, monkeypatch):
+    """Of logits in memory, one of each caption, with guidance too."""
+    for options, draws in (
+        ({}, 0),
+        ({"temperature": 0, "top_k": 3}, 0),
+        ({"top_p": 0.9}, P * K),
+        ({"top_k": 3}, P * K),
+    ):
+        for guidance, prompts in ((None, P), (2.0, 2 * P)):
+            sizes = generation.Memory(model, prompts, 1, torch.device("cpu"))
+            cache = generation.WORKING_SPACE * (sizes.text + 10 * sizes.per_image)
+            free = int(cache + 10 * draws * generation.BYTES_PER_LOGIT) + 100
+            monkeypatch.setattr(generation, "free_memory", lambda device, free=free: free)
+            with pytest.raises(torch.OutOfMemoryError, match="num_images=10 would fit"):
+                model.generate(text, num_images=64, guidance=guidance, **options)
     with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to"):
         model.generate(text, num_images=8)
 

@@ -20,7 +20,8 @@ from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.ops.codebook.op import bounded, logits_of, sample_of_logits
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
-WORKING_SPACE = 1.25  # what generating takes, in sizes of its cache
+WORKING_SPACE = 1.25  # what generating takes but for a draw from logits in memory, in sizes of its cache
+BYTES_PER_LOGIT = 100  # what such a draw takes, with the noise's integers: up to 110 at its peak were measured on a CPU
 UNIT = float(1 << 40)  # of probabilities that are added up as integers: a GPU adds floats up in any order
 
 _CAPTURING = threading.Lock()  # a process captures one CUDA graph at a time
@@ -88,7 +89,7 @@ def generate(
         lengths = text.new_full((P,), model.config.text_len) if text_lengths is None else text_lengths
         text_lengths = torch.cat((lengths, torch.zeros_like(lengths)))
         text, given = text.repeat(2, 1), given.repeat(2, 1)
-    memory = Memory(model, len(text), num_images, text.device)
+    memory = Memory(model, len(text), num_images, text.device, P * sampling.bytes_of_draw(model.config.num_codes))
     memory.check()
 
     def run():
@@ -149,6 +150,11 @@ class Sampling(NamedTuple):
             logits = logits.scatter(1, order, ordered)
         return sample_of_logits(logits, seeds, impl=impl)
 
+
+    def bytes_of_draw(self, num_codes):
+        """What `draw` takes of memory for a row: nothing to speak of where its logits are never there."""
+        in_memory = self.temperature != 0 and (self.top_k is not None or self.top_p is not None)
+        return BYTES_PER_LOGIT * num_codes if in_memory else 0
 
 class Samples:
     """B images in the making. All state is in tensors that stay where they are, so that a CUDA graph can replay a step.
@@ -217,11 +223,12 @@ def _capture_stream(device):
 
 
 class Memory:
-    """What the cache takes, and how many images would fit."""
+    """What the cache takes, and how many images would fit; `drawing`: what the draws take, of one image of each caption."""
 
-    def __init__(self, model, num_prompts, num_images, device):
+    def __init__(self, model, num_prompts, num_images, device, drawing=0):
         self.model, self.num_prompts, self.num_images, self.device = model, num_prompts, num_images, device
         one, two = (model.new_cache(num_prompts, count, device="meta").nbytes for count in (1, 2))
+        self.drawing = drawing
         self.per_image, self.text = two - one, 2 * one - two
         self.needed = self.text + num_images * self.per_image
 
@@ -237,7 +244,8 @@ class Memory:
         what = f"{self.num_images} images of each of {self.num_prompts} prompts (with guidance two for a caption)"
         message = f"generating {what} needs {self.needed / 1e9:.3g} GB of cache"
         if free is not None:
-            fits = min(int((free / WORKING_SPACE - self.text) // self.per_image), self.num_images - 1)
+            left, per_image = free - WORKING_SPACE * self.text, WORKING_SPACE * self.per_image + self.drawing
+            fits = min(int(left // per_image), self.num_images - 1)
             advice = f"num_images={fits} would fit" if fits > 0 else "not even one of each fits; pass fewer captions"
             message += f", {free / 1e9:.3g} GB are free on {self.device}: {advice}"
         return torch.OutOfMemoryError(f"{message} ({reason})" if reason else message)
