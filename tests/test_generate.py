@@ -180,6 +180,20 @@ def test_the_seed_decides(model, text):
     assert torch.equal(model.generate(text), drawn)
 
 
+def test_a_seed_that_is_drawn_is_one_of_2_to_the_31(model, text):
+    """5,000 of 2^20 would meet 12 times."""
+    torch.manual_seed(5)
+    assert len({generation.random_seed() for _ in range(5000)}) == 5000
+    torch.manual_seed(5)
+    seed, rank = generation.random_seed()
+    together = model.generate(text, num_images=3, seed=(seed, rank)).unflatten(0, (P, 3))
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(text, num_images=3).unflatten(0, (P, 3)), together)
+    assert torch.equal(model.generate(text, seed=(seed, rank), first_image=2), together[:, 2])
+    assert torch.equal(model.generate(text, seed=(seed, 0)), model.generate(text, seed=seed))
+    assert not torch.equal(model.generate(text, seed=seed), together[:, 0])
+
+
 def test_arguments_are_not_changed(model, text):
     codes, known = torch.zeros(P, 5, 3, dtype=torch.int64), torch.zeros(5, 3, dtype=torch.bool)
     known[:, 0] = True
@@ -272,6 +286,8 @@ ZEROS = torch.zeros(P, G, dtype=torch.int64)
         ({"top_k": 12}, ValueError, "top_k must be an integer from 1 to 11, the model's codes, got 12"),
         ({"guidance": "3"}, TypeError, "guidance must be a finite number, got '3'"),
         ({"seed": -1}, ValueError, "seed must be from 0 to 1048575, got -1"),
+        ({"seed": (0, 1 << 11)}, ValueError, "rank must be from 0 to 2047, got 2048"),
+        ({"seed": (0, 0, 0)}, TypeError, r"seed must be an integer, got \(0, 0, 0\)"),
         ({"first_image": -1}, ValueError, "first_image must be an integer from 0 to 286331152, got -1"),
         (
             {"text": torch.full((P, T), 13)},
@@ -375,22 +391,6 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(model, text, mo
     assert len(model.generate(text, num_images=64)) == 192
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("tried to allocate 2 GiB"),
-        RuntimeError("tried to: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
-        MemoryError("tried to"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_running_out_on_the_way_says_so_too(model, text, monkeypatch, error):
-    def step(codes, cache):
-        raise error
-
-    monkeypatch.setattr(model, "step", step)
-
-
 def test_what_would_fit_has_room_for_the_draws(model, text, monkeypatch):
     """Of logits in memory, one of each caption, with guidance too."""
     for options, draws in (
@@ -406,6 +406,32 @@ def test_what_would_fit_has_room_for_the_draws(model, text, monkeypatch):
             monkeypatch.setattr(generation, "free_memory", lambda device, free=free: free)
             with pytest.raises(torch.OutOfMemoryError, match="num_images=10 would fit"):
                 model.generate(text, num_images=64, guidance=guidance, **options)
+
+
+def test_too_many_are_refused_before_anything_is_made_for_them(model, text, monkeypatch):
+    def arange(*args, **kwargs):
+        raise AssertionError("made first")
+
+    monkeypatch.setattr(torch, "arange", arange)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 10**9)
+    with pytest.raises(torch.OutOfMemoryError, match="generating 1000000 images .* would fit"):
+        model.generate(text, num_images=10**6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        RuntimeError("tried to: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError("tried to"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_on_the_way_says_so_too(model, text, monkeypatch, error):
+    def step(codes, cache):
+        raise error
+
+    monkeypatch.setattr(model, "step", step)
     with pytest.raises(torch.OutOfMemoryError, match=r"generating 8 images .*num_images=7 would fit \(tried to"):
         model.generate(text, num_images=8)
 

@@ -61,7 +61,7 @@ def generate(
         guidance: g of classifier-free guidance (Ho and Salimans 2022): logits are u + g * (c - u), c with the caption
             and u with an empty one. For models that have seen empty captions (text_lengths 0); twice the work. None
             means 1, without that work.
-        seed: from 0 to 2^20 - 1; None draws one from torch's generator.
+        seed: from 0 to 2^20 - 1, or (seed, rank) as of `noise_seed`; None draws such a pair from torch's generator.
         first_image: number of the first image, to make the N images of a caption in several calls.
         codes: complete images: (P, n) or (P, rows, w) int64, the codes of the first n positions, or of whole rows. With
             `known` those of all positions, not looked at where they are not known.
@@ -80,7 +80,7 @@ def generate(
     G, P = model.config.image_len, len(text)
     sampling = Sampling(temperature, top_k, top_p, guidance)
     sampling.check(model.config.num_codes)
-    seeds = _seeds(seed, first_image, num_images, G, text.device)
+    first_seed = _first_seed(seed, first_image, num_images, G)
     codes, known, n = _completion(model, codes, known, text)
     if n == G or P == 0:
         return codes.repeat_interleave(num_images, 0).view(-1, *model.config.grid)
@@ -93,6 +93,7 @@ def generate(
     memory.check()
 
     def run():
+        seeds = first_seed + torch.arange(num_images, device=text.device) * G  # of each image; a position is added
         cache = model.new_cache(len(text), num_images, text_lengths=text_lengths, device=text.device)
         hidden = model.hidden(text, given, text_lengths=text_lengths, cache=cache)[:, -1]
         samples = Samples(model, cache, sampling, seeds.repeat(P), codes, known)
@@ -150,11 +151,11 @@ class Sampling(NamedTuple):
             logits = logits.scatter(1, order, ordered)
         return sample_of_logits(logits, seeds, impl=impl)
 
-
     def bytes_of_draw(self, num_codes):
         """What `draw` takes of memory for a row: nothing to speak of where its logits are never there."""
         in_memory = self.temperature != 0 and (self.top_k is not None or self.top_p is not None)
         return BYTES_PER_LOGIT * num_codes if in_memory else 0
+
 
 class Samples:
     """B images in the making. All state is in tensors that stay where they are, so that a CUDA graph can replay a step.
@@ -227,8 +228,8 @@ class Memory:
 
     def __init__(self, model, num_prompts, num_images, device, drawing=0):
         self.model, self.num_prompts, self.num_images, self.device = model, num_prompts, num_images, device
-        one, two = (model.new_cache(num_prompts, count, device="meta").nbytes for count in (1, 2))
         self.drawing = drawing
+        one, two = (model.new_cache(num_prompts, count, device="meta").nbytes for count in (1, 2))
         self.per_image, self.text = two - one, 2 * one - two
         self.needed = self.text + num_images * self.per_image
 
@@ -251,8 +252,16 @@ class Memory:
         return torch.OutOfMemoryError(f"{message} ({reason})" if reason else message)
 
 
-def _seeds(seed, first_image, num_images, image_len, device):
-    """A seed (N,) for each image, to which a code's position is added: all are different below 2^32 of them."""
+def random_seed():
+    """A seed that `generate` takes, from torch's generator: (seed, rank) as of `noise_seed`, one of 2^31.
+
+    For what draws one image in several calls, which all need the same.
+    """
+    return int(torch.randint(1 << 20, ())), int(torch.randint(1 << 11, ()))
+
+
+def _first_seed(seed, first_image, num_images, image_len):
+    """The first image's, to which G for each other one and a code's position are added: all differ below 2^32 of them."""
     if not _is(num_images, numbers.Integral) or num_images < 1:
         raise ValueError(f"num_images must be an integer of at least 1, got {num_images!r}")
     last = (1 << 32) // image_len - num_images
@@ -260,10 +269,9 @@ def _seeds(seed, first_image, num_images, image_len, device):
         raise ValueError(f"num_images must be at most {(1 << 32) // image_len} images of a caption, got {num_images}")
     if not _is(first_image, numbers.Integral) or not 0 <= first_image <= last:
         raise ValueError(f"first_image must be an integer from 0 to {last}, got {first_image!r}")
-    if seed is None:
-        seed = int(torch.randint(1 << 20, ()))
-    numbers_ = torch.arange(first_image, first_image + num_images, device=device)
-    return F.noise_seed(seed) + numbers_ * image_len
+    seed = random_seed() if seed is None else seed
+    seed, rank = seed if isinstance(seed, tuple) and len(seed) == 2 else (seed, 0)
+    return F.noise_seed(seed, rank=rank) + first_image * image_len
 
 
 def _completion(model, codes, known, text):
