@@ -6,6 +6,7 @@ B batch, T text positions, h x w grid, G image positions, V text vocabulary, K c
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
@@ -209,6 +210,7 @@ def test_a_config_goes_through_json():
     assert fnn.DALLEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert [mask.rule for mask in config.masks] == list(config.rules)
     assert fnn.DALLEConfig(grid=8).grid == (8, 8)
+    assert json.dumps(dataclasses.replace(config, width=np.int64(24)).width) == "24"
 
 
 def test_embeddings_and_the_output_matrix_begin_small():
@@ -364,6 +366,13 @@ def test_what_the_docstring_says_of_modules_that_are_not_called(batch):
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+def test_configs_of_the_wrong_kind_are_refused():
+    with pytest.raises(TypeError, match="rules must be a sequence of a rule for each layer, got the string 'row'"):
+        dataclasses.replace(SMALL, rules="row")
+    with pytest.raises(TypeError, match="hide_padding must be a bool, got 'no'"):
+        dataclasses.replace(SMALL, hide_padding="no")
 
 
 def test_unknown_presets_are_refused():

@@ -279,6 +279,7 @@ ZEROS = torch.zeros(P, G, dtype=torch.int64)
         ({"temperature": -1}, ValueError, "temperature must be at least 0, got -1"),
         ({"temperature": None}, TypeError, "temperature must be a finite number, got None"),
         ({"temperature": float("nan")}, TypeError, "temperature must be a finite number, got nan"),
+        ({"temperature": 10**400}, TypeError, "temperature must be a finite number, got 1000"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1\.5"),
         ({"num_images": 10**9}, ValueError, "num_images must be at most .* images of a caption, got 1000000000"),

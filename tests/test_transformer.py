@@ -219,7 +219,14 @@ def test_compiles_without_graph_breaks(make, options):
 def test_bad_sizes_are_refused():
     with pytest.raises(TypeError, match="masks must hold AttentionMasks, got str"):
         fnn.Transformer(["row"], 16, 2)
-    with pytest.raises(ValueError, match="masks must hold at least one, .* got 0 masks"):
+    with pytest.raises(ValueError, match=r"masks must hold at least one, .* got \(\)"):
         fnn.Transformer([], 16, 2)
+    with pytest.raises(ValueError, match=r"masks must hold .* all of one text_len and grid, got .*4, 4.*5, 5"):
+        fnn.Transformer([row_mask(3, 4), row_mask(3, 4), row_mask(3, 5)], 16, 2)
+    for name, sizes in (("width", (0, 2)), ("num_heads", (16, 0)), ("head_dim", (16, 2, 0))):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            fnn.Transformer(MASKS, *sizes)
+    with pytest.raises(ValueError, match="head_dim must be at least 1, got -1"):
+        fnn.Transformer(MASKS, 16, 2, -1)
     with pytest.raises(ValueError, match="width must be a multiple of num_heads .* got 16, 3"):
         fnn.Transformer(MASKS, 16, 3)

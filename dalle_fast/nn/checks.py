@@ -15,6 +15,13 @@ def check_size(name, size) -> None:
         raise ValueError(f"{name} must be at least 1, got {size}")
 
 
+def check_masks(masks) -> None:
+    """Raise ValueError where `masks` are none, or not all over one stream."""
+    if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
+        got = tuple(dict.fromkeys(masks))
+        raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {got!r}")
+
+
 def check_integers(name, tensor) -> None:
     """Raise TypeError where `tensor` is no int64 tensor."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64:

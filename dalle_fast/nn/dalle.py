@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -57,12 +58,17 @@ class DALLEConfig:
         sizes = ("vocab_size", "text_len", "num_codes", "layers", "width", "num_heads", "head_dim", "kernel_size")
         for name in sizes:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's are none for JSON
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight must be from 0 to 1, got {self.text_weight!r}")
+        if not isinstance(self.hide_padding, bool):
+            raise TypeError(f"hide_padding must be a bool, got {self.hide_padding!r}")
+        if isinstance(self.rules, str):  # whose letters are no rules
+            raise TypeError(f"rules must be a sequence of a rule for each layer, got the string {self.rules!r}")
         if self.rules is not None:
             object.__setattr__(self, "rules", tuple(self.rules))  # JSON makes it a list
             if len(self.rules) != self.layers:

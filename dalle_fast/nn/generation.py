@@ -122,7 +122,7 @@ class Sampling(NamedTuple):
     def check(self, num_codes):
         for name in ("temperature", "top_p", "guidance"):
             value = getattr(self, name)
-            if (value is None and name != "temperature") or (_is(value, numbers.Real) and math.isfinite(value)):
+            if (value is None and name != "temperature") or _is_finite(value):
                 continue
             raise TypeError(f"{name} must be a finite number, got {value!r}")
         if self.temperature < 0:
@@ -307,6 +307,13 @@ def _known(model, known, P, device):
 
 def _is(value, kind):
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_finite(value):
+    try:
+        return _is(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _bar(steps, total, show):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.checks import check_masks
 from dalle_fast.ops.attention import attention_append
 from dalle_fast.ops.blocks import BlockCaches
 
@@ -95,8 +96,7 @@ class KVCache:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         masks = tuple(masks)
-        if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
-            raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {masks!r}")
+        check_masks(masks)
         self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
         is_tensor = isinstance(text_lengths, torch.Tensor)  # attention refuses what is not
         self.text_lengths = text_lengths.clone() if is_tensor else text_lengths  # the caller may change theirs

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.blocks import blocks_step
 from dalle_fast.ops.choice import check_impl
@@ -158,8 +159,8 @@ class Transformer(nn.Module):
         impl: as in `dalle_fast.nn.functional.sparse_attention`.
 
     Raises:
-        TypeError: masks holds something else.
-        ValueError: there are no masks, a size is wrong, or there is no such `impl`.
+        TypeError: masks holds something else, or a size is no integer.
+        ValueError: there are no masks, or of several streams; a size is wrong, or there is no such `impl`.
     """
 
     def __init__(
@@ -179,12 +180,13 @@ class Transformer(nn.Module):
         for mask in masks:
             if not isinstance(mask, AttentionMask):
                 raise TypeError(f"masks must hold AttentionMasks, got {type(mask).__name__}")
-        if not masks or width < 1 or num_heads < 1:
-            sizes = f"{len(masks)} masks, width {width} and num_heads {num_heads}"
-            raise ValueError(f"masks must hold at least one, and width and num_heads be positive, got {sizes}")
+        check_masks(masks)
+        for name, size in (("width", width), ("num_heads", num_heads), ("head_dim", head_dim)):
+            if size is not None or name != "head_dim":
+                check_size(name, size)
         if head_dim is None and width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads where head_dim is None, got {width}, {num_heads}")
-        head_dim = head_dim or width // num_heads
+        head_dim = width // num_heads if head_dim is None else head_dim
         self.activation_checkpointing, self.gradient_scaling = activation_checkpointing, gradient_scaling
         self.blocks = nn.ModuleList(Block(width, num_heads, head_dim, mask, impl) for mask in masks)
         self.norm = nn.LayerNorm(width)
