@@ -249,6 +249,7 @@ def test_noise_seed():
     seeds = {F.noise_seed(seed, step=step, rank=rank) for seed, step, rank in triples}
     assert len(seeds) == len(triples) and min(seeds) == 0 and max(seeds) == 2**63 - 1
     assert F.noise_seed(7) == F.noise_seed(7, step=0, rank=0)
+    assert F.noise_seed(np.int32(7), step=np.int32(5), rank=np.int8(3)) == F.noise_seed(7, step=5, rank=3)
     for arguments in ({"seed": -1}, {"seed": 2**20}, {"step": -1}, {"step": 2**32}, {"rank": -1}, {"rank": 2**11}):
         (name, value) = next(iter(arguments.items()))
         with pytest.raises(ValueError, match=f"{name} must be from 0 to .*, got {value}"):

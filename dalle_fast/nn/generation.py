@@ -271,7 +271,7 @@ def _first_seed(seed, first_image, num_images, image_len):
         raise ValueError(f"first_image must be an integer from 0 to {last}, got {first_image!r}")
     seed = random_seed() if seed is None else seed
     seed, rank = seed if isinstance(seed, tuple) and len(seed) == 2 else (seed, 0)
-    return F.noise_seed(seed, rank=rank) + first_image * image_len
+    return F.noise_seed(seed, rank=rank) + int(first_image) * image_len
 
 
 def _completion(model, codes, known, text):

@@ -139,7 +139,7 @@ def noise_seed(seed, *, step=0, rank=0):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
-    return (seed << 11 | rank) << 32 | step
+    return (int(seed) << 11 | int(rank)) << 32 | int(step)  # NumPy's integers of 32 bits lose what is shifted out
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
