@@ -12,6 +12,7 @@ import torch
 
 from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_size
+from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.outputs import written_whole
 
 __all__ = ["best_of", "check_fit", "draw", "save_grid"]
@@ -87,7 +88,7 @@ def draw(
             sizes = f"{len(completed[name])} and {len(captions)}"
             raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
-    options |= {"seed": int(torch.randint(1 << 20, ())) if seed is None else seed, "progress": progress}
+    options |= {"seed": generation.random_seed() if seed is None else seed, "progress": progress}
     pictures = _room(dvae.config, len(captions), num_images, keep, device)
     # Of no captions: refuses now what it would refuse of a later batch.
     dalle.generate(text[:0].to(device), num_images=num_images, **options, **({} if captions else completed))
@@ -118,16 +119,11 @@ def _draw_codes(dalle, text, num_images, batch_size, **options):
     return torch.cat([part.unflatten(0, (len(text), -1)) for part in parts], 1)
 
 
-def is_out_of_memory(error):
-    """Whether torch ran out of memory, for which a CPU's allocator has no error of its own kind."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
 def _decoded(dvae, codes, batch_size):
     """Images (N, C, H, W) of codes (N, h, w), at most batch_size at once."""
     try:
         images = [dvae.decode(some) for some in codes.split(batch_size)]
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         at_once = min(batch_size, len(codes))
@@ -144,7 +140,7 @@ def _room(config, num_captions, num_images, keep, device):
     These are there twice while what `decode` returns in parts becomes one tensor.
     """
     shape = (config.channels, config.image_size, config.image_size)
-    image, free = 4 * math.prod(shape), generation.free_memory(device)
+    image, free = 4 * math.prod(shape), free_memory(device)
     needed = (num_captions * keep + 2 * num_images) * image
     if free is not None and needed > free:  # a CPU would begin to swap, or end the process, hours later
         fits = free // (image * (num_captions + 2))

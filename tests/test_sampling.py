@@ -12,7 +12,6 @@ import torch
 
 import dalle_fast.nn as fnn
 from dalle_fast import sampling
-from dalle_fast.nn import generation
 
 DVAE = fnn.DVAEConfig(
     image_size=12, downsampling=4, num_codes=11, embedding_dim=6, hidden=8, blocks_per_group=1, min_log_scale=-2.0
@@ -198,11 +197,11 @@ def test_pictures_that_cannot_be_held_are_refused_before_any_is_drawn(parts, mon
         sampling.draw(*parts, CAPTIONS, num_images=10**9)
     image = 3 * 12 * 12 * 4
     for free, advice in ((28 * image, "num_images=4 would fit"), (6 * image, "pass fewer captions")):
-        monkeypatch.setattr(generation, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
         with pytest.raises(torch.OutOfMemoryError, match=f"6 images of each of 5 captions .* free on cpu: {advice}"):
             sampling.draw(*parts, CAPTIONS, num_images=6)
     monkeypatch.undo()
-    monkeypatch.setattr(generation, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(sampling, "free_memory", lambda device: 10**15)
     with pytest.raises(ValueError, match="num_images must be at most 477218588 images of a caption, got 477218589"):
         sampling.draw(*parts, [], num_images=477218589)
 

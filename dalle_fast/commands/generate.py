@@ -46,6 +46,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments) -> int:
     from dalle_fast import sampling
+    from dalle_fast.nn.memory import is_out_of_memory
     from dalle_fast.training.stage1 import to_uint8
 
     captions = _captions(arguments)
@@ -84,8 +85,8 @@ def run(arguments) -> int:
             guidance=arguments.guidance,
             progress=sys.stderr.isatty(),
         )
-    except (ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not sampling.is_out_of_memory(error):
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if isinstance(error, (RuntimeError, MemoryError)) and not is_out_of_memory(error):
             raise
         raise UserError(str(error)) from error
     for path in write([to_uint8(row) for row in drawn], arguments.out):
