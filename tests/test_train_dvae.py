@@ -114,6 +114,32 @@ def test_a_folder_without_pictures(tmp_path, capsys):
     assert "empty" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_draw_among_the_pictures_it_learns_from(pictures, tmp_path, monkeypatch, capsys):
+    """They would be other data for the run that is resumed. Hidden folders are not read, so that a run may be there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    for name in ("0.png", "pictures/0.png", "pictures/1.png"):
+        (tmp_path / "data" / name).write_bytes((pictures / "scene.png").read_bytes())
+    (tmp_path / "link").symlink_to("data")
+    flags = [*TRAIN, "--steps", "1"]
+    apart = [("data", "run"), ("data", "data-2"), ("data", "data/.run"), ("data/pictures", "data/pictures-2")]
+    for data, out in [
+        ("data", "data"),
+        ("data/pictures", "data"),
+        ("data", "data/a/run"),
+        (".", "x"),
+        ("data", "link"),
+    ]:
+        for command in (flags, ["train-dalle", "--dvae", "none", "--steps", "1"]):
+            assert run(*command, "--data", data, "--out", out) == 2
+            error = capsys.readouterr().err
+            assert f"--data {data} " in error and f"--out {out}" in error and error.count("\n") == 1, error
+        assert not (tmp_path / out / "checkpoints").exists()
+    for data, out in apart:
+        assert run(*flags, "--data", data, "--out", out) == 0
+        assert run(*flags, "--data", data, "--out", out, "--resume") == 0
+
+
 def test_a_run_begins_with_another_ones_model(trained, tmp_path, capsys):
     """Its settings are those of the model, but for what is given."""
     arguments = ["train-dvae", "--data", "shapes", "--device", "cpu", "--batch-size", "4", "--no-tensorboard"]
@@ -205,10 +231,12 @@ def test_the_share_of_bad_pictures_can_be_chosen(tmp_path, capsys):
     from PIL import Image
 
     assert cli.make_parser().parse_args(["train-dvae", "--data", "x", "--out", "y"]).max_bad_share == MAX_BAD_SHARE
+    data = tmp_path / "data"
+    data.mkdir()
     for n in range(8):
-        Image.new("RGB", (20, 20)).save(tmp_path / f"{n}.png")
-        (tmp_path / f"bad{n}.png").write_bytes(b"no picture")
-    flags = ["train-dvae", "--data", tmp_path, *SMALL, "--batch-size", "2", "--no-tensorboard", "--steps", "1"]
+        Image.new("RGB", (20, 20)).save(data / f"{n}.png")
+        (data / f"bad{n}.png").write_bytes(b"no picture")
+    flags = ["train-dvae", "--data", data, *SMALL, "--batch-size", "2", "--no-tensorboard", "--steps", "1"]
     for share, status, words in (
         ("0.05", 2, "max_bad_share is 0.05"),
         ("1.5", 2, "from 0 to 1, got 1.5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 
 from dalle_fast.errors import UserError
 
@@ -86,6 +87,7 @@ def _run_training(make_objective, arguments, recipes, then, loop_settings) -> in
     from dalle_fast.training.malloc import keep_freed_memory
 
     together = processes.current()
+    _check_apart(arguments.data, arguments.out)
     try:
         recipe = replaced(recipes[arguments.preset], vars(arguments))
         settings = LoopSettings(
@@ -131,6 +133,19 @@ def _run_training(make_objective, arguments, recipes, then, loop_settings) -> in
     print(json.dumps(result.evaluation, indent=1))
     print(f"try: {then}")
     return 0
+
+
+def _check_apart(data, out) -> None:
+    """What a run draws must not come among the pictures that it learns from: resumed, it would have other data."""
+    from dalle_fast.data.folder import reads_below
+    from dalle_fast.data.source import SOURCES
+    from dalle_fast.training.reports import PICTURES
+
+    drawn = os.path.join(out, PICTURES)
+    if data not in SOURCES and os.path.isdir(data) and reads_below(data, drawn):
+        raise UserError(
+            f"--out must not draw its pictures, in {drawn}, where --data {data} reads those to train on, got --out {out}"
+        )
 
 
 def replaced(preset, given: dict):

@@ -90,6 +90,16 @@ def list_pictures(path: str) -> tuple[list[str], dict[str, str]]:
     return sorted(pictures), {name: texts[stem] for name, stem in stems if stem in texts}
 
 
+def reads_below(path: str, folder: str) -> bool:
+    """Whether pictures that come into `folder`, there or not, are among those below `path`; see `list_pictures`."""
+    for place in (os.path.abspath, os.path.realpath):  # a link is followed, and what it leads to may be named itself
+        below = os.path.relpath(place(folder), place(path))
+        names = below.split(os.sep) if below != os.curdir else []
+        if not any(name.startswith(".") for name in names):  # hidden, or outside: ".."
+            return True
+    return False
+
+
 def _is_new(folder, name, seen):
     place = os.path.realpath(os.path.join(folder, name))
     if place in seen:
