@@ -323,6 +323,36 @@ def load(folder, *, settings: dict | None = None) -> Checkpoint:
     raise CheckpointError("; ".join(wrong) if wrong else f"there is no checkpoint in {folder}")
 
 
+def saved_settings(folder) -> dict:
+    """The settings of the run that `load` would go on with, without the time that tensors take; {} where there is none."""
+    return _newest_settings(Path(folder))[1]
+
+
+def check_settings(folder, known: dict) -> None:
+    """Refuse, before long work, what `load` would refuse after it.
+
+    Args:
+        known: those of the settings that can be told already.
+
+    Raises:
+        CheckpointError: the run whose checkpoints are in `folder` has others.
+    """
+    path, found = _newest_settings(Path(folder))
+    if path is not None:
+        known = json.loads(json.dumps(known))  # as a checkpoint gives them back
+        _check_settings(path, {name: value for name, value in found.items() if name in known}, known)
+
+
+def _newest_settings(folder) -> tuple[Path | None, dict]:
+    for path in reversed(_all(folder)):
+        try:
+            _verify(path, (STATE,))
+            return path, _read_state(path).get("settings", {})
+        except _Damaged:  # of which `load` warns
+            continue
+    return None, {}
+
+
 def load_model(folder, *, kind: str | None = None, device="cpu"):
     """The trained model in `folder`, with its EMA weights, in evaluation mode, without gradients.
 
@@ -421,8 +451,15 @@ def _step_of(path) -> int | None:
 
 
 def _read(path) -> Checkpoint:
+    _verify(path, (MODEL, TRAINING, STATE))
+    state = _read_state(path)
+    return Checkpoint(path, state["step"], _read_tensors(path / MODEL)[0], _read_tensors(path / TRAINING)[0], state)
+
+
+def _verify(path, names) -> None:
+    """Whether the files of a checkpoint are those that were written."""
     manifest = _read_json(path / MANIFEST)
-    for name in (MODEL, TRAINING, STATE):
+    for name in names:
         try:
             found, expected = _fingerprint(path / name), manifest[name]
         except (FileNotFoundError, KeyError) as error:
@@ -436,10 +473,13 @@ def _read(path) -> Checkpoint:
             raise _Damaged(
                 f"{path} is damaged: {name} has {what} {found[what]}, the manifest says {expected.get(what)}"
             )
+
+
+def _read_state(path) -> dict:
     state = _read_json(path / STATE)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')!r}, expected {FORMAT!r}")
-    return Checkpoint(path, state["step"], _read_tensors(path / MODEL)[0], _read_tensors(path / TRAINING)[0], state)
+    return state
 
 
 def _read_json(path) -> dict:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from typing import NamedTuple
@@ -646,6 +647,31 @@ def test_resume_takes_codes_and_tokenizer_of_the_run(folders, monkeypatch, capsy
     monkeypatch.setattr(Tokenizer, "train", forbid)
     assert command(dvae, run, "--resume") == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_resume_with_other_flags_is_refused_before_pictures_become_codes(folders, tmp_path, monkeypatch, capsys):
+    """Each as the loop would refuse it, also where the newest checkpoint is damaged."""
+    dvae, run = folders
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(codes, "_encode", forbid)
+    (tmp_path / "run" / train_dalle.CODES).rename(tmp_path / "moved")
+    cases = {
+        ("--seed", "1"): "of a run with codes.data 'shapes, ",
+        ("--examples", "41"): "of a run with codes.count 40, not 41",
+        ("--truncate",): "of a run with truncate False, not True",
+        ("--layers", "3"): "of a run with model.layers 2, not 3",
+        ("--learning-rate", "0.5"): "of a run with learning_rate 0.002, not 0.5",
+    }
+    checkpoints = tmp_path / "run" / checkpoint.CHECKPOINTS
+    for torn in (False, True):
+        if torn:
+            state = shutil.copytree(checkpoints / "step-000000004", checkpoints / "step-000000005") / checkpoint.STATE
+            state.write_text(state.read_text().replace('"seed": 0', '"seed": 1'))
+        for flags, words in cases.items():
+            assert command(dvae, tmp_path / "run", *flags, "--resume") == 2
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1, error
+            assert ("seed 0, not 1" in error) == (flags[0] == "--seed")
 
 
 def test_a_tokenizer_can_be_given(folders, tmp_path):

@@ -99,9 +99,9 @@ def make_objective(arguments, recipe):
     from dalle_fast.nn import functional as F
     from dalle_fast.outputs import held, make_folder
     from dalle_fast.training import processes
-    from dalle_fast.training.codes import fingerprint
+    from dalle_fast.training.codes import fingerprint, key_of
     from dalle_fast.training.loop import check_folder
-    from dalle_fast.training.stage2 import DALLEObjective
+    from dalle_fast.training.stage2 import DALLEObjective, known_settings
 
     if arguments.examples is not None and arguments.examples < 1:
         raise UserError(f"--examples must be at least 1, got {arguments.examples}")
@@ -130,17 +130,18 @@ def make_objective(arguments, recipe):
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
     sources = _sources(arguments, dvae)
+    if going_on:  # wrong flags would take the hours of other codes before the loop refuses them
+        key = key_of(dvae, sources["train"], split="train", count=arguments.examples, seed=arguments.seed)
+        config = _config(preset, dvae, tokenizer)
+        known = known_settings(config, recipe, key, seed=arguments.seed, truncate=arguments.truncate)
+        checkpoint.check_settings(out / checkpoint.CHECKPOINTS, known)
     make_folder(out, "--out")
     with held(out, "--out") if leads else contextlib.nullcontext():
         encoded = _encoded(arguments, dvae, sources)
         if tokenizer is None:
             tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
-        config = training.replaced(
-            preset,
-            {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2},
-        )
         objective = DALLEObjective(
-            config,
+            _config(preset, dvae, tokenizer),
             recipe,
             dvae,
             tokenizer,
@@ -155,6 +156,11 @@ def make_objective(arguments, recipe):
         if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
             _leave(out, objective)
         return objective
+
+
+def _config(preset, dvae, tokenizer):
+    fits = {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2}
+    return training.replaced(preset, fits)
 
 
 def _rules(masks, last, layers):

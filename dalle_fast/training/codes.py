@@ -57,18 +57,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     Raises:
         UserError: `folder` or the file cannot be written. DataError: the source cannot be read.
     """
-    train = split == "train"
-    limit = sys.maxsize if train and can_crop(source) else len(source)
-    count = min(len(source) if count is None else count, limit)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    key = {
-        "dvae": fingerprint(dvae),
-        "data": identity(source),
-        "split": split,
-        "count": count,
-        "seed": seed,
-    }
+    key = key_of(dvae, source, split=split, count=count, seed=seed)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = Path(folder) / f"{split}-{digest[:16]}.safetensors"
     if kept := _kept(path, key):
@@ -79,10 +68,25 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
             return kept
         if path.exists():
             print(f"{path} is damaged: computing the codes again", file=sys.stderr)
-        encoded = _encode(dvae, source, count, key, path, workers, progress)
+        encoded = _encode(dvae, source, key, path, workers, progress)
         _write(path, encoded)
         _remove_parts(path)
     return encoded
+
+
+def key_of(dvae, source, *, split, count, seed) -> dict:
+    """What codes are known by: the `key` of what `encode_source` returns for the same arguments."""
+    limit = sys.maxsize if split == "train" and can_crop(source) else len(source)
+    count = min(len(source) if count is None else count, limit)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    return {
+        "dvae": fingerprint(dvae),
+        "data": identity(source),
+        "split": split,
+        "count": count,
+        "seed": seed,
+    }
 
 
 def fingerprint(model) -> str:
@@ -95,12 +99,12 @@ def fingerprint(model) -> str:
 
 
 @torch.no_grad()
-def _encode(dvae, source, count, key, path, workers, progress):
+def _encode(dvae, source, key, path, workers, progress):
     device = next(dvae.parameters()).device
     kind = torch.int16 if dvae.config.num_codes <= 1 << 15 else torch.int32
     parts = _read_parts(path, key)
     done = first = sum(len(part.captions) for part in parts) // BATCH
-    total = -(-count // BATCH)
+    total = -(-key["count"] // BATCH)
     stream = batches(
         source,
         BATCH,
@@ -125,7 +129,7 @@ def _encode(dvae, source, count, key, path, workers, progress):
                 print(f"{title}: {done} of {total} batches are saved", file=sys.stderr, flush=True)
     codes = torch.cat([part.codes for part in parts] + codes)
     captions = [caption for part in parts for caption in part.captions] + captions
-    return Encoded(codes[:count], captions[:count], key)
+    return Encoded(codes[: key["count"]], captions[: key["count"]], key)
 
 
 # While codes are computed, what there is of them is kept in files of its own, so that little is lost with the process.

@@ -41,6 +41,22 @@ class TokenBatch(NamedTuple):
     codes: torch.Tensor
 
 
+def known_settings(config: DALLEConfig, recipe: DALLERecipe, key: dict, *, seed, truncate) -> dict:
+    """Those of an objective's settings that can be told before pictures become codes.
+
+    Args:
+        key: of the codes; see `dalle_fast.training.codes.key_of`.
+    """
+    return {
+        "stage": 2,
+        **{f"model.{name}": value for name, value in config_to_json(config).items()},
+        **dataclasses.asdict(recipe),
+        "seed": seed,
+        "truncate": truncate,
+        **{f"codes.{name}": value for name, value in key.items()},
+    }
+
+
 class DALLEObjective:
     """What the loop needs to train a `DALLE`; see `dalle_fast.training.Objective`.
 
@@ -87,13 +103,8 @@ class DALLEObjective:
         self.examples_per_step = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
         self.settings = {
-            "stage": 2,
-            **{f"model.{name}": value for name, value in config_to_json(config).items()},
-            **dataclasses.asdict(recipe),
-            "seed": seed,
-            "truncate": truncate,
+            **known_settings(config, recipe, train.key, seed=seed, truncate=truncate),
             "tokenizer": hashlib.sha256(self.validation_text[0].numpy().tobytes()).hexdigest(),
-            **{f"codes.{name}": value for name, value in train.key.items()},
             **begin_with(self.model, initial),
         }
 
