@@ -712,6 +712,25 @@ def test_a_run_begins_with_another_ones_model(folders, tmp_path, capsys):
         assert line.startswith("dalle-fast: error: ") and words in line, (arguments, line)
 
 
+def test_a_resumed_run_does_not_need_what_it_began_with(folders, tmp_path, capsys):
+    """Nor its VAE and its tokenizer, of which the run has copies. The model is the one that it began with, too."""
+    _, run = folders
+    first = shutil.copytree(run, tmp_path / "first")
+    flags = ["--init", first, "--codes", run / train_dalle.CODES, "--checkpoint-every", "2"]
+    for out in ("whole", "ended"):
+        assert command(None, tmp_path / out, *flags) == 0
+    shutil.rmtree(tmp_path / "ended" / "checkpoints" / "step-000000004")
+    (tmp_path / "ended" / checkpoint.MODEL).unlink()
+    shutil.rmtree(first)
+    assert command(None, tmp_path / "ended", *flags, "--resume") == 0
+    for file in (checkpoint.MODEL, "log.jsonl", f"checkpoints/step-000000004/{checkpoint.STATE}"):
+        assert (tmp_path / "ended" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    capsys.readouterr()
+    of_dvae = ["train-dvae", "--data", "shapes", "--init", first, "--resume", "--device", "cpu"]
+    assert cli.main([*map(str, of_dvae), "--out", str(tmp_path / "ended")]) == 2
+    assert "ended holds a run of no DiscreteVAE of this version: " in capsys.readouterr().err
+
+
 def test_masks_of_the_layers_can_be_chosen(folders, tmp_path, capsys):
     """They are the model's, and a run's that is resumed."""
     dvae, run = folders

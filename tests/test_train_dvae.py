@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,33 @@ def test_a_run_begins_with_another_ones_model(trained, tmp_path, capsys):
         assert run(*arguments, "--steps", "2", "--out", tmp_path / "wrong", *more) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
+
+
+def test_a_resumed_run_does_not_need_what_it_began_with(trained, tmp_path, capsys):
+    """It may be gone, or trained further; the run is the same one: its log, weights and settings."""
+    first = tmp_path / "first"
+    shutil.copytree(trained, first)
+    flags = ["train-dvae", "--data", "shapes", "--device", "cpu", "--batch-size", "4", "--no-tensorboard"]
+    flags += ["--init", first, "--checkpoint-every", "2", "--log-every", "1"]
+    for out in ("whole", "ended", "further"):
+        assert run(*flags, "--steps", "4", "--out", tmp_path / out) == 0
+        if out != "whole":  # as if it had ended after two steps
+            shutil.rmtree(tmp_path / out / "checkpoints" / "step-000000004")
+            (tmp_path / out / checkpoint.MODEL).unlink()
+    checkpoint.export(first / checkpoint.MODEL, checkpoint.load_model(tmp_path / "whole"))
+    assert run(*flags, "--steps", "4", "--out", tmp_path / "further", "--resume") == 0
+    shutil.rmtree(first)
+    capsys.readouterr()
+    assert run(*flags, "--steps", "4", "--out", tmp_path / "ended", "--resume", "--num-codes", "13") == 2
+    assert "is of a run with model.num_codes 12, not 13" in capsys.readouterr().err
+    assert run(*flags, "--steps", "4", "--out", tmp_path / "ended", "--resume") == 0
+    for out in ("ended", "further"):
+        for file in (checkpoint.MODEL, "log.jsonl", f"checkpoints/step-000000004/{checkpoint.STATE}"):
+            assert (tmp_path / out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert run(*flags, "--steps", "4", "--out", tmp_path / "none", "--resume") == 2  # nothing to go on from
+    assert "first holds no model" in capsys.readouterr().err
+    assert run(*flags, "--steps", "4", "--out", trained, "--resume") == 2  # which began with a new one
+    assert "first holds no model" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(trained, capsys):

@@ -109,8 +109,7 @@ def make_objective(arguments, recipe):
     given, out = dict(vars(arguments)), Path(arguments.out)
     leads = processes.current().leads
     going_on = check_folder(out, resume=arguments.resume)
-    initial = checkpoint.load_model(arguments.init, kind="DALLE") if arguments.init else None
-    preset = initial.config if initial else dalle.PRESETS[arguments.preset]
+    preset, initial = training.beginning(arguments, "DALLE", dalle.PRESETS)
     if "masks" in given or "last_mask" in given:
         given["rules"] = _rules(
             given.get("masks", MASKS), given.get("last_mask", LAST_MASK), given.get("layers", preset.layers)
@@ -119,7 +118,7 @@ def make_objective(arguments, recipe):
     device = training.device(arguments.device)
     if not (arguments.dvae or arguments.init):
         raise UserError("--dvae must be given, the folder of a run of train-dvae, or --init, whose VAE is taken")
-    dvae_folder = Path(arguments.dvae or Path(arguments.init) / DVAE)
+    dvae_folder = Path(arguments.dvae or (out if going_on else Path(arguments.init)) / DVAE)
     dvae = checkpoint.load_model(dvae_folder, kind="DiscreteVAE", device=device)
     if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
         raise UserError(f"{out} began with another discrete VAE than the one in {dvae_folder}")

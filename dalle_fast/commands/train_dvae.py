@@ -53,7 +53,6 @@ def make_objective(arguments, recipe):
         ValueError: a flag's value that the model, the recipe or the data refuse.
         UserError: one that they would take, but cannot use.
     """
-    from dalle_fast import checkpoint
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
     from dalle_fast.nn import functional as F
@@ -63,8 +62,8 @@ def make_objective(arguments, recipe):
     given = vars(arguments)
     if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
         raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")
-    initial = checkpoint.load_model(arguments.init, kind="DiscreteVAE") if arguments.init else None
-    config = training.replaced(initial.config if initial else dvae.PRESETS[arguments.preset], given)
+    preset, initial = training.beginning(arguments, "DiscreteVAE", dvae.PRESETS)
+    config = training.replaced(preset, given)
     options = {"image_size": config.image_size, "seed": arguments.seed, "max_bad_share": arguments.max_bad_share}
     sources = {
         split: open_source(arguments.data, split=split, **options)

@@ -19,7 +19,8 @@ def add_run_arguments(group, presets) -> None:
         "--resume", action="store_true", help="go on from the newest good checkpoint in DIR, with the same flags"
     )
     begin = (
-        "run whose trained model this one begins with, instead of a new one: flags of the model are for its settings"
+        "run whose trained model this one begins with, instead of a new one: flags of the model are for its settings; "
+        "--resume does not read it again"
     )
     group.add_argument("--init", metavar="DIR", help=begin)
     preset = "of the recipe and, without --init, of the model"
@@ -152,6 +153,35 @@ def replaced(preset, given: dict):
     """A preset with the fields that were given."""
     fields = {field.name for field in dataclasses.fields(preset)}
     return dataclasses.replace(preset, **{name: value for name, value in given.items() if name in fields})
+
+
+def beginning(arguments, kind: str, presets) -> tuple:
+    """The config that the flags of the model change, and what `begin_with` takes as `initial`.
+
+    A run that goes on has its weights in a checkpoint, and its settings say what it began with: then --init is not
+    read, as it may be gone, or trained further.
+
+    Args:
+        kind: of model; see `checkpoint.load_model`. presets: its configs.
+
+    Raises:
+        CheckpointError: --init is to be read, and holds no such model.
+    """
+    from dalle_fast import checkpoint
+
+    if not arguments.init:
+        return presets[arguments.preset], None
+    if arguments.resume:
+        saved = checkpoint.saved_settings(os.path.join(arguments.out, checkpoint.CHECKPOINTS))
+        if "initial" in saved:
+            fields = {name.removeprefix("model."): x for name, x in saved.items() if name.startswith("model.")}
+            try:
+                config = checkpoint.config_from_json(type(presets[arguments.preset]), fields)
+            except (TypeError, ValueError) as error:  # of the other stage, say
+                raise UserError(f"--out {arguments.out} holds a run of no {kind} of this version: {error}") from error
+            return config, {"initial": saved["initial"]}
+    initial = checkpoint.load_model(arguments.init, kind=kind)
+    return initial.config, initial
 
 
 def device(name: str):

@@ -8,6 +8,8 @@ from dalle_fast.training.codes import fingerprint
 def begin_with(model, initial) -> dict:
     """Give `model` the weights of `initial`, another of its class or None. What has no weights may differ, such as masks.
 
+    Of a run that goes on, whose weights a checkpoint has, `initial` may be what this returned for it at its beginning.
+
     Returns:
         What a run's settings say of it: a resumed run must have begun with the same.
 
@@ -16,6 +18,8 @@ def begin_with(model, initial) -> dict:
     """
     if initial is None:
         return {}
+    if isinstance(initial, dict):
+        return initial
     weights, own = initial.state_dict(), model.state_dict()
     shapes = {name: (_shape(weights, name), _shape(own, name)) for name in {**own, **weights}}
     if wrong := [name for name, (found, expected) in shapes.items() if found != expected]:

@@ -30,7 +30,7 @@ class DVAEObjective:
 
     Args:
         config: of the model, whose weights are drawn from `seed`.
-        initial: None, or a `DiscreteVAE` with the weights to begin with instead; see `begin_with`.
+        initial: None, or a `DiscreteVAE` with the weights to begin with instead; see `begin_with`, which takes it.
         recipe: see `DVAERecipe`.
         source, validation: of pictures, see `dalle_fast.data.open_source`.
         heldout: None, or a source to evaluate on beside validation.

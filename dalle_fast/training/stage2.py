@@ -62,7 +62,7 @@ class DALLEObjective:
 
     Args:
         config: of the model, whose weights are drawn from `seed`.
-        initial: None, or a `DALLE` with the weights to begin with instead; see `begin_with`.
+        initial: None, or a `DALLE` with the weights to begin with instead; see `begin_with`, which takes it.
         recipe: see `DALLERecipe`.
         dvae, tokenizer: what made the codes, and what cuts the captions.
         train, validation: see `Encoded`. Of validation captions the first few are drawn while training.
