@@ -273,8 +273,8 @@ def _remove_all_but_the_last(folder, step) -> None:
 
 
 def _remove(path) -> None:
-    """A folder, or a link to one that was put elsewhere to be kept."""
-    if path.is_symlink():
+    """A folder, a link to one that was put elsewhere to be kept, or a file of a checkpoint's name."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path)
@@ -475,8 +475,19 @@ def _verify(path, names) -> None:
             )
 
 
+class _State(dict):
+    """What a checkpoint's state.json says. That it lacks something is found out where that is needed."""
+
+    def __init__(self, path, values):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key):
+        raise CheckpointError(f"{self.path} lacks {key!r}: it is of no run of this version")
+
+
 def _read_state(path) -> dict:
-    state = _read_json(path / STATE)
+    state = _State(path / STATE, _read_json(path / STATE))
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')!r}, expected {FORMAT!r}")
     return state
@@ -485,7 +496,7 @@ def _read_state(path) -> dict:
 def _read_json(path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:  # a file may have a checkpoint's name
         raise _Damaged(f"{path.parent} is damaged: {path.name} is missing") from error
     except ValueError as error:
         raise _Damaged(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error

@@ -141,6 +141,35 @@ def test_what_is_not_damaged_but_cannot_be_read_is_not_passed_over(save, tmp_pat
         checkpoint.load(tmp_path)
 
 
+def test_a_file_of_a_checkpoints_name(save, tmp_path):
+    """It is passed over, as a torn one, and hinders no later one, nor one of its step."""
+    save(1)
+    (tmp_path / "step-000000009").write_text("a note")
+    with pytest.warns(CheckpointWarning, match=r"step-000000009 is damaged: manifest.json is missing; continuing from"):
+        assert checkpoint.load(tmp_path).step == 1
+    save(9)
+    (tmp_path / "step-000000012").write_text("a note")
+    save(10)
+    assert names(tmp_path) == ["step-000000009", "step-000000010"] and checkpoint.load(tmp_path).step == 10
+
+
+@pytest.mark.parametrize("key", ["random", "step"])
+def test_what_a_state_lacks_is_named(save, tmp_path, key):
+    """It is whole, as its manifest says, but of another version, or changed by hand."""
+    path = save(1, random=[], other=2)
+    state = json.loads((path / checkpoint.STATE).read_text())
+    del state[key]
+    (path / checkpoint.STATE).write_text(json.dumps(state))
+    (path / checkpoint.MANIFEST).write_text(
+        json.dumps({name: checkpoint._fingerprint(path / name) for name in FILES[:3]})
+    )
+    with pytest.raises(CheckpointError, match=rf"step-000000001/state.json lacks '{key}'"):
+        checkpoint.load(tmp_path).state[key]
+    if key != "step":
+        loaded = checkpoint.load(tmp_path).state
+        assert loaded["other"] == 2 and loaded.get(key) is None
+
+
 def test_a_link_to_one_that_was_put_elsewhere(save, tmp_path):
     """It goes when its turn comes, and what it leads to stays."""
     kept = tmp_path.parent / f"{tmp_path.name}-kept"
