@@ -67,7 +67,8 @@ def written_whole(path: str | os.PathLike):
 def held(path: str | os.PathLike, name: str, *, wait: bool = False):
     """While entered, no other process that asks can hold the folder, which must be there.
 
-    It is let go when the process ends, however it ends. A file system without locks holds nothing.
+    It is let go when the process ends, however it ends, also where processes that it forked live on. A file system
+    without locks holds nothing.
 
     Args:
         name: what the folder is, for the message. wait: for the other process, instead of an error.
@@ -76,6 +77,7 @@ def held(path: str | os.PathLike, name: str, *, wait: bool = False):
         UserError: another process holds it.
     """
     folder = os.open(path, os.O_RDONLY)
+    _holding.add(folder)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,4 +90,19 @@ def held(path: str | os.PathLike, name: str, *, wait: bool = False):
             pass
         yield
     finally:
-        os.close(folder)
+        if folder in _holding:  # not in a forked process
+            _holding.remove(folder)
+            os.close(folder)
+
+
+_holding: set[int] = set()  # descriptors
+
+
+def _let_go() -> None:
+    """In a process that was forked, such as one that loads pictures: it shares the lock as long as it has the descriptor,
+    and outlives a parent that is killed by seconds."""
+    while _holding:
+        os.close(_holding.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
