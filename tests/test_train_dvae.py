@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,30 @@ def test_help_shows_every_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "of all that is random, from 0 to 2^20 - 1 (default: 0)" in text
     assert "pictures in one update (default: openai 512, medium 128, small 64, tiny" in text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_that_were_replaced_are_told_of_once(tmp_path, capsys, workers):
+    """By both commands; nothing is said of good ones, nor of what is drawn."""
+    from PIL import Image
+
+    for n in range(40):
+        Image.new("RGB", (20, 20), (6 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text(f"number {n}")
+    flags = ["--data", tmp_path, "--device", "cpu", "--no-tensorboard", "--seed", "1", "--workers", workers]
+    of_dvae = ["train-dvae", *flags, *SMALL, "--batch-size", "20", "--steps", "4"]
+    out = tmp_path.parent / f"{tmp_path.name}-runs"
+    of_dalle = ["train-dalle", *flags, "--dvae", out / "dvae", "--batch-size", "4", "--steps", "1", "--width", "16"]
+    of_dalle += ["--layers", "1", "--num-heads", "2", "--head-dim", "8", "--vocab-size", "300", "--text-len", "30"]
+    assert run(*of_dvae, "--out", out / "dvae") == 0
+    assert "are bad" not in capsys.readouterr().err
+    for n in (5, 22):
+        (tmp_path / f"{n}.png").write_bytes(b"no picture")
+    for command in (of_dvae, of_dalle):
+        assert run(*command, "--out", out / command[0]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if "are bad" in line]
+        assert len(told) == 1 and f"{tmp_path}: 2 of 40 pictures are bad, and others were taken instead" in told[0]
+        assert re.search(r"; the first is (5|22)\.png: not a picture of PNG, ", told[0])
 
 
 def test_the_share_of_bad_pictures_can_be_chosen(tmp_path, capsys):

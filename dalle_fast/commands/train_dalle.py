@@ -94,6 +94,7 @@ def make_objective(arguments, recipe):
     """
     from dalle_fast import checkpoint
     from dalle_fast.data import Tokenizer
+    from dalle_fast.data.images import tell_of_bad
     from dalle_fast.data.text import MIN_VOCAB_SIZE
     from dalle_fast.nn import dalle
     from dalle_fast.nn import functional as F
@@ -137,6 +138,8 @@ def make_objective(arguments, recipe):
     make_folder(out, "--out")
     with held(out, "--out") if leads else contextlib.nullcontext():
         encoded = _encoded(arguments, dvae, sources)
+        if leads:
+            tell_of_bad(*sources.values())
         if tokenizer is None:
             tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
         objective = DALLEObjective(

@@ -43,7 +43,14 @@ def _add_model_arguments(group) -> None:
 
 def run(arguments) -> int:
     then = f"dalle-fast reconstruct --model {shlex.quote(arguments.out)} IMAGE --out FILE.png"
-    return training.run_training(make_objective, arguments, RECIPES, then, ema_decay=lambda recipe: arguments.ema_decay)
+    return training.run_training(
+        make_objective,
+        arguments,
+        RECIPES,
+        then,
+        sources=lambda objective: (objective.source, objective.validation),
+        ema_decay=lambda recipe: arguments.ema_decay,
+    )
 
 
 def make_objective(arguments, recipe):

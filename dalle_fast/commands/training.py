@@ -66,12 +66,15 @@ def add_loop_arguments(group) -> None:
     group.add_argument("--tensorboard", action=switch, default=True, help="write files for TensorBoard")
 
 
-def run_training(make_objective, arguments, recipes, then: str, **loop_settings) -> int:
+def run_training(
+    make_objective, arguments, recipes, then: str, *, sources=lambda objective: (), **loop_settings
+) -> int:
     """Train, and say how it ended: the command's exit status.
 
     Args:
         make_objective: of the arguments and a recipe; what it refuses is the user's to put right.
         recipes: by preset. then: what can be done with the model.
+        sources: of an objective, those whose bad pictures show only while it is trained.
         loop_settings: those that `add_loop_arguments` does not have, as functions of the recipe.
     """
     from dalle_fast.training import processes
@@ -79,11 +82,12 @@ def run_training(make_objective, arguments, recipes, then: str, **loop_settings)
     if arguments.workers < 0:
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     with processes.joined():
-        return _run_training(make_objective, arguments, recipes, then, loop_settings)
+        return _run_training(make_objective, arguments, recipes, then, sources, loop_settings)
 
 
-def _run_training(make_objective, arguments, recipes, then, loop_settings) -> int:
+def _run_training(make_objective, arguments, recipes, then, sources, loop_settings) -> int:
     from dalle_fast.data import DataError
+    from dalle_fast.data.images import tell_of_bad
     from dalle_fast.training import LoopSettings, processes, train
     from dalle_fast.training.malloc import keep_freed_memory
 
@@ -128,6 +132,7 @@ def _run_training(make_objective, arguments, recipes, then, loop_settings) -> in
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if not together.leads:
         return 0 if result.signal is None else 128 + result.signal
+    tell_of_bad(*sources(objective))
     if result.signal is not None:
         print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
         return 128 + result.signal

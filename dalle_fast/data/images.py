@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -260,3 +261,13 @@ class Pictures:
             f"{self.name}: {what} are bad, of {len(self.names)} in all, and max_bad_share is {self.max_bad_share}; "
             f"the first is {self.names[number]}: {reason}"
         )
+
+
+def tell_of_bad(*sources) -> None:
+    """One line on stderr, where bad pictures were replaced: how many of these splits of a source, and the first one."""
+    bad = [(source, *picture) for source in sources for picture in getattr(source, "bad", {}).items()]
+    if bad:
+        source, number, reason = bad[0]
+        count = f"{len(bad)} of {len(source.names)} pictures are bad, and others were taken instead"
+        first = f"the first is {source.names[number]}: {reason}"
+        print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
