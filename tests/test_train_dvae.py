@@ -80,6 +80,10 @@ def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
         (["--num-codes", "-3"], ["num_codes", "-3"]),
         (["--downsampling", "3"], ["downsampling", "power of two", "3"]),
         (["--tau", "0"], ["tau", "0.0"]),
+        (
+            ["--steps", "5000000000"],
+            ["steps must be fewer, got 5000000000; of the last one: step must be from 0 to 4294967295"],
+        ),
         (["--seed", "-1"], ["seed must be from 0 to 1048575, got -1"]),
         (["--seed", "1048576"], ["seed must be from 0 to 1048575, got 1048576"]),
         (["--device", "abacus"], ["--device", "abacus"]),
@@ -252,6 +256,8 @@ def test_help_shows_every_preset(capsys):
     with pytest.raises(SystemExit):
         run("train-dvae", "--help")
     text = " ".join(capsys.readouterr().out.split())
+    for what in ("lines of the log", "pictures", "evaluations", "checkpoints"):
+        assert f"steps between two {what}; 0: only at the end (default: " in text
     assert "of all that is random, from 0 to 2^20 - 1 (default: 0)" in text
     assert "pictures in one update (default: openai 512, medium 128, small 64, tiny" in text
 

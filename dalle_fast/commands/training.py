@@ -59,10 +59,14 @@ def add_loop_arguments(group) -> None:
     parts = "parts of a batch that go through the model one after another, for the memory of one of them"
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help=parts)
     group.add_argument("--max-skipped", type=int, default=20, metavar="N", help="non-finite steps in a row to skip")
-    group.add_argument("--log-every", type=int, default=50, metavar="N", help="steps between two lines of the log")
-    group.add_argument("--picture-every", type=int, default=500, metavar="N", help="steps between two pictures")
-    group.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="steps between two evaluations")
-    group.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps between two checkpoints")
+    for flag, what, default in (
+        ("log", "lines of the log", 50),
+        ("picture", "pictures", 500),
+        ("evaluate", "evaluations", 0),
+        ("checkpoint", "checkpoints", 500),
+    ):
+        interval = f"steps between two {what}; 0: only at the end"
+        group.add_argument(f"--{flag}-every", type=int, default=default, metavar="N", help=interval)
     group.add_argument("--tensorboard", action=switch, default=True, help="write files for TensorBoard")
 
 

@@ -54,7 +54,11 @@ class DVAEObjective:
     ):
         if config.channels != 3:
             raise ValueError(f"config.channels must be 3, as pictures have, got {config.channels}")
-        F.noise_seed(seed, step=recipe.steps - 1)  # refuses what is out of range now, not in the last step
+        F.noise_seed(seed)  # refuses what is out of range
+        try:
+            F.noise_seed(seed, step=recipe.steps - 1)  # now, not in the last step
+        except ValueError as error:
+            raise ValueError(f"steps must be fewer, got {recipe.steps}; of the last one: {error}") from error
         self.config, self.recipe = config, recipe
         self.source, self.validation, self.heldout = source, validation, heldout
         self.seed, self.flip, self.workers = seed, flip, workers
