@@ -130,10 +130,10 @@ def _train(run, place) -> None:
     objective = _small_objective()
     loss = objective.loss
 
-    def slow_loss(batch, step):
+    def slow_loss(batch, step, part):
         memory[0], memory[1] = PLACES.index("in a step"), 1
         time.sleep(3 * PAUSE)
-        return loss(batch, step)
+        return loss(batch, step, part)
 
     objective.loss = slow_loss
     settings = LoopSettings(steps=STEPS, log_every=3, checkpoint_every=CHECKPOINT_EVERY, ema_decay=0.9)
