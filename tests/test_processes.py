@@ -133,6 +133,33 @@ def test_a_stopped_run_goes_on_bit_for_bit(data, dvae, tmp_path):
         assert (tmp_path / name).read_bytes() == (dvae / name).read_bytes(), name
 
 
+LOST = """
+import os, signal, sys
+from dalle_fast.cli import main
+from dalle_fast.training import DVAEObjective
+
+def loss_or_end(self, batch, step, part):
+    if (step, part) == (7, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, batch, step, part)
+
+loss, DVAEObjective.loss = DVAEObjective.loss, loss_or_end
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_lost_process_costs_no_whole_step(data, dvae, tmp_path):
+    """The other one meets it in its backward pass, says so in a line, and has saved."""
+    (tmp_path / "lost.py").write_text(LOST)
+    process = start(str(tmp_path / "lost.py"), *flags(DVAE, data, tmp_path / "run"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode and "dalle-fast: error: another of the 2 processes has ended: " in output, output[-4000:]
+    assert "loop.py" not in output  # a traceback
+    assert checkpoint.latest(tmp_path / "run" / checkpoint.CHECKPOINTS).name == "step-000000007"
+    run("-m", "dalle_fast", *flags(DVAE, data, tmp_path / "run", "--resume"))
+    assert (tmp_path / "run" / checkpoint.MODEL).read_bytes() == (dvae / checkpoint.MODEL).read_bytes()
+
+
 def test_another_number_of_processes_is_another_run(data, dvae, capsys):
     assert main(flags(DVAE, data, dvae, "--resume")) == 2
     assert "processes 2, not " in capsys.readouterr().err

@@ -202,10 +202,23 @@ def crash():
     raise Crash
 
 
+def train_and_crash_in_the_update(step, folder):
+    """What comes while weights change leaves no checkpoint, as a kill does not wherever it comes."""
+
+    def crashing(optimizer, closure=None):
+        if next(taken) == step:
+            raise Crash
+        return of_torch(optimizer, closure)
+
+    taken, of_torch = itertools.count(), torch.optim.AdamW.step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(torch.optim.AdamW, "step", crashing)
+        train(objective(), folder, settings(), **QUIET)
+
+
 def test_a_crash_after_a_checkpoint_resumes_exactly(tmp_path, uninterrupted):
     """The log has lines beyond the checkpoint, which are dropped; and one that was cut short."""
-    with pytest.raises(Crash):
-        train(StopAt(9, crash)(objective()), tmp_path, settings(), **QUIET)
+    train_and_crash_in_the_update(9, tmp_path)
     assert [line["step"] for line in log_of(tmp_path)] == [3, 6, 9]
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 11, "lo')
@@ -214,9 +227,50 @@ def test_a_crash_after_a_checkpoint_resumes_exactly(tmp_path, uninterrupted):
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.parametrize("where", ["loss", "backward"])
+def test_an_error_in_a_step_leaves_a_checkpoint_of_the_steps_before_it(tmp_path, uninterrupted, where):
+    """As where memory is short. What is drawn in the half step is not in it."""
+
+    def short_of_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    def half(batch, step, part):
+        value, scalars = loss(batch, step, part)
+        if step == 8:
+            disturb_random_states()
+            short_of_memory() if where == "loss" else value.register_hook(short_of_memory)
+        return value, scalars
+
+    o = objective()
+    loss, o.loss = o.loss, half
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        train(o, tmp_path, settings(), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000008"
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_scales_of_gradients_are_those_of_the_steps_before_an_error(tmp_path):
+    """They change behind the backward pass, where a process that is lost shows too."""
+    o = objective()
+    o.model.register_buffer("scale", torch.ones(()))
+    o.model.unscale_gradients = lambda: o.model.scale.mul_(2)
+    of_torch, taken = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def clip(*arguments):
+        if next(taken) == 3:
+            crash()
+        return of_torch(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        train(o, tmp_path, settings(), **QUIET)
+    saved = checkpoint.load(tmp_path / checkpoint.CHECKPOINTS)
+    assert (saved.step, saved.tensors["model.scale"]) == (3, 8) and o.model.scale == 8
+
+
 def test_a_torn_checkpoint_costs_the_steps_since_the_one_before_it(tmp_path, uninterrupted):
-    with pytest.raises(Crash):
-        train(StopAt(11, crash)(objective()), tmp_path, settings(), **QUIET)
+    train_and_crash_in_the_update(11, tmp_path)
     path = tmp_path / checkpoint.CHECKPOINTS / "step-000000010" / checkpoint.TRAINING
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.warns(CheckpointWarning, match="step-000000010 is damaged: training"):
@@ -334,8 +388,7 @@ def test_a_loader_that_ends_by_itself_is_one(tmp_path, error, expected):
 
 
 def test_settings_must_be_those_of_the_run(tmp_path):
-    with pytest.raises(Crash):
-        train(StopAt(6, crash)(objective()), tmp_path, settings(), **QUIET)
+    train_and_crash_in_the_update(6, tmp_path)
     with pytest.raises(TrainingError, match=r"holds a run \(step-000000005\)"):
         train(objective(), tmp_path, settings(), **QUIET)
     other = objective(dataclasses.replace(RECIPE, batch_size=5), dataclasses.replace(SMALL, num_codes=13), seed=3)

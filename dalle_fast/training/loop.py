@@ -151,8 +151,9 @@ def train(
 
     Where torch's default process group has several processes, all call this, on one folder.
 
-    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once. What else ends it
-    between two steps, as a report that cannot be written or batches that do not come, ends it with a checkpoint too.
+    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once. What else ends it,
+    as a report that cannot be written, batches that do not come or memory that is short, leaves a checkpoint of the last
+    whole step too.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
@@ -263,9 +264,10 @@ class _Run:
             with self.saved_if_it_ends_here():
                 self.reports.tick()
                 self.report()
-                # Where steps are skipped, weights may be lost already: those saved before stay.
-                if self.due(self.settings.checkpoint_every) and not self.skipped_in_a_row:
-                    self.save()
+            # Where steps are skipped, weights may be lost already: those saved before stay.
+            if self.due(self.settings.checkpoint_every) and not self.skipped_in_a_row:
+                self.save()
+            with self.saved_if_it_ends_here():
                 if self.step < self.settings.steps and stop.received is None:
                     batch = self.next_of(batches, stop)
         if self.saved_at != self.step:
@@ -273,17 +275,30 @@ class _Run:
         return stopped_by
 
     @contextlib.contextmanager
-    def saved_if_it_ends_here(self):
-        """Between two steps: an error is passed on, behind a checkpoint."""
+    def saved_if_it_ends_here(self, undo=lambda: None):
+        """Where the last step is whole, once `undo` has been called: an error is passed on, behind a checkpoint."""
         try:
             yield
-        except (checkpoint.CheckpointError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             raise
         except BaseException:
-            with contextlib.suppress(OSError, checkpoint.CheckpointError):  # the first error says more
+            with contextlib.suppress(Exception):  # the first error says more
                 if self.saved_at != self.step:
+                    undo()
                     self.save()
             raise
+
+    def undo_of_half_a_step(self):
+        """What takes back all that a step changes before the optimizer changes weights, but for the gradients."""
+        random = random_state.get()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # as the scales of gradients
+
+        def undo():
+            random_state.put(random)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+        return undo
 
     def next_of(self, batches, stop):
         """The next batch. A signal to the whole group ends the processes that load them: then there is none."""
@@ -326,6 +341,12 @@ class _Run:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
 
     def take_step(self, batch) -> None:
+        with self.saved_if_it_ends_here(self.undo_of_half_a_step()):  # as where memory is short, or a process is lost
+            values = self.compute_gradients(batch)
+        self.update(values)
+
+    def compute_gradients(self, batch) -> dict[str, float]:
+        """The first half of a step; returns the loss and what else there is to log."""
         learning_rate = self.objective.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -335,8 +356,10 @@ class _Run:
             self.model.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         values = {"loss": scalars.pop("loss"), "gradient_norm": norm, "learning_rate": learning_rate, **scalars}
-        values = _numbers(values)
-        values = self.processes.mean(values)
+        return self.processes.mean(_numbers(values))
+
+    def update(self, values) -> None:
+        """The other half: weights and average change, unless the step is skipped."""
         self.step += 1
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             self.skip()

@@ -59,8 +59,11 @@ class Processes(NamedTuple):
         try:
             distributed.all_reduce(shared, how)
         except RuntimeError as error:
-            raise UserError(f"another of the {self.count} processes has ended: {str(error).splitlines()[0]}") from error
+            raise self._has_ended(error) from error
         return shared.tolist()
+
+    def _has_ended(self, error):
+        return UserError(f"another of the {self.count} processes has ended: {str(error).splitlines()[0]}")
 
     @contextlib.contextmanager
     def lead_first(self):
@@ -87,9 +90,23 @@ class Processes(NamedTuple):
             finally:
                 objective.model = model
 
+    @contextlib.contextmanager
     def sharing_gradients(self, model, share: bool):
-        """While entered, passes through the model of `sharing` average their gradients, or leave that to a later one."""
-        return contextlib.nullcontext() if share or self.count == 1 else model.no_sync()
+        """While entered, passes through the model of `sharing` average their gradients, or leave that to a later one.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        if self.count == 1:
+            yield
+            return
+        try:
+            with contextlib.nullcontext() if share else model.no_sync():
+                yield
+        except RuntimeError as error:  # gloo's have no class of their own, and a loss may raise others
+            if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+                raise self._has_ended(error) from error
+            raise
 
 
 def current() -> Processes:
