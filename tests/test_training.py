@@ -194,6 +194,70 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, uninterrupted):
     assert contents(tmp_path) == uninterrupted
 
 
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGHUP,),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+def test_only_a_second_interrupt_does_not_wait_for_the_step(tmp_path, capfd, numbers):
+    """Schedulers send pairs of signals, and a terminal that is closed another one."""
+    stop = StopAt(3, lambda: send(*numbers))
+    result = train(stop(objective()), tmp_path, settings(), tensorboard=False)
+    assert (result.step, result.signal) == (4, numbers[0])
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000004"
+    assert all(signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP))
+    assert capfd.readouterr().err.count("\nstopping after this step; Ctrl-C again ends at once\n") == 1
+
+
+def test_nohup_keeps_a_run_from_hanging_up(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopAt(3, lambda: send(signal.SIGHUP))
+        assert train(stop(objective()), tmp_path, settings(), **QUIET).signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("where", ["loss", "evaluate"])
+def test_an_abort_leaves_a_checkpoint_of_the_last_whole_step(tmp_path, uninterrupted, where):
+    o = objective()
+    of_objective = getattr(o, where)
+
+    def interrupted(*arguments):
+        if where == "evaluate" or arguments[1] == 6:
+            send(signal.SIGINT, signal.SIGINT)
+        return of_objective(*arguments)
+
+    setattr(o, where, interrupted)
+    evaluate_every = 6 if where == "evaluate" else 0
+    with pytest.raises(KeyboardInterrupt):
+        train(o, tmp_path, settings(evaluate_every=evaluate_every), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000006"
+    train(objective(), tmp_path, settings(evaluate_every=evaluate_every), resume=True, **QUIET)
+    assert contents(tmp_path)[checkpoint.MODEL] == uninterrupted[checkpoint.MODEL]
+
+
+def test_a_third_interrupt_ends_the_save_too(tmp_path, monkeypatch):
+    def interrupt(phase):
+        if phase == "model written":
+            send(signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint, "_reached", interrupt)
+    stop = StopAt(3, lambda: send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(stop(objective()), tmp_path, settings(), **QUIET)
+    assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS) is None
+
+
 class Crash(Exception):
     pass
 

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -151,9 +152,10 @@ def train(
 
     Where torch's default process group has several processes, all call this, on one folder.
 
-    SIGTERM and SIGINT end it after the step they meet, with a checkpoint; a second one ends it at once. What else ends it,
-    as a report that cannot be written, batches that do not come or memory that is short, leaves a checkpoint of the last
-    whole step too.
+    SIGTERM, SIGINT and SIGHUP end it after the step they meet, with a checkpoint; a second SIGINT ends it at once. SIGHUP
+    stays ignored where it was, as under nohup. What else ends it, the second SIGINT too, as a report that cannot be
+    written, batches that do not come or memory that is short, leaves a checkpoint of the last whole step, unless weights
+    are just being changed or a third SIGINT ends that as well.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
@@ -183,7 +185,7 @@ def _train(run, out, tensorboard, progress):
     with (
         run.processes.sharing(objective),
         reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
-        _StopSignals() as stop,
+        _StopSignals(tell=progress) as stop,
     ):
         stopped_by = run.go(stop)
         if run.step < settings.steps:
@@ -279,9 +281,7 @@ class _Run:
         """Where the last step is whole, once `undo` has been called: an error is passed on, behind a checkpoint."""
         try:
             yield
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
+        except BaseException:  # KeyboardInterrupt too: what is lost may be hours, and another one ends the save as well
             with contextlib.suppress(Exception):  # the first error says more
                 if self.saved_at != self.step:
                     undo()
@@ -453,17 +453,29 @@ class _Run:
 
 
 class _StopSignals:
-    """While entered, SIGTERM and SIGINT are kept in `received` instead of ending the process; the second one does."""
+    """While entered, the first of SIGNALS is kept in `received` instead of ending the process; the second SIGINT does.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Others do not: schedulers send several, and who presses Ctrl-C may close the terminal next.
 
-    def __init__(self):
+    Args:
+        tell: whether to say so.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self, tell):
+        self.tell = tell
         self.received = None
+        self.interrupted = False
         self.before = {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.before = {number: signal.signal(number, self._keep) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                # As under nohup. A SIGINT that is ignored, as in the background of a script, is sent on purpose.
+                if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
+                self.before[number] = signal.signal(number, self._keep)
         return self
 
     def __exit__(self, *_):
@@ -486,9 +498,19 @@ class _StopSignals:
         return self.received is not None
 
     def _keep(self, number, _):
-        if self.received is not None:
+        if number == signal.SIGINT and self.interrupted:
             raise KeyboardInterrupt
-        self.received = number
+        self.interrupted |= number == signal.SIGINT
+        if self.received is None:
+            self.received = number
+            if self.tell:
+                self._tell()
+
+    def _tell(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is gone, or is no file
+            stderr = sys.stderr.fileno()  # print is not for handlers: one may meet another print
+            line = b"stopping after this step; Ctrl-C again ends at once\n"
+            os.write(stderr, b"\n" + line if os.isatty(stderr) else line)  # below the progress bar, and the ^C
 
 
 def _autocast_dtype(precision, device):
