@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -216,6 +217,19 @@ def test_only_a_second_interrupt_does_not_wait_for_the_step(tmp_path, capfd, num
     assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000004"
     assert all(signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP))
     assert capfd.readouterr().err.count("\nstopping after this step; Ctrl-C again ends at once\n") == 1
+
+
+def test_a_group_that_is_stopped_says_so_once(tmp_path, capfd):
+    """A Ctrl-C meets the processes that load batches too."""
+
+    def stop_all():
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGINT)
+        time.sleep(0.1)
+        send(signal.SIGINT)
+
+    train(StopAt(3, stop_all)(objective(workers=1)), tmp_path, settings(), tensorboard=False)
+    assert capfd.readouterr().err.count("stopping after this step") == 1
 
 
 def test_nohup_keeps_a_run_from_hanging_up(tmp_path):

@@ -464,7 +464,7 @@ class _StopSignals:
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self, tell):
-        self.tell = tell
+        self.tells = os.getpid() if tell else None  # and not those it forks to load batches, which a Ctrl-C meets too
         self.received = None
         self.interrupted = False
         self.before = {}
@@ -503,7 +503,7 @@ class _StopSignals:
         self.interrupted |= number == signal.SIGINT
         if self.received is None:
             self.received = number
-            if self.tell:
+            if self.tells == os.getpid():
                 self._tell()
 
     def _tell(self):
