@@ -1,6 +1,7 @@
 """The training loop and stage 1's objective: schedules, averages, skipped steps, signals, and resuming bit for bit."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -403,6 +405,40 @@ def test_a_report_that_cannot_be_written_ends_the_run_behind_a_checkpoint(tmp_pa
     assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000007"
     train(objective(), tmp_path, settings(), resume=True, **QUIET)
     assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("what", ["evaluate", "pictures"])
+@pytest.mark.parametrize("step", [6, 12])
+def test_reports_that_are_cut_short_are_made_again(tmp_path, what, step):
+    """The first of them is in the log already: a resumed one has it once, and means of no more steps than others."""
+    whole = settings(evaluate_every=3, picture_every=3)
+    train(objective(), tmp_path / "whole", whole, **QUIET)
+    o, calls = objective(), itertools.count(3, 3)
+    of_objective = getattr(o, what)
+    setattr(o, what, lambda model: crash() if next(calls) == step else of_objective(model))
+    with pytest.raises(Crash):
+        train(o, tmp_path / "parts", whole, **QUIET)
+    assert log_of(tmp_path / "parts")[-1]["step"] == step
+    train(objective(), tmp_path / "parts", whole, resume=True, **QUIET)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError, ValueError])
+def test_a_run_goes_on_if_no_one_can_be_told(tmp_path, uninterrupted, monkeypatch, terminal, error):
+    """As behind `| head`, or where a terminal was closed or stderr was from the start."""
+
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise error
+
+    for number, gone in enumerate((Gone(), None)):
+        monkeypatch.setattr(sys, "stderr", gone)
+        train(objective(), tmp_path / str(number), settings(), tensorboard=False)
+        assert contents(tmp_path / str(number)) == uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

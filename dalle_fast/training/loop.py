@@ -40,7 +40,7 @@ from dalle_fast.outputs import held, make_folder
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.recipes import check
-from dalle_fast.training.reports import LOG, NoReports, Reports
+from dalle_fast.training.reports import LOG, NoReports, Reports, tell
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -184,7 +184,9 @@ def _train(run, out, tensorboard, progress):
     reports = Reports if run.processes.leads else NoReports
     with (
         run.processes.sharing(objective),
-        reports(out, run.step, settings.steps, objective.examples_per_step, tensorboard, progress) as run.reports,
+        reports(
+            out, run.step, run.reported, settings.steps, objective.examples_per_step, tensorboard, progress
+        ) as run.reports,
         _StopSignals(tell=progress) as stop,
     ):
         stopped_by = run.go(stop)
@@ -244,6 +246,7 @@ class _Run:
             raise ValueError(f"objective.settings must be what JSON can hold: {error}") from error
         self.reports = None
         self.step = self.saved_at = 0
+        self.reported = 0  # the last step whose reports are all made
         self.updates = 0  # steps that were not skipped
         self.skipped_in_a_row = self.last_skipped = 0
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
@@ -251,12 +254,14 @@ class _Run:
     def go(self, stop) -> int:
         """Steps until the last one, or until a signal to any of the processes: its number, else 0."""
         self.model.train()
-        self.saved_at = self.step
+        self.saved_at = self.reported
         batches = iter(self.objective.batches(self.step))
         with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
             batch = self.next_of(batches, stop)
         stop.wait_with_lost_children()
         stopped_by = 0
+        if self.reported < self.step:  # they were begun when the run ended
+            self.report()
         while self.step < self.settings.steps:
             with self.saved_if_it_ends_here():  # as where another process is lost
                 stopped_by = self.processes.largest(stop.received or 0)
@@ -331,7 +336,7 @@ class _Run:
             ended = self.step - self.skipped_in_a_row
             last = f"also the last {self.skipped_in_a_row}, so that training had ended at step {ended}"
         advice = "A smaller learning rate or float32 may help, in another folder"
-        print(f"warning: {skipped}; {last}. {advice}", file=sys.stderr, flush=True)
+        tell(f"warning: {skipped}; {last}. {advice}")
 
     def evaluate(self) -> dict[str, float]:
         found = self.objective.evaluate(self.ema.model)
@@ -396,12 +401,18 @@ class _Run:
             )
 
     def report(self) -> None:
-        if not self.processes.leads:
-            return
+        """All reports of a step: of one that ends halfway, a resumed run makes all again."""
+        logged = self.due(self.settings.log_every)
+        if self.processes.leads:
+            self.make_reports()
+        if logged:  # from here on no calls, between which a signal may come
+            self.sums, self.counted = {}, 0
+        self.reported = self.step
+
+    def make_reports(self) -> None:
         if self.due(self.settings.log_every):
             means = {name: total / self.counted for name, total in self.sums.items()}
             self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
-            self.sums, self.counted = {}, 0
         if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
             with random_state.untouched():
                 evaluation = self.evaluate()
@@ -429,6 +440,8 @@ class _Run:
             "counted": self.counted,
             "random": random_state.get(),
         }
+        if self.reported < self.step:
+            state["reported"] = self.reported
         checkpoint.save(self.out / checkpoint.CHECKPOINTS, self.step, self.ema.model, tensors=tensors, state=state)
         self.saved_at = self.step
 
@@ -450,6 +463,7 @@ class _Run:
         self.skipped_in_a_row = saved.state["skipped_in_a_row"]
         self.last_skipped = saved.state.get("last_skipped", self.step)  # older checkpoints do not say when
         self.sums, self.counted = saved.state["sums"], saved.state["counted"]
+        self.reported = saved.state.get("reported", self.step)
 
 
 class _StopSignals:

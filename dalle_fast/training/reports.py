@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,25 +11,34 @@ from pathlib import Path
 
 LOG, PICTURES, TENSORBOARD = "log.jsonl", "pictures", "tensorboard"
 SHOWN = ("loss", "reconstruction", "kl", "perplexity", "text_loss", "image_loss")  # of a record, beside the bar
+_FOR_WHO_WATCHES = contextlib.suppress(OSError, ValueError)  # a terminal or a pipe that is gone or closed ends no run
+
+
+def tell(line: str) -> None:
+    """A line on stderr, if it is still there."""
+    with _FOR_WHO_WATCHES:
+        if sys.stderr is not None:  # print would take stdout
+            print(line, file=sys.stderr, flush=True)
 
 
 class Reports:
     """The reports of a run in the folder `out` that goes on after `step` updates; a context manager.
 
-    What an earlier run in the same folder reported of later steps is dropped.
+    What an earlier run in the same folder reported of steps after `reported` is dropped.
 
     Args:
-        steps: updates in all. examples_per_step: for the rate. tensorboard, progress: as in `train`.
+        reported: the last step whose reports were all made. steps: updates in all. examples_per_step: for the rate.
+        tensorboard, progress: as in `train`.
     """
 
-    def __init__(self, out, step, steps, examples_per_step, tensorboard=True, progress=True):
+    def __init__(self, out, step, reported, steps, examples_per_step, tensorboard=True, progress=True):
         self.out, self.step, self.steps, self.examples_per_step = Path(out), step, steps, examples_per_step
         self.progress = progress
         (self.out / PICTURES).mkdir(exist_ok=True)
-        _drop_later_lines(self.out / LOG, step)
+        _drop_later_lines(self.out / LOG, reported)
         self.log = open(self.out / LOG, "a", encoding="utf-8")
-        self.writer = _summary_writer(self.out / TENSORBOARD, step) if tensorboard else None
-        self.bar = _bar(step, steps) if progress and sys.stderr.isatty() else None
+        self.writer = _summary_writer(self.out / TENSORBOARD, reported) if tensorboard else None
+        self.bar = _bar(step, steps) if progress else None
         self.since = (time.monotonic(), step)
 
     def __enter__(self):
@@ -39,13 +49,15 @@ class Reports:
         if self.writer:
             self.writer.close()
         if self.bar is not None:
-            self.bar.close()
+            with _FOR_WHO_WATCHES:
+                self.bar.close()
 
     def tick(self) -> None:
         """One more step is done."""
         self.step += 1
         if self.bar is not None:
-            self.bar.update()
+            with _FOR_WHO_WATCHES:
+                self.bar.update()
 
     def record(self, step: int, scalars: dict[str, float]) -> None:
         """A line of the log, TensorBoard's scalars, and a few of them for who watches."""
@@ -61,10 +73,11 @@ class Reports:
             self.writer.add_scalar("examples_per_second", rate, step)
         shown = " ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
+            with _FOR_WHO_WATCHES:
+                self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
         elif self.progress:
             shown = shown or " ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
-            print(f"step {step}/{self.steps} {rate:.0f} examples/s {shown}", file=sys.stderr, flush=True)
+            tell(f"step {step}/{self.steps} {rate:.0f} examples/s {shown}")
 
     def pictures(self, step: int, pictures: dict) -> None:
         """Name -> (height, width, 3) uint8 array: PNG files, and TensorBoard's images."""
@@ -117,16 +130,20 @@ def _drop_later_lines(path, step) -> None:
     unfinished.rename(path)
 
 
-def _summary_writer(folder, step):
+def _summary_writer(folder, reported):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("tensorboard is not installed: no files for it (pip install tensorboard)", file=sys.stderr)
+        tell("tensorboard is not installed: no files for it (pip install tensorboard)")
         return None
-    return SummaryWriter(folder, purge_step=step + 1)
+    return SummaryWriter(folder, purge_step=reported + 1)
 
 
 def _bar(step, steps):
+    """None where no one watches."""
     from tqdm import tqdm
 
-    return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
+    with _FOR_WHO_WATCHES:
+        if sys.stderr is not None and sys.stderr.isatty():
+            return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
+    return None
