@@ -49,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; `argv` is `sys.argv[1:]` if None. Returns the exit status: 2 for what the user can put right."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         arguments = make_parser().parse_args(argv)
         status = arguments.run(arguments)

@@ -128,6 +128,15 @@ def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, capsys):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_stream_that_was_closed_is_no_error(closed):
+    """As by `dalle-fast info >&-`. Errors keep their exit status, and do not go to the other stream."""
+    for arguments, status in ((["info"], 0), (["train-dvae", "--data", "shapes", "--out", "/dev/null"], 2)):
+        command = ["sh", "-c", f'exec "$0" -m dalle_fast "$@" {closed}>&-', sys.executable, *arguments]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status and "Traceback" not in done.stderr and "error" not in done.stdout
+
+
 def test_a_reader_that_stops_reading_is_no_error_message():
     """As `dalle-fast info | head -1`: the pipe is closed before anything is written to it."""
     read, write = os.pipe()
