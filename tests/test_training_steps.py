@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_training import QUIET, RECIPE, disturb_random_states, log_of, objective, settings, spoil
 
+from dalle_fast import checkpoint
 from dalle_fast.nn import functional as F
 from dalle_fast.training import TrainingError, loop, train
 from dalle_fast.training.ema import EMA
@@ -150,12 +151,33 @@ def test_the_average_has_the_models_buffers():
     assert ema.model.num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("every", [1, 4, 5])
+def test_the_average_has_all_updates_though_the_last_step_is_skipped(tmp_path, every):
+    """Once each: as if training had been one step shorter, but for what depends on their number."""
+    whole, spoiled = objective(), spoil(objective(), {8}, lambda x: x * math.nan)
+    train(whole, tmp_path / "whole", settings(steps=8, ema_every=every), **QUIET)
+    train(spoiled, tmp_path / "spoiled", settings(steps=9, ema_every=every, evaluate_every=9), **QUIET)
+    whole, spoiled = (checkpoint.load_model(tmp_path / name).state_dict() for name in ("whole", "spoiled"))
+    assert all(torch.equal(tensor, spoiled[name]) for name, tensor in whole.items())
+
+
+def test_lost_weights_stay_out_of_the_average(tmp_path):
+    o = spoil(objective(), {6, 7, 8}, lambda x: x * math.nan)
+
+    def lose(step):
+        if step == 6:
+            next(o.model.parameters()).data.fill_(math.nan)
+
+    train(before_each_loss(o, lose), tmp_path, settings(steps=9, ema_every=4), **QUIET)
+    assert all(x.isfinite().all() for x in checkpoint.load_model(tmp_path).state_dict().values())
+
+
 def test_on_the_way_the_average_is_evaluated_and_drawn(tmp_path):
     o, seen = objective(), []
     o.evaluate = lambda model: seen.append(model) or {"psnr": 1.0}
     o.pictures = lambda model: seen.append(model) or {}
     train(o, tmp_path, settings(evaluate_every=4, picture_every=6), **QUIET)
-    assert len(seen) == 3 + 1 + 2  # evaluations, the last one of a finished run, and pictures
+    assert len(seen) == 3 + 2  # evaluations, the last one of which is that of the finished run, and pictures
     assert all(model is seen[-1] for model in seen) and seen[-1] is not o.model
 
 

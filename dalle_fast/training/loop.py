@@ -249,6 +249,7 @@ class _Run:
         self.reported = 0  # the last step whose reports are all made
         self.updates = 0  # steps that were not skipped
         self.skipped_in_a_row = self.last_skipped = 0
+        self.evaluation = None  # the last one that was reported
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
 
     def go(self, stop) -> int:
@@ -324,7 +325,8 @@ class _Run:
             return {}
         if self.updates < self.step:
             self.warn_of_skipped()
-        evaluation = self.evaluate()
+        # The last step is always reported where any is, but for a run that was done when it was resumed.
+        evaluation = self.evaluate() if self.evaluation is None else self.evaluation
         checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
         checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
         return evaluation
@@ -368,6 +370,8 @@ class _Run:
         self.step += 1
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             self.skip()
+            if self.step == self.settings.steps:
+                self.average_at_the_end()
             return
         self.optimizer.step()
         self.updates += 1
@@ -400,6 +404,11 @@ class _Run:
                 "A smaller learning rate or float32 may help, in another folder"
             )
 
+    def average_at_the_end(self) -> None:
+        """The last step was skipped: the average lacks the updates since its last turn. Lost weights stay out of it."""
+        if self.updates % self.ema.every and all(p.isfinite().all() for p in self.parameters):
+            self.ema.update(self.model, self.updates, last=True)
+
     def report(self) -> None:
         """All reports of a step: of one that ends halfway, a resumed run makes all again."""
         logged = self.due(self.settings.log_every)
@@ -415,8 +424,8 @@ class _Run:
             self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
         if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
             with random_state.untouched():
-                evaluation = self.evaluate()
-            self.reports.record(self.step, {f"evaluation/{name}": value for name, value in evaluation.items()})
+                self.evaluation = self.evaluate()
+            self.reports.record(self.step, {f"evaluation/{name}": value for name, value in self.evaluation.items()})
         if self.due(self.settings.picture_every):
             with random_state.untouched():
                 pictures = self.objective.pictures(self.ema.model)
