@@ -152,10 +152,10 @@ def train(
 
     Where torch's default process group has several processes, all call this, on one folder.
 
-    SIGTERM, SIGINT and SIGHUP end it after the step they meet, with a checkpoint; a second SIGINT ends it at once. SIGHUP
-    stays ignored where it was, as under nohup. What else ends it, the second SIGINT too, as a report that cannot be
-    written, batches that do not come or memory that is short, leaves a checkpoint of the last whole step, unless weights
-    are just being changed or a third SIGINT ends that as well.
+    SIGTERM, SIGINT and SIGHUP end it after the step they meet, with a checkpoint; a second SIGINT ends it at once.
+    SIGHUP stays ignored where it was, as under nohup. That second SIGINT, and what else ends it, as a report that cannot
+    be written, batches that do not come or memory that is short, leave a checkpoint of the last whole step, unless they
+    come while weights are changed. A third SIGINT ends that save too.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
