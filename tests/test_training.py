@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import dalle_fast.nn as fnn
 from dalle_fast import checkpoint
@@ -439,6 +440,12 @@ def test_a_run_goes_on_if_no_one_can_be_told(tmp_path, uninterrupted, monkeypatc
         monkeypatch.setattr(sys, "stderr", gone)
         train(objective(), tmp_path / str(number), settings(), tensorboard=False)
         assert contents(tmp_path / str(number)) == uninterrupted
+    found = []
+    lock = tqdm.get_lock().locks[0]  # of both, which all bars of all threads take
+    other = threading.Thread(target=lambda: found.append(lock.acquire(timeout=1) and (lock.release() or True)))
+    other.start()
+    other.join()
+    assert found == [True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -21,6 +21,24 @@ def tell(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
+class _Watched:
+    """A file for a bar, whose errors are not told: raised in tqdm, they would leave its lock taken for all other bars."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        with _FOR_WHO_WATCHES:
+            self.file.write(text)
+
+    def flush(self):
+        with _FOR_WHO_WATCHES:
+            self.file.flush()
+
+
 class Reports:
     """The reports of a run in the folder `out` that goes on after `step` updates; a context manager.
 
@@ -49,15 +67,13 @@ class Reports:
         if self.writer:
             self.writer.close()
         if self.bar is not None:
-            with _FOR_WHO_WATCHES:
-                self.bar.close()
+            self.bar.close()
 
     def tick(self) -> None:
         """One more step is done."""
         self.step += 1
         if self.bar is not None:
-            with _FOR_WHO_WATCHES:
-                self.bar.update()
+            self.bar.update()
 
     def record(self, step: int, scalars: dict[str, float]) -> None:
         """A line of the log, TensorBoard's scalars, and a few of them for who watches."""
@@ -73,8 +89,7 @@ class Reports:
             self.writer.add_scalar("examples_per_second", rate, step)
         shown = " ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
         if self.bar is not None:
-            with _FOR_WHO_WATCHES:
-                self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
+            self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
         elif self.progress:
             shown = shown or " ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
             tell(f"step {step}/{self.steps} {rate:.0f} examples/s {shown}")
@@ -145,5 +160,5 @@ def _bar(step, steps):
 
     with _FOR_WHO_WATCHES:
         if sys.stderr is not None and sys.stderr.isatty():
-            return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
+            return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, file=_Watched(sys.stderr))
     return None

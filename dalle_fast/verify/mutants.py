@@ -132,15 +132,15 @@ MUTANTS = (
     Mutant(
         "the same noise at every step",
         f"{CODEBOOK}/op.py",
-        "return (seed << 11 | rank) << 32 | step",
-        "return (seed << 11 | rank) << 32",
+        "return (int(seed) << 11 | int(rank)) << 32 | int(step)",
+        "return (int(seed) << 11 | int(rank)) << 32",
         ("tests/test_codebook_noise.py", "tests/test_codebook_op.py"),
     ),
     Mutant(
         "the same noise on every rank",
         f"{CODEBOOK}/op.py",
-        "return (seed << 11 | rank) << 32 | step",
-        "return seed << 43 | step",
+        "return (int(seed) << 11 | int(rank)) << 32 | int(step)",
+        "return int(seed) << 43 | int(step)",
         ("tests/test_codebook_noise.py", "tests/test_codebook_op.py"),
     ),
     Mutant(
