@@ -3,9 +3,9 @@
 Two launches. In the first, a program takes TEXT_PART text keys for up to 16 samples of a prompt and leaves the softmax over
 its part, its maximum and its sum. In the second, a program takes one head of one sample: its image keys, and then the
 parts of the text as if each were a key of several. Scores are compared with their maximum as the product left them, and
-scaled afterwards: rounded differences of large scores are not the differences of rounded ones. How the keys are cut depends on the mask alone, and 16 rows are the least that a
-matrix product takes, so a sample's result depends neither on the other samples nor on their number. The position is read
-on the device.
+scaled afterwards: rounded differences of large scores are not the differences of rounded ones. How the keys are cut
+depends on the mask alone, and 16 rows are the least that a matrix product takes, so a sample's result depends neither on
+the other samples nor on their number. The position is read on the device.
 
 B samples, P prompts, N = B / P, H heads, D head size, T text; V image keys that a query sees at most.
 """
