@@ -177,15 +177,12 @@ SUBSET = [
     (100, "corner", 64, "float32", True),
     (100, "causal", 64, "bfloat16", False),
     (86, "torus", 128, "bfloat16", True),
-    (86, "row", 128, "float32", True),
     (120, "column", 64, "bfloat16", True),
-    (120, "torus", 128, "tf32", True),
 ]
 
 
 DECODING = [
     *((arch, "row", 64, "bfloat16", True) for arch in (*ARCHITECTURES, *CONSUMERS)),
-    (86, "flat", 128, "float32", True),
     (90, "column", 128, "float16", True),
     (80, "flat", 128, "bfloat16", True),
     (100, "flat in patches", 128, "float32", True),
