@@ -69,7 +69,7 @@ def draw(
         progress: show a bar for each batch.
 
     Returns:
-        (P, keep, C, H, W) float, pixels from 0 to 1, on the model's device.
+        (P, keep, C, H, W) float32, pixels from 0 to 1, on the model's device.
 
     Raises:
         TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
@@ -147,7 +147,7 @@ def _room(config, num_captions, num_images, keep, device):
         advice = f"num_images={fits} would fit" if fits else "pass fewer captions"
         what = f"{num_images} images of each of {num_captions} captions take {needed / 1e9:.3g} GB"
         raise torch.OutOfMemoryError(f"{what}, {free / 1e9:.3g} GB are free on {device}: {advice}")
-    return torch.empty(num_captions, keep, *shape, device=device)
+    return torch.empty(num_captions, keep, *shape, dtype=torch.float32, device=device)
 
 
 def best_of(images, score, keep=1):

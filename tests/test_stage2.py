@@ -694,6 +694,7 @@ def test_a_run_begins_with_another_ones_model(folders, tmp_path, capsys):
         torch.testing.assert_close(new.state_dict()[name], tensor, rtol=0, atol=1e-9)
     flags = ["--init", run, "--learning-rate", "1e-12", *other]
     assert command(None, tmp_path / "more", *flags, "--resume") == 0
+    assert command(None, run, "--resume") == 0  # its own VAE
     capsys.readouterr()
     cases = {
         (None, tmp_path / "more", *flags[2:], "--dvae", dvae, "--resume"): "of a run with initial '",

@@ -28,7 +28,7 @@ VALIDATION = 1000  # at most, of the validation pictures
 def add_arguments(parser) -> None:
     run = parser.add_argument_group("the run")
     training.add_run_arguments(run, DALLE_RECIPES)
-    run.add_argument("--dvae", metavar="DIR", help="folder of a run of train-dvae (default: the VAE of --init)")
+    run.add_argument("--dvae", metavar="DIR", help="folder of a run of train-dvae (default: that of --init)")
     tokenizer = "of captions (default: that of --init; without it one is trained on the data's)"
     run.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
     run.add_argument("--truncate", action="store_true", help="cut captions that are too long, instead of refusing them")
@@ -93,14 +93,13 @@ def make_objective(arguments, recipe):
         UserError: a folder or file that is not what the flag needs.
     """
     from dalle_fast import checkpoint
-    from dalle_fast.data import Tokenizer
     from dalle_fast.data.images import tell_of_bad
     from dalle_fast.data.text import MIN_VOCAB_SIZE
     from dalle_fast.nn import dalle
     from dalle_fast.nn import functional as F
     from dalle_fast.outputs import held, make_folder
     from dalle_fast.training import processes
-    from dalle_fast.training.codes import fingerprint, key_of
+    from dalle_fast.training.codes import key_of
     from dalle_fast.training.loop import check_folder
     from dalle_fast.training.stage2 import DALLEObjective, known_settings
 
@@ -117,15 +116,9 @@ def make_objective(arguments, recipe):
         )
     preset = training.replaced(preset, given)
     device = training.device(arguments.device)
-    if not (arguments.dvae or arguments.init):
-        raise UserError("--dvae must be given, the folder of a run of train-dvae, or --init, whose VAE is taken")
-    dvae_folder = Path(arguments.dvae or (out if going_on else Path(arguments.init)) / DVAE)
-    dvae = checkpoint.load_model(dvae_folder, kind="DiscreteVAE", device=device)
-    if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(out / DVAE)):
-        raise UserError(f"{out} began with another discrete VAE than the one in {dvae_folder}")
-    tokenizer, its_folder = None, out if going_on or not leads else arguments.init
-    if arguments.tokenizer or its_folder:
-        tokenizer = Tokenizer.load(arguments.tokenizer or Path(its_folder) / TOKENIZER)
+    dvae = _dvae(arguments, going_on, device)
+    tokenizer = _tokenizer(arguments, out if going_on or not leads else arguments.init)
+    if tokenizer is not None:
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
@@ -158,6 +151,29 @@ def make_objective(arguments, recipe):
         if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
             _leave(out, objective)
         return objective
+
+
+def _dvae(arguments, going_on, device):
+    """The frozen discrete VAE: what is not given is that of the run, or of --init."""
+    from dalle_fast import checkpoint
+    from dalle_fast.training.codes import fingerprint
+
+    if not (arguments.dvae or arguments.init or going_on):
+        raise UserError("--dvae must be given, the folder of a run of train-dvae, or --init, whose VAE is taken")
+    folder = Path(arguments.dvae or Path(arguments.out if going_on else arguments.init) / DVAE)
+    dvae = checkpoint.load_model(folder, kind="DiscreteVAE", device=device)
+    if going_on and fingerprint(dvae) != fingerprint(checkpoint.load_model(Path(arguments.out) / DVAE)):
+        raise UserError(f"{arguments.out} began with another discrete VAE than the one in {folder}")
+    return dvae
+
+
+def _tokenizer(arguments, folder):
+    """The one that is given, or of the run in `folder`; None where one is to be trained."""
+    from dalle_fast.data import Tokenizer
+
+    if not (arguments.tokenizer or folder):
+        return None
+    return Tokenizer.load(arguments.tokenizer or Path(folder) / TOKENIZER)
 
 
 def _config(preset, dvae, tokenizer):

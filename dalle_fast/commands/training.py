@@ -56,7 +56,7 @@ def add_recipe_arguments(group, recipes) -> None:
 
 def add_loop_arguments(group) -> None:
     switch = argparse.BooleanOptionalAction
-    parts = "parts of a batch that go through the model one after another, for the memory of one of them"
+    parts = "parts of a batch that go through the model one after another, for the activations of one of them"
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help=parts)
     group.add_argument("--max-skipped", type=int, default=20, metavar="N", help="non-finite steps in a row to skip")
     for flag, what, default in (

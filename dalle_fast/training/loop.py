@@ -237,7 +237,7 @@ class _Run:
         self.ema = EMA(self.model, decay=settings.ema_decay, every=settings.ema_every)
         self.autocast = _autocast_dtype(settings.precision, self.device)
         precision = "float32" if self.autocast is None else "bfloat16"
-        self.settings_that_matter = {**settings.that_matter(), "precision": precision, **objective.settings}
+        self.settings_that_matter = {**objective.settings, **settings.that_matter(), "precision": precision}
         if self.processes.count > 1:  # which sums are rounded, and in stage 1 what noise there is
             self.settings_that_matter["processes"] = self.processes.count
         try:  # as a checkpoint gives them back
