@@ -5,8 +5,10 @@ Variables: DALLE_FAST_CUDA (see build_backend/dalle_fast_build.py), CMAKE_BUILD_
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,6 +24,8 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import dalle_fast_build
 
+# Not imported: its folder has modules of names that others have too.
+digest_of_sources = runpy.run_path(str(ROOT / "dalle_fast" / "_sources.py"))["digest"]
 CUDA_ARCHITECTURES = "80-real;90-real;100"  # and PTX of the last, for what comes after
 
 
@@ -50,6 +54,19 @@ def pybind11_folder() -> str:
     return pybind11.get_cmake_dir()
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path):
+    """Two environments of one Python that install this checkout share the folder; the second one waits."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, extension):
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -63,6 +80,10 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"DALLE_FAST_CUDA={dalle_fast_build.cuda_wanted()} asks for CUDA, but {why_no_cuda}")
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):
+            self.build_in(folder, extension, cmake, ninja, nvcc, why_no_cuda)
+
+    def build_in(self, folder, extension, cmake, ninja, nvcc, why_no_cuda):
         chosen = dalle_fast_build.cached_choices(nvcc)
         dalle_fast_build.forget_stale_cache(folder, chosen)
         arguments = [
@@ -73,6 +94,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-Dpybind11_DIR={pybind11_folder()}",
             f"-DDALLE_FAST_VERSION={self.distribution.get_version()}",
+            f"-DDALLE_FAST_SOURCES={digest_of_sources(ROOT)}",
             f"-DDALLE_FAST_NO_CUDA_REASON={why_no_cuda}",
         ]
         arguments += [f"-D{name}={value}" for name, value in chosen.items() if value]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ NVCC_FROM_PYPI = [
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 # CMake's names for the paths that a build environment, deleted since, may have held.
 CACHED_TOOLS = ("CMAKE_COMMAND", "CMAKE_CXX_COMPILER", "CMAKE_CUDA_COMPILER", "CMAKE_MAKE_PROGRAM")
+LAUNCHERS = ("ccache", "sccache", "distcc")
 PROBE = "__global__ void probe(int* out) { *out = 1; }\n"
 
 
@@ -98,9 +100,17 @@ def nvcc_environment(nvcc: pathlib.Path) -> dict[str, str]:
     if nvcc.parent.parent.name == "cu13":  # the PyPI package has lib, nvcc looks in lib64
         folders = [str(nvcc.parent.parent / "lib"), env.get("LIBRARY_PATH", "")]
         env["LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-    if env.get("CXX"):
-        env.setdefault("CUDAHOSTCXX", env["CXX"])
+    if compiler := host_compiler():
+        env.setdefault("CUDAHOSTCXX", compiler)
     return env
+
+
+def host_compiler() -> str:
+    """The compiler that CXX names, "" for none: CMake takes arguments behind it and a launcher before it, nvcc neither."""
+    value = os.environ.get("CXX", "")
+    if shutil.which(value):  # a path may have spaces
+        return value
+    return next((word for word in shlex.split(value) if pathlib.Path(word).name not in LAUNCHERS), "")
 
 
 def cached_choices(nvcc: pathlib.Path | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ namespace {
 py::dict build_info() {
     py::dict info;
     info["version"] = DALLE_FAST_VERSION;
+    info["sources"] = DALLE_FAST_SOURCES;
     info["compiler"] = DALLE_FAST_COMPILER;
 #if defined(_OPENMP)
     info["openmp"] = true;

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 
 import dalle_fast
+from dalle_fast import _sources
 
-HOW_TO_BUILD = "build it with `pip install -e . --no-build-isolation --no-deps` (or `make build`) in the repository"
+HOW_TO_BUILD = (
+    "build it in the repository: `pip install -e .`, or, where cmake, ninja, pybind11 and setuptools are installed, "
+    "`make build`, which is faster and needs no network"
+)
 
 
 def native():
     """The module.
 
     Raises:
-        ImportError: it was not built, does not load, or was built from another version of the sources.
+        ImportError: it was not built, does not load, or was built from other sources than those beside this package.
     """
     module, failure = _load()
     if module is None:
@@ -62,4 +67,9 @@ def _load():
             f"the native module dalle_fast._native was built for version {built_for}, "
             f"this is {dalle_fast.__version__}; {HOW_TO_BUILD}"
         )
+    # As after a `git pull`, or where another checkout's module is found: its functions take other arguments.
+    root = Path(dalle_fast.__file__).resolve().parent.parent
+    sources = _sources.digest(root)
+    if sources is not None and module.build_info().get("sources") != sources:
+        return None, f"{module.__file__} was built from other sources than those in {root / 'csrc'}; {HOW_TO_BUILD}"
     return module, None

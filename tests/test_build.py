@@ -9,11 +9,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 import dalle_fast
-from dalle_fast import _extension
+from dalle_fast import _extension, _sources
 
 ROOT = pathlib.Path(__file__).parent.parent
 native = _extension.native()
@@ -104,6 +105,24 @@ def test_a_module_of_another_version_is_refused():
     )
     reason = output(code)
     assert native.build_info()["version"] in reason and "0.0.7" in reason and "make build" in reason
+
+
+def test_a_module_of_other_sources_is_refused(tmp_path):
+    """As after a git pull without a build, or where the module of another checkout is found."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    assert _sources.digest(tmp_path) == native.build_info()["sources"]
+    (tmp_path / "csrc" / "mask.h~").write_text("what an editor left")
+    assert _sources.digest(tmp_path) == native.build_info()["sources"]
+    with open(tmp_path / "csrc" / "mask.h", "a") as file:
+        file.write("// changed")
+    code = (
+        "import json, pathlib\nfrom dalle_fast import _extension, _sources\n"
+        f"digest = _sources.digest; _sources.digest = lambda root: digest(pathlib.Path({str(tmp_path)!r}))\n"
+        "print(json.dumps(_extension.why_missing()))"
+    )
+    assert "built from other sources" in (reason := output(code)) and "make build" in reason
+    assert _sources.digest(tmp_path / "csrc") is None  # an installed package has none beside it
 
 
 # -- instruction sets ------------------------------------------------------------------------------------------------
@@ -241,6 +260,15 @@ def test_an_nvcc_that_does_not_work_is_passed_over(backend, monkeypatch, tmp_pat
     assert str(from_pypi.parent.parent / "lib") in backend.nvcc_environment(from_pypi)["LIBRARY_PATH"].split(os.pathsep)
 
 
+@pytest.mark.parametrize(
+    "value, compiler",
+    [("", ""), ("g++ -m64 -O2", "g++"), ("ccache g++", "g++"), ("/opt/a\\ b/g++ -m64", "/opt/a b/g++")],
+)
+def test_nvcc_is_given_the_compiler_alone(backend, monkeypatch, tmp_path, value, compiler):
+    monkeypatch.setenv("CXX", value)
+    assert backend.nvcc_environment(tmp_path / "bin/nvcc").get("CUDAHOSTCXX", "") == compiler
+
+
 def test_the_environment_turns_cuda_off(backend, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDACXX", str(fake_nvcc(tmp_path / "bin/nvcc")))
     monkeypatch.setenv("DALLE_FAST_CUDA", "0")
@@ -334,3 +362,19 @@ def test_no_cuda_header_in_cpp_files():
     texts = {path: path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")}
     assert texts
     assert [str(path) for path, text in texts.items() if "cuda_runtime" in text or ".cuh" in text] == []
+
+
+def test_a_source_distribution_has_what_its_tests_and_benchmarks_need(tmp_path):
+    pytest.importorskip("setuptools", reason="the build backend is setuptools'")
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("needs git and its checkout, to know what belongs to it")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    copy = tmp_path / "copy"  # the build leaves files behind
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(set(tracked) - names) == [".gitignore"]

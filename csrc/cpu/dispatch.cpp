@@ -27,6 +27,12 @@ bool cpu_has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+// Compilers that cannot make the kernels for these do not know their names either.
+#if defined(DALLE_FAST_WITH_avx512_bf16)
+bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#if defined(DALLE_FAST_WITH_avx512_amx)
 bool cpu_has_amx() {  // and the system lets this process use its registers
     unsigned a, b, c, d;
     if (!cpu_has_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return false;
@@ -38,6 +44,7 @@ bool cpu_has_amx() {  // and the system lets this process use its registers
     return false;
 #endif
 }
+#endif
 #endif
 
 struct InstructionSet {
@@ -71,7 +78,7 @@ const std::vector<InstructionSet>& compiled() {
 #if defined(DALLE_FAST_WITH_avx512_bf16)
         // Intel's cores issue vdpbf16ps at a quarter of the rate of a float32 FMA (measured on Sapphire Rapids): half
         // the multiply-adds. There bfloat16 is faster converted to float32, as avx512 does.
-        {"avx512_bf16", cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"), __builtin_cpu_is("amd") != 0,
+        {"avx512_bf16", cpu_has_avx512_bf16(), __builtin_cpu_is("amd") != 0,
          avx512_bf16::attention_kernels, avx512_bf16::decode_kernels, avx512_bf16::codebook_kernels,
          avx512_bf16::linear_kernels, avx512_bf16::product_kernels, avx512_bf16::blocks_kernels},
 #endif
