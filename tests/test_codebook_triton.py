@@ -246,8 +246,11 @@ def test_ranges_fill_the_processors_and_none_is_empty():
 
 
 @compiled
-@pytest.mark.parametrize("task", ["argmax", "sample", "loss"])
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "arch, task",
+    # A search is a sample without noise, which has the fewest registers to spare.
+    [*itertools.product((80, 90, 100, 120), ("sample", "loss")), (90, "argmax")],
+)
 def test_compiles_well(monkeypatch, tmp_path, arch, task):
     from test_triton_compile import SHARED_LIMIT, TENSOR_CORE, TargetOnly, kernel_usage
 
