@@ -17,6 +17,7 @@ COMMANDS = {
     "train-dalle": "dalle_fast.commands.train_dalle",
     "generate": "dalle_fast.commands.generate",
     "reconstruct": "dalle_fast.commands.reconstruct",
+    "convert": "dalle_fast.commands.convert",
     "verify": "dalle_fast.verify",
     "info": "dalle_fast.info",
 }
