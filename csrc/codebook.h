@@ -91,4 +91,13 @@ struct GumbelSoftmaxRows {
     int64_t* codes;       // (R) argmax, or null
 };
 
+// What may be drawn of logits, in place: those of all other codes become -inf. On a CPU alone.
+struct TruncatedRows {
+    int64_t R, K;
+    float* logits;      // (R, K), contiguous; become (logit - the row's largest) / temperature
+    float temperature;  // above 0
+    int64_t top_k;      // as many of the largest stay, of equals the first ones; K: all
+    float top_p;        // then the fewest of the most likely ones whose probabilities add up to this; 1: all
+};
+
 }  // namespace dalle_fast

@@ -3,6 +3,7 @@
 N rows, K codes, I size of hidden (Din), D size of an embedding.
 """
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from dalle_fast.nn import functional as F
 from dalle_fast.ops.codebook import cpu, cuda
 from dalle_fast.ops.codebook.noise import gumbel_noise
-from dalle_fast.ops.codebook.op import logits_of, sample_of_logits
+from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
+from dalle_fast.ops.codebook.truncation import truncated as by_sorting
 from dalle_fast.testing import (
     assert_as_exact_as_eager,
     codebook_noise,
@@ -545,3 +547,53 @@ def test_codes_are_drawn_of_logits_as_of_their_factors(serve, dtype, sizes):
     assert left[some].all()
     noisy = (exact + noise).masked_fill(~left, -1e30)
     check_codes(some.cpu(), noisy.cpu(), (exact.abs() + noise.abs()).cpu(), K)
+
+
+@pytest.mark.every_instruction_set
+@pytest.mark.parametrize("K", [1, 2, 63, 64, 130, 1000, 8192])
+def test_what_may_be_drawn(serve, K):
+    """The same codes as by sorting, but where a probability's rounding decides; of equal ones the first, where we choose."""
+    torch.manual_seed(K)
+    for top_k, top_p, temperature in itertools.product(
+        (None, 1, max(1, K // 3), K), (None, 1e-9, 0.5, 0.95, 1.0), (0.3, 2.0)
+    ):
+        logits = torch.randn(5, K, device=serve.device) * torch.tensor(
+            [[0.1], [1], [4], [30], [1e4]], device=serve.device
+        )
+        logits[2, : K // 2] = -torch.inf  # forbidden by somebody before
+        kept = truncated(logits.clone(), temperature, top_k, top_p, impl=serve.impl)
+        expected = by_sorting(logits.double(), temperature, top_k, None)
+        p = expected.softmax(-1)
+        ordered, order = p.sort(descending=True)
+        before = torch.empty_like(p).scatter(1, order, ordered.cumsum(-1) - ordered)
+        limit = 2.0 if top_p is None or top_p == 1 else top_p
+        stays, goes = (before < limit - 1e-5) & (expected > -torch.inf), before > limit + 1e-5
+        stays.scatter_(1, order[:, :1], expected.amax(-1, keepdim=True) > -torch.inf)
+        assert torch.isfinite(kept[stays]).all() and (kept[goes | (expected == -torch.inf)] == -torch.inf).all()
+        finite = kept > -torch.inf
+        torch.testing.assert_close(kept[finite].double(), expected[finite], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.every_instruction_set
+@pytest.mark.parametrize("K", [7, 64, 200])
+def test_of_equal_codes_as_many_may_be_drawn_as_are_needed(serve, K):
+    logits = torch.zeros(3, K, device=serve.device)
+    logits[1, 5], logits[2] = 1.0, -torch.inf
+    for top_k in (1, 3, K):
+        kept = truncated(logits.clone(), 1.0, top_k, None, impl=serve.impl).isfinite()
+        assert kept.sum(-1).tolist() == [top_k, top_k, 0] and kept[1, 5]
+    kept = truncated(logits.clone(), 1.0, None, 0.5, impl=serve.impl).isfinite().sum(-1).tolist()
+    assert kept[0] == -(-K // 2) and kept[2] == 0
+    if serve.impl == "cpu":
+        first = truncated(logits.clone(), 1.0, 3, None, impl=serve.impl).isfinite()
+        assert first[0].nonzero()[:, 0].tolist() == [0, 1, 2] and first[1].nonzero()[:, 0].tolist() == [0, 1, 5]
+
+
+def test_a_row_that_is_not_finite_is_the_only_one_that_it_changes(serve):
+    logits = torch.randn(4, 70, device=serve.device)
+    clean = truncated(logits.clone(), 0.7, 9, 0.8, impl=serve.impl)
+    logits[1, 3], logits[2] = torch.nan, torch.inf
+    kept = truncated(logits, 0.7, 9, 0.8, impl=serve.impl)
+    assert torch.equal(kept[[0, 3]], clean[[0, 3]])
+    codes = sample_of_logits(kept, torch.arange(4, device=serve.device), impl=serve.impl)
+    assert ((codes >= 0) & (codes < 70)).all()

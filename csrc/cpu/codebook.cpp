@@ -93,6 +93,10 @@ void gumbel_softmax(const CodebookKernels& kernels, const GumbelSoftmaxRows& a, 
     run(kernels.gumbel_softmax, a, a.R, a.K, threads);
 }
 
+void truncate(const CodebookKernels& kernels, const TruncatedRows& a, int threads) {
+    run(kernels.truncate, a, a.R, a.K, threads);
+}
+
 void sample(const CodebookKernels& kernels, const SampleRows& a, int threads) {
     for_rows(a.x.R, a.x.K, 0, threads, [&](int64_t begin, int64_t end, float*) {
         for (int64_t r = begin; r < end; ++r) {

@@ -33,6 +33,7 @@ struct CodebookKernels {
     void (*gumbel_backward)(const GumbelBackward&, int64_t begin, int64_t end, float* scratch);
     void (*cross_entropy)(const CrossEntropyRows&, int64_t begin, int64_t end, float* scratch);
     void (*gumbel_softmax)(const GumbelSoftmaxRows&, int64_t begin, int64_t end, float* scratch);
+    void (*truncate)(const TruncatedRows&, int64_t begin, int64_t end, float* scratch);
     void (*best_codes)(const SampleRows&, const LogitTile&, BestCode* of_rows);
     void (*exp_sums)(const CrossEntropyRows&, const LogitTile&, ExpSum* of_rows);
 };
@@ -49,6 +50,7 @@ void gumbel_backward(const CodebookKernels&, const GumbelBackward&, int threads)
 void sample(const CodebookKernels&, const SampleRows&, int threads);
 void cross_entropy(const CodebookKernels&, const CrossEntropyRows&, int threads);
 void gumbel_softmax(const CodebookKernels&, const GumbelSoftmaxRows&, int threads);
+void truncate(const CodebookKernels&, const TruncatedRows&, int threads);
 
 // The logits' factors, hidden (R, Din) and weight (K, Din), in place of the logits of all rows.
 struct LogitFactors {

@@ -97,6 +97,10 @@ void bind_codebook(py::module_& m) {
                              static_cast<CodebookDType>(dtype)},
                             threads);
           }, released);
+    m.def("truncate",
+          [](int64_t R, int64_t K, int64_t logits, float temperature, int64_t top_k, float top_p, int threads) {
+              truncate(codebook_kernels(), {R, K, at<float>(logits), temperature, top_k, top_p}, threads);
+          }, released);
     m.def("product",
           [](const Matrix& a, const Matrix& b, int64_t out, int64_t stride_out, bool add, int threads) {
               multiply(product_kernels(), {operand(a), operand(b), a[3], at<float>(out), stride_out, add}, threads);

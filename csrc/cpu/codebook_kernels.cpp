@@ -2,6 +2,7 @@
 //
 // A row of 8,192 floats lies in the first-level cache while a kernel passes over it. Every pass goes by blocks of 64
 // codes, the codes of 16 Philox counters; what is left of K behind the last whole block goes through a padded copy.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -482,10 +483,97 @@ void gumbel_softmax(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, floa
     }
 }
 
+// -- what may be drawn --------------------------------------------------------------------------------------------------
+
+// Floats in their order as integers in theirs, -0 right before 0, and back.
+int32_t order_of(float x) {
+    const int32_t bits = int32_t(float_to_bits(x));
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+float in_order(int32_t n) { return bits_to_float(uint32_t(n ^ (n >> 31 & 0x7fffffff))); }
+
+// The largest number of which enough(number) holds, as it does of -inf and of all below one of which it does, and not
+// beyond `most`. A number is halved some thirty times, where sorting a row would move it more often.
+template <class Enough>
+DF_INLINE float largest(float most, Enough&& enough) {
+    int64_t holds = order_of(-kInfinity), does_not = int64_t(order_of(most)) + 1;
+    while (does_not - holds > 1) {
+        const int64_t middle = holds + (does_not - holds) / 2;
+        (enough(in_order(int32_t(middle))) ? holds : does_not) = middle;
+    }
+    return in_order(int32_t(holds));
+}
+
+// Sums of[x] over the codes whose z is at least `least`. Fewer terms never have a larger sum: they are added in order.
+DF_INLINE float sum_from(float least, const float* z, const float* of, int64_t K) {
+    Vec sums[kVecs] = {};
+    for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+        Vec x[kVecs], y[kVecs];
+        load_block(z + block * kNoiseBlock, valid, -kInfinity, x);
+        load_block(of + block * kNoiseBlock, valid, 0, y);
+        for (int v = 0; v < kVecs; ++v) sums[v] += x[v] >= least ? y[v] : Vec{};
+    });
+    return sum_of(sums);
+}
+
+DF_INLINE int64_t count_from(float least, const float* z, int64_t K) {
+    IntVec counts[kVecs] = {};
+    for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+        Vec x[kVecs];
+        load_block(z + block * kNoiseBlock, valid, std::numeric_limits<float>::quiet_NaN(), x);
+        for (int v = 0; v < kVecs; ++v) counts[v] -= x[v] >= least;
+    });
+    int64_t count = 0;
+    for (int v = 0; v < kVecs; ++v)
+        for (int x = 0; x < VW; ++x) count += counts[v][x];
+    return count;
+}
+
+// Forbids what is below `least`, and of those that equal it the last ones, so that at most `count` stay.
+void forbid(float* z, int64_t K, float least, int64_t count) {
+    int64_t surplus = count_from(least, z, K) - count;
+    for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+        Vec x[kVecs];
+        load_block(z + block * kNoiseBlock, valid, -kInfinity, x);
+        for (int v = 0; v < kVecs; ++v) x[v] = x[v] >= least ? x[v] : splat(-kInfinity);
+        store_block(x, valid, z + block * kNoiseBlock);
+    });
+    for (int64_t code = K; surplus > 0 && code-- > 0;) {
+        if (z[code] != least) continue;
+        z[code] = -kInfinity;
+        --surplus;
+    }
+}
+
+void truncate(const TruncatedRows& a, int64_t begin, int64_t end, float* weights) {
+    const int64_t K = a.K;
+    for (int64_t r = begin; r < end; ++r) {
+        float* z = a.logits + r * K;
+        const float most = max_logit(nullptr, z, K);
+        if (!(std::fabs(most) <= std::numeric_limits<float>::max())) continue;  // all forbidden, infinite or NaN
+        if (a.top_k < K)
+            forbid(z, K, largest(most, [&](float least) { return count_from(least, z, K) >= a.top_k; }), a.top_k);
+        for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
+            Vec x[kVecs];
+            load_block(z + block * kNoiseBlock, valid, -kInfinity, x);
+            for (int v = 0; v < kVecs; ++v) x[v] = (x[v] - most) / a.temperature;
+            store_block(x, valid, z + block * kNoiseBlock);
+        });
+        if (a.top_p >= 1) continue;
+        const float wanted = a.top_p * exponentiate(z, K, 0, 1, weights);
+        const float least = largest(0, [&](float x) { return sum_from(x, z, weights, K) >= wanted; });
+        // Of equal ones no more than are needed beside those above.
+        const float next = in_order(order_of(least) + 1), above = sum_from(next, z, weights, K);
+        const int64_t count = count_from(next, z, K), equal = count_from(least, z, K) - count;
+        const float share = (wanted - above) / (sum_from(least, z, weights, K) - above);
+        forbid(z, K, least, count + std::max<int64_t>(1, int64_t(std::ceil(share * float(equal)))));
+    }
+}
+
 }  // namespace
 
 extern const CodebookKernels codebook_kernels;
-const CodebookKernels codebook_kernels = {gumbel_forward, gumbel_backward, cross_entropy, gumbel_softmax,
+const CodebookKernels codebook_kernels = {gumbel_forward, gumbel_backward, cross_entropy, gumbel_softmax, truncate,
                                           best_codes, exp_sums};
 
 }  // namespace DALLE_FAST_ISA

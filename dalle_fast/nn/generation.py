@@ -17,12 +17,11 @@ import torch
 
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
-from dalle_fast.ops.codebook.op import bounded, logits_of, sample_of_logits
+from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes but for a draw from logits in memory, in sizes of its cache
 BYTES_PER_LOGIT = 50  # what such a draw takes: 12 to 47 at its peak were measured on a CPU
-UNIT = float(1 << 40)  # of probabilities that are added up as integers: a GPU adds floats up in any order
 
 _CAPTURING = threading.Lock()  # a process captures one CUDA graph at a time
 
@@ -138,17 +137,7 @@ class Sampling(NamedTuple):
             return F.codebook_sample(hidden, weight, temperature=self.temperature, seed=seeds, impl=impl)
         with torch.autocast(hidden.device.type, enabled=False):
             logits = logits_of(hidden, weight, impl=impl)
-        if self.top_k is not None:
-            most_likely = logits.topk(self.top_k)
-            logits = torch.full_like(logits, -torch.inf).scatter(1, *reversed(most_likely))
-        # The largest becomes 0, which no temperature makes infinite.
-        logits = (logits - logits.amax(-1, keepdim=True)) / bounded(self.temperature)
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = logits.sort(descending=True)
-            p = (ordered.softmax(-1) * UNIT).to(torch.int64)
-            before = p.cumsum(-1) - p
-            ordered = ordered.masked_fill(before >= self.top_p * UNIT, -torch.inf)  # the first always stays
-            logits = logits.scatter(1, order, ordered)
+        logits = truncated(logits, self.temperature, self.top_k, self.top_p, impl=impl)
         return sample_of_logits(logits, seeds, impl=impl)
 
     @property

@@ -89,6 +89,9 @@ class Chunked:
     def logits(self, hidden, weight):
         return self.rows.logits(hidden, weight)
 
+    def truncated(self, logits, temperature, top_k, top_p):
+        return self.rows.truncated(logits.contiguous(), temperature, top_k, top_p)
+
     def sample_of_logits(self, logits, seed):
         codes = _row_results(logits, (), torch.int64)
         self.rows.sample(logits, None, seed, 0, logits.new_ones(()), codes, seed_per_row=True)

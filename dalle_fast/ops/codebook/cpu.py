@@ -242,6 +242,15 @@ def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     )  # fmt: skip
 
 
+def truncated(logits, temperature, top_k, top_p):
+    """As `truncation.truncated`, in place of logits (R, K) float32, whose NaN are forbidden."""
+    _extension.native().truncate(
+        *logits.shape, logits.data_ptr(), temperature, top_k or logits.shape[1], 1 if top_p is None else top_p,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return logits
+
+
 def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
     """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss), in `dtype`."""
     _extension.native().cross_entropy(

@@ -17,6 +17,7 @@ import torch
 
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
+from dalle_fast.ops.codebook.truncation import truncated  # noqa: F401 (part of the interface)
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 MAX_DIN, MAX_D = 4096, 1024  # what was promised and is tested, not what the kernels could do

@@ -78,6 +78,11 @@ def logits_of(hidden, weight, *, impl="auto"):
     return _serving("codebook_sample", impl, hidden=hidden, weight=weight).logits(hidden, weight)
 
 
+def truncated(logits, temperature, top_k, top_p, *, impl="auto"):
+    """As `truncation.truncated`, whose arguments it takes; logits (N, K) may be overwritten."""
+    return _serving("codebook_sample", impl, logits=logits).truncated(logits, bounded(temperature), top_k, top_p)
+
+
 def sample_of_logits(logits, seeds, *, impl="auto"):
     """Codes (N,) that `codebook_sample` draws at temperature 1 with seeds (N,), of logits (N, K), of which some are -inf."""
     with _current_device(logits):
