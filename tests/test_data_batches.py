@@ -1,4 +1,4 @@
-"""Batches: a stream that depends on the source, the seed and the batch's number alone; crops that are the paper's."""
+"""Batches: a stream that depends on the source, the seed and the batch's number alone."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dalle_fast.data import DataError, Example, batches, open_source
-from dalle_fast.data.loading import centre_crop, random_crop
+from dalle_fast.data.crops import centre_crop
 
 
 class Numbers:
@@ -117,64 +117,6 @@ def test_a_source_that_is_not_to_be_cropped_is_taken_whole():
         assert source.check(image.permute(1, 2, 0).numpy()) == caption
     with pytest.raises(ValueError, match="image_size must be that of the source shapes, 32, got 16"):
         stream(source, 1, image_size=16)
-
-
-# -- crops --------------------------------------------------------------------------------------------------------------
-
-
-def ramp(width, height):
-    """A picture whose red is its column and whose green is its row, in units of the size and of 255."""
-    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
-    image = np.zeros((height, width, 3))
-    image[..., 0], image[..., 1] = 255 * x, 255 * y[:, None]
-    return np.rint(image).astype(np.uint8)
-
-
-def test_random_crops_are_the_papers():
-    """Their share of the shorter side runs from 8/12 to 8/9, and they lie anywhere."""
-    image, rng, size = ramp(600, 400), np.random.default_rng(0), 64
-    shares, lefts, tops = [], [], []
-    for _ in range(400):
-        crop = random_crop(image, size, rng).astype(float)
-        wide = (crop[:, -1, 0] - crop[:, 0, 0]).mean() / 255 * 600 * size / (size - 1)
-        high = (crop[-1, :, 1] - crop[0, :, 1]).mean() / 255 * 400 * size / (size - 1)
-        assert abs(wide - high) < 6  # not distorted
-        shares.append((wide + high) / 2 / 400)
-        lefts.append((crop[:, 0, 0].mean() / 255 * 600 - wide / size / 2) / (600 - wide))
-        tops.append((crop[0, :, 1].mean() / 255 * 400 - high / size / 2) / (400 - high))
-    assert 8 / 12 - 0.01 < min(shares) < 0.68
-    assert 0.87 < max(shares) < 8 / 9 + 0.01
-    for places in (lefts, tops):
-        assert -0.02 < min(places) < 0.03
-        assert 0.97 < max(places) < 1.02
-        assert abs(np.mean(places) - 0.5) < 0.06
-    assert abs(np.corrcoef([lefts, tops, shares])[np.triu_indices(3, 1)]).max() < 0.2
-
-
-def test_a_small_picture_is_not_enlarged():
-    rng, image = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (17, 30, 3), np.uint8)
-    for _ in range(20):  # 17 is less than 9/8 of 16: no resizing
-        crop = random_crop(image, 16, rng)
-        assert crop.shape == (16, 16, 3)
-        spread = abs(crop.astype(int) - 128).mean()
-        assert spread > 40  # of noise: the averages of an enlarged or reduced picture are nearer to the middle
-    assert np.array_equal(random_crop(image[:16, :16], 16, rng), image[:16, :16])
-
-
-def test_centre_crops():
-    image = ramp(96, 64)
-    assert np.array_equal(centre_crop(image, 64), image[:, 16:80])
-    half = np.asarray(Image.fromarray(image[:, 16:80]).reduce(2))
-    assert abs(centre_crop(image, 32).astype(int) - half).max() <= 1
-    odd = centre_crop(ramp(33, 47), 31)
-    assert odd.shape == (31, 31, 3)
-    assert abs(odd[..., 1].mean() - 127.5) < 1
-
-
-@pytest.mark.parametrize("crop", [lambda image, size: random_crop(image, size, np.random.default_rng(0)), centre_crop])
-def test_a_picture_smaller_than_the_crop_is_an_error(crop):
-    with pytest.raises(ValueError, match="at least 16 pixels a side for a crop of 16, got 30 x 15"):
-        crop(np.zeros((15, 30, 3), np.uint8), 16)
 
 
 # -- bad pictures, bad arguments ----------------------------------------------------------------------------------------

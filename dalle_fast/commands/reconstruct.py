@@ -53,7 +53,7 @@ def reconstructions(model, paths):
 
 def _read(path, size):
     """The middle square of the picture in a file: (size, size, 3) uint8."""
-    from dalle_fast.data.loading import centre_crop
+    from dalle_fast.data.crops import centre_crop
 
     try:
         return centre_crop(read_picture(path, draft=size), size)

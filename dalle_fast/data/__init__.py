@@ -22,7 +22,7 @@ _HOMES = {
     "read_captions": "shapes",
     "scene_of_caption": "shapes",
 }
-_PARTS = ("emoji", "folder", "images", "loading", "shapes", "source", "stamps", "tar", "text")
+_PARTS = ("crops", "emoji", "folder", "images", "loading", "shapes", "source", "stamps", "tar", "text")
 
 __all__ = [
     "Batch",

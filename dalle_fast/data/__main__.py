@@ -8,7 +8,7 @@ import textwrap
 
 import numpy as np
 
-from dalle_fast.data.loading import centre_crop
+from dalle_fast.data.crops import centre_crop
 from dalle_fast.data.source import open_source
 
 MARGIN = 10

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dalle_fast.data.crops import centre_crop, random_crop
 from dalle_fast.data.source import DataError, can_crop, check_count, generator
 
-SHORTEST, LONGEST = 9 / 8, 12 / 8  # the paper's resizing of the shorter side, in units of the crop
 _SHUFFLE, _CROP = 3, 4  # uses of randomness
 
 
@@ -154,44 +154,3 @@ def shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list
 def _in_order(size: int, batch_size: int, start: int) -> Iterator[list[tuple[int, int]]]:
     for first in range(start * batch_size, size, batch_size):
         yield [(0, index) for index in range(first, min(first + batch_size, size))]
-
-
-# -- crops --------------------------------------------------------------------------------------------------------------
-
-
-def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of an image whose shorter side was resized to between 9/8 and 12/8 of the square's.
-
-    An image is never enlarged: one with less than that keeps its size.
-
-    Args:
-        image: (height, width, 3) uint8. size: S.
-
-    Returns:
-        (S, S, 3) uint8.
-
-    Raises:
-        ValueError: the image is smaller than the square.
-    """
-    shorter = min(image.shape[:2])
-    least, most = (min(shorter, round(share * size)) for share in (SHORTEST, LONGEST))
-    return _square(image, size, int(rng.integers(least, most + 1)), rng.random(2))
-
-
-def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of an image whose shorter side was resized to the square's; otherwise as `random_crop`."""
-    return _square(image, size, size, (0.5, 0.5))
-
-
-def _square(image, size, resized, place):
-    """The square of `size` at `place` (top and left, from 0 to 1) of the image with its shorter side `resized`."""
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    if shorter < size:
-        raise ValueError(f"image must be at least {size} pixels a side for a crop of {size}, got {width} x {height}")
-    side = shorter * size / resized  # of the square in the image as it came: one resampling does both
-    top, left = (height - side) * place[0], (width - side) * place[1]
-    box = (left, top, min(left + side, width), min(top + side, height))
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX, box=box))
