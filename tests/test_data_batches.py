@@ -1,14 +1,16 @@
 """Batches: a stream that depends on the source, the seed and the batch's number alone."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle_fast.data import DataError, Example, batches, open_source
-from dalle_fast.data.crops import centre_crop
+from dalle_fast.data import DataError, Example, batches, loading, open_source
+from dalle_fast.data.crops import caption_crop, centre_crop, random_crop
+from dalle_fast.data.source import generator
 
 
 class Numbers:
@@ -117,6 +119,35 @@ def test_a_source_that_is_not_to_be_cropped_is_taken_whole():
         assert source.check(image.permute(1, 2, 0).numpy()) == caption
     with pytest.raises(ValueError, match="image_size must be that of the source shapes, 32, got 16"):
         stream(source, 1, image_size=16)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_crop_of_training_can_be_chosen(num_workers):
+    """What it gives is a function of seed, epoch and index, too."""
+    source = Numbers(8)
+    chosen = stream(source, 4, crop=caption_crop, num_workers=num_workers)
+    assert same(stream(source, 2, crop=caption_crop, start=2), chosen[2:])
+    assert not same(chosen, stream(source, 4)) and same(stream(source, 4, crop=random_crop), stream(source, 4))
+    for epoch, batch in enumerate(chosen):
+        for image, index in zip(batch.images, batch.indices):
+            expected = caption_crop(source[index].image, 16, generator(0, loading._CROP, epoch, index))
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert same(stream(source, 1, train=False, crop=caption_crop), stream(source, 1, train=False))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stage_2_warns_once_of_a_picture_longer_than_2_to_1(folder, num_workers):
+    for x in range(10):
+        Image.new("RGB", (60, 24)).save(folder / f"long{x}.png")
+        Image.new("RGB", (32, 64)).save(folder / f"just{x}.png")
+    source = open_source(folder, image_size=16)
+    with pytest.warns(UserWarning, match=r"one side of long\d.png is 2.5 times the other") as warned:
+        stream(source, 20, crop=caption_crop, num_workers=num_workers)
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream(source, 20, num_workers=num_workers)  # of stage 1
+        stream(source, None, train=False, crop=caption_crop, num_workers=num_workers)
 
 
 # -- bad pictures, bad arguments ----------------------------------------------------------------------------------------

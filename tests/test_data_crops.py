@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_fast.data.crops import _resized, centre_crop, random_crop
+from dalle_fast.data.crops import _resized, caption_crop, centre_crop, random_crop
 
 
 def rng(seed=0):
@@ -126,10 +126,19 @@ def test_stage_1_crops_a_square_anywhere_in_any_full_square():
     check_shares(places(random_crop, (24, 18), 16), np.outer(shares, uniform(0, 3, 18)))
 
 
-@pytest.mark.parametrize(("crop", "least", "most"), [(random_crop, 36, 48)])
+def test_stage_2_crops_near_the_middle():
+    wide = places(caption_crop, (16, 57), 16)  # 41 more than a square, of which 15 are left out at first
+    check_shares(wide, np.outer(uniform(0, 1, 16), uniform(15, 25, 57)))
+    check_shares(places(caption_crop, (57, 16), 16), np.outer(uniform(15, 25, 57), uniform(0, 1, 16)))
+    square = places(caption_crop, (18, 18), 16)  # not scaled, a third of the times
+    assert square[:3, :3].all()
+    check_shares(places(caption_crop, (16, 17), 16), np.outer(uniform(0, 1, 16), uniform(0, 1, 17)))
+
+
+@pytest.mark.parametrize(("crop", "least", "most"), [(random_crop, 36, 48), (caption_crop, 32, 36)])
 @pytest.mark.parametrize("side", [200, 40, 34])
 def test_full_squares_are_resized_to_any_size_of_the_stages(crop, least, most, side):
-    """For crops of 32 to between 36 and 48 a side in stage 1, but never enlarged."""
+    """For crops of 32 to between 36 and 48 a side in stage 1, and between 32 and 36 in stage 2, but never enlarged."""
     image, state = counted(side, side).astype(float) * (255 / side), rng()
     image = np.rint(image).astype(np.uint8)
     resized = np.zeros(most + 1, int)
@@ -148,9 +157,10 @@ def test_full_squares_are_resized_to_any_size_of_the_stages(crop, least, most, s
     "crop",
     [
         lambda image, size: random_crop(image, size, rng()),
+        lambda image, size: caption_crop(image, size, rng()),
         centre_crop,
     ],
-    ids=["random", "centre"],
+    ids=["random", "caption", "centre"],
 )
 def test_a_picture_smaller_than_the_crop_is_an_error(crop):
     with pytest.raises(ValueError, match="at least 16 pixels a side for a crop of 16, got 30 x 15"):

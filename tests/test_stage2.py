@@ -19,7 +19,8 @@ import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli
 from dalle_fast.checkpoint import CheckpointError
 from dalle_fast.commands import train_dalle
-from dalle_fast.data import Example, Tokenizer, open_source
+from dalle_fast.data import Example, Tokenizer, loading, open_source
+from dalle_fast.data.crops import caption_crop
 from dalle_fast.nn import dalle
 from dalle_fast.outputs import held
 from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, stage2, train
@@ -305,6 +306,19 @@ def test_more_examples_than_pictures_are_further_crops(dvae, tmp_path):
     for source, split in ((few(size=5), "train"), (few("validation", 5, 48, crop=True), "validation")):
         encoded = encode_source(dvae, source, folder=tmp_path, split=split, count=20, progress=False)
         assert len(encoded.codes) == encoded.key["count"] == 5
+
+
+def test_training_codes_are_of_stage_2s_crops_and_known_by_them(dvae, tmp_path):
+    """A drawn scene is not cropped: its codes are known by the key that they always had."""
+    large, keywords = few(size=5, image_size=48, crop=True), {"split": "train", "count": 20}
+    encoded = encode_source(dvae, large, folder=tmp_path, **keywords, progress=False)
+    [batch] = itertools.islice(loading.batches(large, 20, image_size=16, seed=0, crop=caption_crop), 1)
+    assert encoded.captions == batch.captions
+    assert torch.equal(encoded.codes.long(), dvae.encode(batch.images.float() / 255).flatten(1))
+    assert encoded.key["crop"] == "caption_crop"
+    assert codes.key_of(dvae, large, split="validation", count=2, seed=0)["crop"] == "centre_crop"
+    whole = codes.key_of(dvae, few(size=5), split="train", count=None, seed=0)
+    assert whole.keys() == {"dvae", "data", "split", "count", "seed"}
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Square crops of pictures: at random for stage 1 of training, and in the middle (Ramesh et al. 2021, appendix A).
+"""Square crops of pictures: at random for either stage of training, and in the middle (Ramesh et al. 2021, appendix A).
 
 A full square is a square as large as the picture allows; it is made smaller by averaging areas, never larger.
 
@@ -30,6 +30,20 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     corner = [int(rng.integers(0, length - side + 1)) for length in image.shape[:2]]
     least, most = (min(side, round(share * size)) for share in (SHORTEST, LONGEST))
     resized = int(rng.integers(least, most + 1))
+    return _resized(image, corner, resized, _place(resized, size, rng), size)
+
+
+def caption_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """For stage 2 (Listing 2), so that what the caption names stays in it: a full square near the middle, resized to
+    between S and 9/8 of S a side; a crop in it. Arguments and result as of `random_crop`.
+
+    The square lies within the middle quarter of the places that it could have. Of a picture longer than 2 to 1 more
+    than half is lost all the same.
+    """
+    side = _side(image, size)
+    starts = [(3 * (length - side) // 8, 5 * (length - side) // 8) for length in image.shape[:2]]
+    corner = [int(rng.integers(first, max(first + 1, end))) for first, end in starts]
+    resized = int(rng.integers(size, min(side, round(SHORTEST * size)) + 1))
     return _resized(image, corner, resized, _place(resized, size, rng), size)
 
 

@@ -7,13 +7,14 @@ B batch, S pixels of a side, N pictures of the source.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dalle_fast.data.crops import centre_crop, random_crop
+from dalle_fast.data.crops import caption_crop, centre_crop, random_crop
 from dalle_fast.data.source import DataError, can_crop, check_count, generator
 
 _SHUFFLE, _CROP = 3, 4  # uses of randomness
@@ -35,6 +36,7 @@ def batches(
     seed: int,
     start: int = 0,
     train: bool = True,
+    crop: Callable[[np.ndarray, int, np.random.Generator], np.ndarray] = random_crop,
     flip: bool = False,
     num_workers: int = 0,
     part: Callable[[list], list] = list,
@@ -42,9 +44,8 @@ def batches(
     """A stream of batches.
 
     In training it has no end: every epoch shows all pictures in an order of its own, a batch may reach into the next
-    epoch, and of each picture a random square crop is taken (Ramesh et al. 2021, as in `random_crop`). Otherwise it is
-    one pass in order with centre crops, whose last batch may be smaller. Pictures of a source with `crop` False are
-    taken whole.
+    epoch, and of each picture a random square crop is taken. Otherwise it is one pass in order with centre crops, whose
+    last batch may be smaller. Pictures of a source with `crop` False are taken whole.
 
     Args:
         source: a `Source`.
@@ -52,6 +53,8 @@ def batches(
         image_size: S.
         seed: of order, crops and flips.
         start: the number of the first batch; batch n of a stream from `start` is batch n of the stream from 0.
+        crop: which crops training takes (Ramesh et al. 2021): `random_crop` for stage 1, `caption_crop` for stage 2. With
+            the latter the first picture longer than 2 to 1 that comes is warned of.
         flip: mirror half of the pictures, in training. Captions stay as they are, so this is for stage 1.
         num_workers: processes that load; the stream does not depend on it.
         part: of a batch's pictures those that this process loads and gives, where several share every batch.
@@ -69,7 +72,7 @@ def batches(
         raise ValueError(f"source {source.name} must have pictures, got none")
     order = shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
     loader = torch.utils.data.DataLoader(
-        _Loading(source, image_size, seed, train, flip),
+        _Loading(source, image_size, seed, train, crop, flip),
         batch_sampler=map(part, order),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -80,23 +83,28 @@ def batches(
 
 def _stream(source, loader) -> Iterator[Batch]:
     note = getattr(source, "note", None)
-    for batch, looked in loader:
+    warned = False
+    for batch, looked, long in loader:
         for entries in looked if note else ():
             note(entries)  # in this process: what a worker's copy of the source has seen is lost
+        if long and not warned:
+            warned = True
+            warnings.warn(f"{source.name}: {long}", stacklevel=2)
         if isinstance(batch, DataError):
             raise batch
         yield batch
 
 
 class _Loading(torch.utils.data.Dataset):
-    """(epoch, index) -> (image (3, S, S), caption, index, which pictures were looked at for it).
+    """(epoch, index) -> (image (3, S, S), caption, index, which pictures were looked at for it, a warning or None).
 
     Instead of an image, None where too many pictures are bad, or the DataError of the source: what a worker raises comes
     out of its loader as text with the worker's traceback.
     """
 
-    def __init__(self, source, image_size, seed, train, flip):
-        self.source, self.image_size, self.seed, self.train, self.flip = source, image_size, seed, train, flip
+    def __init__(self, source, image_size, seed, train, crop, flip):
+        self.source, self.image_size, self.seed, self.train = source, image_size, seed, train
+        self.crop, self.flip = crop, flip
 
     def __getitem__(self, key):
         epoch, index = key
@@ -104,22 +112,34 @@ class _Loading(torch.utils.data.Dataset):
         try:
             example, looked = load(index) if load else (self.source[index], [])
         except DataError as error:
-            return error, "", index, []
+            return error, "", index, [], None
         if example is None:
-            return None, "", index, looked
+            return None, "", index, looked, None
         image, caption = example
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise TypeError(
                 f"source must give pictures as (height, width, 3) uint8 arrays, got {kind} for number {index}"
             )
+        long = self._too_long(*image.shape[:2], looked[-1][0] if looked else index)
         image = self._crop(image, epoch, index)
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, index, looked
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, index, looked, long
+
+    def _too_long(self, height, width, number):
+        """A warning, where stage 2 takes its crop from a picture that the paper would discard."""
+        ratio = max(height, width) / min(height, width)
+        if not (self.train and self.crop is caption_crop and can_crop(self.source)) or ratio <= 2:
+            return None
+        names = getattr(self.source, "names", None)
+        return (
+            f"one side of {names[number] if names else f'picture {number}'} is {ratio:.3g} times the other: above 2 more "
+            "than half is cropped away, and maybe what the caption names (the paper leaves such pictures out)"
+        )
 
     def _crop(self, image, epoch, index):
         rng = generator(self.seed, _CROP, epoch, index)
         if can_crop(self.source):
-            image = random_crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
+            image = self.crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
         elif image.shape[:2] != (self.image_size, self.image_size):
             raise ValueError(
                 f"image_size must be that of the source {self.source.name}, {image.shape[0]}, got {self.image_size}"
@@ -130,10 +150,11 @@ class _Loading(torch.utils.data.Dataset):
 
 
 def _collate(examples):
-    images, captions, indices, looked = zip(*examples)
+    images, captions, indices, looked, long = zip(*examples)
+    long = next(filter(None, long), None)
     if none := [image for image in images if not isinstance(image, np.ndarray)]:
-        return none[0], looked
-    return Batch(torch.from_numpy(np.stack(images)), list(captions), list(indices)), looked
+        return none[0], looked, long
+    return Batch(torch.from_numpy(np.stack(images)), list(captions), list(indices)), looked, long
 
 
 def shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:

@@ -18,6 +18,7 @@ import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
+from dalle_fast.data.crops import caption_crop, centre_crop
 from dalle_fast.data.source import can_crop, identity
 from dalle_fast.outputs import held, make_folder
 
@@ -39,9 +40,9 @@ class Encoded(NamedTuple):
 def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0, progress=True) -> Encoded:
     """The codes and captions of `count` pictures, from the file in `folder` that holds them, or computed and put there.
 
-    A file is named by a hash of its key: the dVAE's weights, the source's `identity`, the split, the count and the seed.
-    So another dVAE or other data never read what is not theirs. (A source that changed in a way that its identity does
-    not show is not noticed.)
+    A file is named by a hash of its key: the dVAE's weights, the source's `identity`, the split, the count, the seed
+    and, where pictures are cropped, the crop. So another dVAE or other data never read what is not theirs. (A source
+    that changed in a way that its identity does not show is not noticed.)
 
     Codes that were computed when the process ended, but for those of the last minute, are not computed again. Of two
     processes that want the same, one waits.
@@ -49,7 +50,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     Args:
         dvae: a `DiscreteVAE`, on the device that computes.
         folder: made where it is missing. split: "train" takes pictures in a shuffled order with the random crops of
-            training; another one in order, cropped in the middle.
+            stage 2, `caption_crop`; another one in order, cropped in the middle.
         count: None for all of the source's. More than that are further crops of the same pictures, where the source
             can be cropped (in training); else there are no more.
         seed: of order and crops. workers: processes that load. progress: say what is computed, on stderr.
@@ -80,13 +81,16 @@ def key_of(dvae, source, *, split, count, seed) -> dict:
     count = min(len(source) if count is None else count, limit)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    return {
+    key = {
         "dvae": fingerprint(dvae),
         "data": identity(source),
         "split": split,
         "count": count,
         "seed": seed,
     }
+    if can_crop(source):  # a crop that is changed needs another name
+        key["crop"] = (caption_crop if split == "train" else centre_crop).__name__
+    return key
 
 
 def fingerprint(model) -> str:
@@ -112,6 +116,7 @@ def _encode(dvae, source, key, path, workers, progress):
         seed=key["seed"],
         start=done,
         train=key["split"] == "train",
+        crop=caption_crop,
         num_workers=workers,
     )
     codes, captions, since = [], [], time.monotonic()
