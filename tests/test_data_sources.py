@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import warnings
 import zlib
@@ -387,6 +389,85 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_and_no_warning_is_printed():
         warnings.simplefilter("error")
         with pytest.raises(images.BadImage, match="10000 x 10000 pixels, more than"):
             images.decode(bomb(10_000, 10_000))
+
+
+def test_the_limit_of_pixels_is_of_those_that_are_decoded(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    red = np.full((160, 160, 3), (200, 30, 30), np.uint8)
+    jpeg, progressive = (encoded(red, "JPEG", progressive=progressive) for progressive in (False, True))
+    assert images.decode(jpeg, draft=20).shape == (20, 20, 3)
+    assert images.decode(jpeg, draft=80).shape == (80, 80, 3)
+    for data, draft in ((jpeg, None), (jpeg, 81), (progressive, 20), (encoded(red), 20), (encoded(red, "WEBP"), 20)):
+        with pytest.raises(images.BadImage, match="160 x 160 pixels, more than 10000"):
+            images.decode(data, draft=draft)
+    with pytest.raises(images.BadImage, match="more than 10000 pixels: .*decompression bomb"):
+        images.decode(bomb(), draft=20)
+    assert images.decode(encoded(red[:100, :100], "JPEG", progressive=True), draft=20).shape == (25, 25, 3)
+
+
+def test_strips_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (23, 37, 4), np.uint8)
+    rgb, gray = noise[..., :3], noise[..., 0].astype(np.uint16) * 257
+    palette = Image.fromarray(rgb).quantize(200)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [
+        encoded(rgb),
+        encoded(noise),
+        encoded(noise, exif=exif),
+        encoded(noise, "WEBP"),
+        encoded(noise[..., 0]),
+        encoded(noise[..., 0], transparency=int(noise[3, 4, 0])),
+        encoded(rgb, transparency=tuple(map(int, rgb[3, 4]))),
+        encoded(gray),
+        encoded(gray, transparency=int(gray[3, 4])),
+        encoded(gray, "TIFF"),
+        encoded(np.asarray(Image.fromarray(noise).convert("LA"))),
+        encoded(rgb, "JPEG", exif=exif),
+        encoded(noise[..., 0] > 100),
+    ]
+    for kind, options in (
+        ("PNG", {}),
+        ("PNG", {"transparency": 7}),
+        ("PNG", {"transparency": bytes(range(200))}),
+        ("GIF", {"transparency": 7}),
+        ("BMP", {}),
+    ):
+        file = io.BytesIO()
+        palette.save(file, kind, **options)
+        files.append(file.getvalue())
+    whole = [images.decode(data) for data in files]
+    assert len({image.tobytes() for image in whole}) > len(files) - 6  # else the comparison says nothing
+    for pixels in (1, 100, 37 * 22, 37 * 23):
+        monkeypatch.setattr(images, "STRIP_PIXELS", pixels)
+        for data, image in zip(files, whole, strict=True):
+            assert np.array_equal(images.decode(data), image)
+
+
+PEAK = """
+import sys
+from dalle_fast.data import images
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+data = sys.stdin.buffer.read()
+before = peak()
+images.decode(data)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc to see the peak of memory")
+def test_a_small_file_of_a_large_picture_takes_little_more_than_its_pixels():
+    image, file = Image.new("P", (4_000, 4_000)), io.BytesIO()
+    image.putpalette([200, 30, 30])
+    image.save(file, "PNG", transparency=0)
+    run = subprocess.run([sys.executable, "-c", PEAK], input=file.getvalue(), capture_output=True, check=True)
+    pixels = 4_000 * 4_000
+    assert int(run.stdout) < 1.2 * (pixels + 3 * pixels) + 2**25  # with the palette's picture, and the decoder
 
 
 def test_a_file_of_too_many_bytes_is_bad(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
+STRIP_PIXELS = 2**20  # of a picture that are converted at once
 VALIDATION_SHARE = 0.05
 FEW, MANY = 20, 400  # pictures: of the share of bad ones that is an error; see `Pictures`
 
@@ -38,7 +39,8 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
         (height, width, 3) uint8, RGB.
 
     Raises:
-        BadImage: not a picture, truncated, of more than MAX_PIXELS pixels, or a TIFF of 32 bits a sample.
+        BadImage: not a picture, truncated, of more than MAX_PIXELS pixels even as `draft` has it, or a TIFF of 32 bits a
+            sample.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -46,14 +48,18 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on sizes and tags: what matters is raised here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-                if image.format == "TIFF" and image.mode in ("I", "F"):
-                    raise BadImage("32 bits of gray, of which it is not known what is white")
+                width, height = image.size
                 if draft is not None:
                     image.draft(image.mode, (draft, draft))
+                # A progressive JPEG is in memory whole, in 2 bytes a sample, before any fraction is made of it.
+                held = (width, height) if image.info.get("progressive") else image.size
+                if held[0] * held[1] > MAX_PIXELS:
+                    raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+                if image.format == "TIFF" and image.mode in ("I", "F"):
+                    raise BadImage("32 bits of gray, of which it is not known what is white")
                 image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)  # else a picture that is not turned is copied
+                return _rgb(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -65,6 +71,17 @@ def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
 
 
 def _rgb(image) -> np.ndarray:
+    """In strips: of what lies between the decoded picture and the result there is never a whole picture."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = -(-STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = _strip_to_rgb(image.crop((0, top, width, bottom)))
+    return pixels
+
+
+def _strip_to_rgb(image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip to 8
@@ -74,7 +91,7 @@ def _rgb(image) -> np.ndarray:
             image.paste(255, mask=Image.fromarray(gray == transparent))
     if image.has_transparency_data:
         image = on_white(image)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
 def on_white(image):
