@@ -17,6 +17,7 @@ from dalle_fast.commands import generate as generate_command
 from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
+from dalle_fast.data.crops import centre_crop
 from dalle_fast.training.stage1 import to_uint8
 
 S = 16
@@ -185,6 +186,14 @@ def test_completing_keeps_the_codes_of_the_first_rows(generate, model, tmp_path,
     assert generate("--complete", tmp_path / "top.png", *flags).shape == (S, S, 3)  # without a caption
 
 
+def test_what_is_completed_is_the_square_in_the_middle(generate, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 255, (40, 75, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    Image.fromarray(centre_crop(picture, S)).save(tmp_path / "square.png")
+    wide, square = (generate(CAPTION, "--complete", tmp_path / f"{name}.png") for name in ("wide", "square"))
+    assert np.array_equal(wide, square) and not np.array_equal(wide, generate(CAPTION))
+
+
 def test_another_vae_can_be_named(generate, tmp_path):
     (tmp_path / "vae").mkdir()
     checkpoint.export(tmp_path / "vae" / checkpoint.MODEL, make(fnn.DiscreteVAE, VAE, seed=1))
@@ -198,7 +207,7 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
     }.items():
         (tmp_path / name).mkdir()
         checkpoint.export(tmp_path / name / checkpoint.MODEL, make(fnn.DiscreteVAE, config))
-    Image.new("RGB", (20, 24)).save(tmp_path / "large.png")
+    Image.new("RGB", (20, S - 1)).save(tmp_path / "small.png")
     Image.new("RGB", (S, S)).save(tmp_path / "right.png")
     right = (tmp_path / "right.png").read_bytes()
     at = right.index(b"IDAT")  # behind its length, which shall be too small
@@ -221,7 +230,10 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
         (CAPTION, "--temperature", "nan"): ["temperature", "nan"],
         (CAPTION, "--seed", -1): ["seed", "-1"],
         (CAPTION, "--batch-size", 0): ["batch_size must be at least 1, got 0"],
-        (CAPTION, "--complete", tmp_path / "large.png"): ["20 x 24 pixels", "16 x 16"],
+        (CAPTION, "--complete", tmp_path / "small.png"): [
+            "small.png: image must be at least 16 pixels a side",
+            "got 20 x 15",
+        ],
         (CAPTION, "--complete", tmp_path / "empty.txt"): ["empty.txt: not a picture"],
         (CAPTION, "--complete", tmp_path / "broken.png"): ["broken.png: ", "broken PNG"],
         (CAPTION, "--complete", tmp_path / "right.png", "--keep-rows", 4): ["from 1 to 3", "4 rows", "got 4"],

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from dalle_fast.commands import training
-from dalle_fast.commands.reconstruct import read_picture
+from dalle_fast.commands.reconstruct import read_square
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.errors import UserError
 
@@ -21,7 +21,11 @@ def add_arguments(parser) -> None:
     what.add_argument("--captions", metavar="FILE", help="more captions, one a line")
     what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each caption")
     what.add_argument("--out", required=True, metavar="PATH", help="a picture of all; or a folder, for a file of each")
-    what.add_argument("--complete", metavar="IMAGE", help="draw what is missing below the first rows of this picture")
+    what.add_argument(
+        "--complete",
+        metavar="IMAGE",
+        help="draw what is missing below the first rows of this picture, cropped to its middle square",
+    )
     what.add_argument("--keep-rows", type=int, metavar="N", help="rows of codes that are kept of it (default: half)")
     who = parser.add_argument_group("who draws")
     who.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dalle")
@@ -230,7 +234,7 @@ def _where(error):
 
 
 def _first_rows(dvae, arguments, count):
-    """The codes (count, rows, w) of the first rows of the picture to complete."""
+    """The codes (count, rows, w) of the first rows of the picture to complete, of its middle square."""
     import torch
 
     size, rows = dvae.config.image_size, arguments.keep_rows
@@ -239,10 +243,7 @@ def _first_rows(dvae, arguments, count):
         raise UserError(
             f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}"
         )
-    pixels = read_picture(arguments.complete)
-    if pixels.shape[:2] != (size, size):
-        sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, the model's pictures have {size} x {size}"
-        raise UserError(f"{arguments.complete} has {sizes}")
+    pixels = read_square(arguments.complete, size)
     device = next(dvae.parameters()).device
     images = torch.from_numpy(pixels).movedim(-1, 0)[None].to(device).float() / 255
     return dvae.encode(images)[:, :rows].repeat(count, 1, 1)

@@ -37,7 +37,7 @@ def reconstructions(model, paths):
         (height, width, 3) uint8.
 
     Raises:
-        UserError: a file that cannot be read as a picture.
+        UserError: a file that cannot be read as a picture, or one smaller than the model's.
     """
     import numpy as np
     import torch
@@ -45,31 +45,22 @@ def reconstructions(model, paths):
     from dalle_fast.training.pictures import picture_grid
     from dalle_fast.training.stage1 import to_uint8
 
-    originals = torch.from_numpy(np.stack([_read(path, model.config.image_size) for path in paths]))
+    originals = torch.from_numpy(np.stack([read_square(path, model.config.image_size) for path in paths]))
     device = next(model.parameters()).device
     pixels = originals.movedim(-1, 1).to(device).float() / 255
     return picture_grid([originals.numpy(), to_uint8(model.reconstruct(pixels))])
 
 
-def _read(path, size):
-    """The middle square of the picture in a file: (size, size, 3) uint8."""
-    from dalle_fast.data.crops import centre_crop
-
-    try:
-        return centre_crop(read_picture(path, draft=size), size)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def read_picture(path, *, draft=None):
-    """The picture in a file: (height, width, 3) uint8. `draft` as of `dalle_fast.data.images.decode`.
+def read_square(path, size):
+    """The middle square of the picture in a file, resized: (size, size, 3) uint8.
 
     Raises:
-        UserError: it cannot be read as a picture.
+        UserError: it cannot be read as a picture, or is smaller.
     """
+    from dalle_fast.data.crops import centre_crop
     from dalle_fast.data.images import BadImage, decode, read_file
 
     try:
-        return decode(read_file(path), draft=draft)
-    except BadImage as error:
+        return centre_crop(decode(read_file(path), draft=size), size)
+    except (BadImage, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
