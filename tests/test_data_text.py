@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -57,7 +58,7 @@ def test_own_merging_without_dropout_is_the_librarys(tokenizer):
     texts = ODD + CAPTIONS[::50] + ["".join(letters.choices("abcdehrtlo gsquü!'1", k=30)) for _ in range(200)]
     for ours in (tokenizer, small):
         theirs, lengths = ours.encode(texts, 200)
-        rows = ours._encode_with_dropout(texts, 0.0, 1)
+        rows = ours._encode_with_dropout(texts, 0.0, 1, 200, False)
         assert rows == [ids[:length].tolist() for ids, length in zip(theirs, lengths)]
 
 
@@ -143,6 +144,54 @@ def test_a_long_word_costs_little_more_for_each_letter():
     assert len(small._pieces(word, 0.1, counted)) < 0.7 * len(word)
     assert 0.3 * len(word) < seen["draws"] < 2 * len(word)
     assert seen["pairs"] < 10 * len(word)
+
+
+def random_captions():
+    letters = random.Random(0)
+    words = ["".join(letters.choices("etaoinshrdlu", k=letters.randint(2, 9))) for _ in range(300)]
+    return [" ".join(letters.choices(words, k=letters.randint(2, 20))) for _ in range(400)]
+
+
+def test_dropout_reaches_captions_that_hardly_fit():
+    """Those with room for a tenth more as well as short ones, and with as many tokens as there is room for."""
+    captions = random_captions()
+    tokenizer = Tokenizer.train(captions, 1500)
+    plain, lengths = tokenizer.encode(captions, 60)
+    longest = int(lengths.max())
+    free = tokenizer.encode(captions, 200, dropout=0.1, seed=1)[1]
+    ids, fitted = tokenizer.encode(captions, longest, dropout=0.1, seed=1)
+    assert tokenizer.decode(ids) == tokenizer.decode(plain) and fitted.max() == longest
+    assert torch.equal(fitted[free <= longest], free[free <= longest])
+    seen = (ids != plain[:, :longest]).any(1)
+    nearly_full = (lengths >= 0.8 * longest) & (lengths <= 0.9 * longest)
+    assert nearly_full.sum() > 30 and (free > longest)[nearly_full].float().mean() > 0.8
+    assert seen[nearly_full].float().mean() > 0.8
+    assert (fitted - lengths)[nearly_full].sum() > 0.7 * (longest - lengths)[nearly_full].sum()
+    some = slice(30, 60)  # in other company, and another order
+    again = tokenizer.encode(captions[some][::-1], longest, dropout=0.1, seed=1)[0]
+    assert torch.equal(again, ids[some].flip(0))
+
+
+def test_a_long_word_that_hardly_fits_sees_less_dropout():
+    """As a caption is that is written without spaces: all of it would be given back."""
+    tokenizer = Tokenizer.train(["abcabcabdabd" * 5, "ab ab abc abd"], 280)
+    word = "abcabdab" * 20
+    length = int(tokenizer.encode([word], 200)[1])
+    room = length + 4
+    lengths = torch.stack([tokenizer.encode([word], room, dropout=0.9, seed=seed)[1] for seed in range(20)])
+    assert all(tokenizer.encode([word], 200, dropout=0.9, seed=seed)[1] > room for seed in range(20))
+    assert (lengths > length).float().mean() > 0.3 and lengths.max() <= room
+
+
+def test_dropout_cuts_what_may_be_cut(tokenizer):
+    """A caption that would fit, too."""
+    lengths = tokenizer.encode(CAPTIONS[::20], 64)[1]
+    longest = int(lengths.max())
+    free = tokenizer.encode(CAPTIONS[::20], 64, dropout=0.5, seed=1)[0]
+    ids, cut = tokenizer.encode(CAPTIONS[::20], longest, dropout=0.5, seed=1, truncate=True)
+    assert torch.equal(ids, free[:, :longest]) and (cut == longest).any()
+    with pytest.raises(ValueError, match="caption must have at most text_len 5 tokens, got 12: 'a small red circle at"):
+        tokenizer.encode(CAPTIONS[:1], 5, dropout=0.5, seed=1)
 
 
 def test_what_is_cut_off_is_not_merged(tokenizer, monkeypatch):
@@ -286,7 +335,10 @@ def test_lengths_are_checked_of_all_captions_at_once(tokenizer):
     tokenizer.check_lengths(captions, max(lengths))
     tokenizer.check_lengths([], 1)
     message = f"^3 of 5 different captions are longer than text_len 2, the longest has {max(lengths)} tokens"
-    with pytest.raises(ValueError, match=message + f": --text-len {max(lengths)}, or --truncate; it is 'a small"):
+    flags = (
+        f": --text-len {max(lengths)}, better {math.ceil(1.3 * max(lengths))}, which leaves room for BPE dropout, or"
+    )
+    with pytest.raises(ValueError, match=message + flags + " --truncate; it is 'a small"):
         tokenizer.check_lengths(captions, 2)
 
 

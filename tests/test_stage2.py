@@ -371,13 +371,16 @@ def test_dropout_differs_between_steps_and_seeds(objective):
         assert all(a != b for a, b in itertools.combinations(seen, 2))
 
 
-def test_a_caption_that_dropout_makes_too_long_is_left_whole(objective, tokenizer, encoded):
+def test_a_caption_that_dropout_makes_too_long_is_not_cut(objective, tokenizer, encoded):
     longest = int(tokenizer.encode(encoded[0].captions + encoded[1].captions, 99)[1].max())
     config = dataclasses.replace(SMALL, text_len=longest)
     o = objective(dataclasses.replace(RECIPE, bpe_dropout=0.9, caption_dropout=0.0, batch_size=10), config)
     batch = next(o.batches(0))
     captions = [tokenizer.decode(row[:length]) for row, length in zip(batch.text, batch.text_lengths)]
     assert sorted(captions) == sorted(encoded[0].captions)
+    o.truncate = True  # which whoever sets it allows
+    batch = next(o.batches(0))
+    assert (batch.text_lengths == longest).all()
 
 
 def test_captions_too_long_are_refused_or_cut(objective):
@@ -394,7 +397,9 @@ def test_captions_too_long_are_refused_or_cut(objective):
 
 def test_a_long_caption_is_refused_before_its_turn_comes(objective, encoded):
     train_ = encoded[0]._replace(captions=[*encoded[0].captions[:-1], "a circle " * 20])
-    message = r"1 of 17 different captions are longer than text_len 30, .*: --text-len 120, or --truncate"
+    message = (
+        r"1 of 17 different captions are longer than text_len 30, .*: --text-len 120, better 156, .*, or --truncate"
+    )
     with pytest.raises(ValueError, match=message + "; it is 'a circle"):
         objective(encoded=[train_, encoded[1]])
     train_ = encoded[0]._replace(captions=[*encoded[0].captions[:-1], "caf\udcff"])

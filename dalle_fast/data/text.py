@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import os
 import random
 import secrets
@@ -22,6 +23,8 @@ VOCAB_SIZE = 16_384  # Ramesh et al. 2021
 MIN_VOCAB_SIZE = 257  # every byte and the padding
 PADDING = "<pad>"
 SHOWN = 80  # letters of a caption in a message
+HALVINGS = 4  # of the dropout, for a word that must grow less
+MARGIN = 1.3  # of text_len over the longest caption: room for what dropout makes of it
 _UNKNOWN_TO_PIECES = (  # parts of the library's BPE that `_pieces` does not have
     "continuing_subword_prefix",
     "end_of_word_suffix",
@@ -58,7 +61,8 @@ class Tokenizer:
             )
         merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
-        self._vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
+        self._ids = self._tokenizer.get_vocab()
+        self._vocab_size = 1 + max(self._ids.values())  # ids may have gaps
         self._not_plain = [name for name in _UNKNOWN_TO_PIECES if model.get(name)]
         if self._tokenizer.pre_tokenizer is None:
             self._not_plain.append("no pre-tokenizer")
@@ -143,8 +147,11 @@ class Tokenizer:
         Args:
             captions: B strings; an empty one has length 0.
             text_len: T.
-            dropout: the probability with which a merge is left out, for training (Provilkov et al. 2020).
-            seed: of the dropout; a caption's tokens depend on the seed and the caption alone. Needed for dropout.
+            dropout: the probability with which a merge is left out, for training (Provilkov et al. 2020). A caption of
+                at most T tokens that it makes longer than that loses less, see `_fit`, so that it still fits; with
+                `truncate` it is cut.
+            seed: of the dropout; a caption's tokens depend on the seed and the caption alone, and, where they must fit,
+                on T. Needed for dropout.
             truncate: cut captions of more than T tokens.
 
         Returns:
@@ -163,7 +170,7 @@ class Tokenizer:
         captions = list(captions)
         _check_text(captions)
         if dropout:
-            rows = self._encode_with_dropout(captions, dropout, seed, enough=text_len if truncate else None)
+            rows = self._encode_with_dropout(captions, dropout, seed, text_len, truncate)
         else:
             rows = self._encode_plainly(captions)
         ids = torch.zeros(len(rows), text_len, dtype=torch.int64)
@@ -189,7 +196,8 @@ class Tokenizer:
         if (longest := max(lengths, default=0)) > text_len:
             raise ValueError(
                 f"{sum(length > text_len for length in lengths)} of {len(captions)} different captions are longer than "
-                f"text_len {text_len}, the longest has {longest} tokens: --text-len {longest}, or --truncate; it is "
+                f"text_len {text_len}, the longest has {longest} tokens: --text-len {longest}, better "
+                f"{math.ceil(MARGIN * longest)}, which leaves room for BPE dropout, or --truncate; it is "
                 f"{shortened(captions[lengths.index(longest)])!r}"
             )
 
@@ -217,8 +225,8 @@ class Tokenizer:
     # The library's dropout draws from the thread's own random numbers, which cannot be seeded: a resumed run would see
     # other tokens. So with dropout the merges are applied here, to the words that the library cuts captions into.
 
-    def _encode_with_dropout(self, captions, dropout, seed, enough=None):
-        """The tokens of each caption; of one that has at least `enough` of them, not all that are behind these."""
+    def _encode_with_dropout(self, captions, dropout, seed, text_len, truncate):
+        """The tokens of each caption; of one that is to be cut, not all that are behind `text_len`."""
         if self._not_plain:
             raise ValueError(f"dropout must be 0 for a tokenizer with {', '.join(self._not_plain)}, got {dropout}")
         if seed is None:
@@ -228,17 +236,49 @@ class Tokenizer:
         for caption in captions:
             digest = hashlib.sha256(f"{seed} {caption}".encode()).digest()
             draw = random.Random(int.from_bytes(digest, "big")).random
-            text = caption
-            if self._tokenizer.normalizer:
-                text = self._tokenizer.normalizer.normalize_str(text)
-            words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-            pieces = []
-            for word, _ in words:
-                if enough is not None and len(pieces) >= enough:
+            words, dropped, length = self._words(caption), [], 0
+            for word in words:
+                if truncate and length >= text_len:
                     break
-                pieces += self._pieces(word, dropout, draw)
-            rows.append([self._tokenizer.token_to_id(piece) for piece in pieces])
+                dropped.append(self._with_dropout(word, dropout, draw))
+                length += len(dropped[-1])
+            if length > text_len and not truncate:
+                self._fit(words, dropped, text_len, dropout, draw)
+            rows.append([id for ids in dropped for id in ids])
         return rows
+
+    def _fit(self, words, dropped, text_len, dropout, draw):
+        """Give back merges to a caption that dropout made longer than `text_len`: to as few words as will do.
+
+        One word after the other, in a random order, of those that grew, is drawn anew with a half, a quarter ... of the
+        dropout, and whole if nothing of these fits, until the caption does.
+
+        Args:
+            dropped: ids of each word; changed in place.
+        """
+        length = sum(map(len, dropped))
+        whole = {at: ids for at, word in enumerate(words) if len(ids := self._whole(word)) < len(dropped[at])}
+        for at in sorted(whole, key=lambda _: draw()):
+            if length <= text_len:
+                break
+            length -= len(dropped[at])
+            drawn = (self._with_dropout(words[at], dropout / 2**halvings, draw) for halvings in range(1, 1 + HALVINGS))
+            dropped[at] = next((ids for ids in drawn if length + len(ids) <= text_len), whole[at])
+            length += len(dropped[at])
+
+    def _words(self, caption) -> list[str]:
+        """Those that no merge reaches across."""
+        if self._tokenizer.normalizer:
+            caption = self._tokenizer.normalizer.normalize_str(caption)
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(caption)]
+
+    def _whole(self, word):
+        """A word's ids without dropout."""
+        return [self._ids[piece] for piece in self._pieces(word, 0.0, lambda: 1.0)]
+
+    def _with_dropout(self, word, dropout, draw):
+        """A word's ids."""
+        return [self._ids[piece] for piece in self._pieces(word, dropout, draw)]
 
     def _pieces(self, word, dropout, draw):
         """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first.

@@ -29,7 +29,6 @@ from dalle_fast.training.stage1 import to_uint8
 
 EVALUATED = 64  # examples at once
 SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
-LONGER = 4  # BPE dropout may make a caption longer than T; looked at are up to this many T
 _BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
 
 
@@ -163,21 +162,15 @@ class DALLEObjective:
         return {"samples": picture_grid([to_uint8(row) for row in drawn])}
 
     def _with_dropout(self, captions, step):
-        """Captions as training sees them. A caption's tokens depend on nothing but it and the step."""
-        text, lengths = self._encode(captions)
-        if self.recipe.bpe_dropout:
-            T = self.config.text_len
-            words = generator(self.seed, _BPE, step).integers(1 << 63)
-            longer, longer_lengths = self.tokenizer.encode(
-                captions, LONGER * T, dropout=self.recipe.bpe_dropout, seed=int(words), truncate=True
-            )
-            fits = longer_lengths <= T  # what no longer fits is left as it was
-            text = torch.where(fits[:, None], longer[:, :T], text)
-            lengths = torch.where(fits, longer_lengths, lengths)
-        return text, lengths
+        """Captions as training sees them. A caption's tokens depend on nothing but it, the step and the run's seed.
 
-    def _encode(self, captions):
-        return self.tokenizer.encode(captions, self.config.text_len, truncate=self.truncate)
+        What BPE dropout makes of a caption never has more than T tokens: see `Tokenizer.encode`.
+        """
+        seed = int(generator(self.seed, _BPE, step).integers(1 << 63))
+        return self._encode(captions, dropout=self.recipe.bpe_dropout, seed=seed)
+
+    def _encode(self, captions, **dropout):
+        return self.tokenizer.encode(captions, self.config.text_len, truncate=self.truncate, **dropout)
 
     def _batch(self, text, lengths, codes):
         return TokenBatch(*(x.to(self.device, torch.int64, non_blocking=True) for x in (text, lengths, codes)))
