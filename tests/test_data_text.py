@@ -121,6 +121,32 @@ def test_dropout_has_the_distribution_of_the_naive_algorithm(dropout, word):
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.95, 1.0])
+def test_short_and_long_words_are_merged_alike(tokenizer, dropout):
+    """The same draws make the same pieces, whoever merges, and whether or not the word was seen before."""
+    letters = random.Random(0)
+    words = [f"Ġ{word}" for word in random_captions()[0].split() + CAPTIONS[0].split()]
+    words += ["", "a", *("".join(letters.choices("abcr", k=k)) for k in range(2, 33))]
+    known = Tokenizer.train([*CAPTIONS, *random_captions()], 1500)
+    for number, word in enumerate(words * 2):
+        draws = [random.Random(number) for _ in range(3)]
+        short, long = (
+            merge(word, dropout, rng.random)
+            for merge, rng in zip((known._pieces_of_short, known._pieces_of_long), draws, strict=False)
+        )
+        assert short == long and "".join(short) == word
+        assert list(known._with_dropout(word, dropout, draws[2].random)) == [known._ids[piece] for piece in short]
+        assert len({rng.random() for rng in draws}) == 1  # and as many of them
+
+
+def test_what_is_kept_of_words_is_bounded(tokenizer):
+    tokenizer.encode([f"x{number}" for number in range(100)] + ["y" * 33], 64, dropout=0.5, seed=1)
+    before = tokenizer._whole_and_kept.cache_info()
+    assert before.maxsize == 1 << 15 and 100 <= before.currsize
+    tokenizer.encode(["z" * 1000], 2000, dropout=0.5, seed=1)
+    assert tokenizer._whole_and_kept.cache_info() == before
+
+
 def test_a_long_word_costs_little_more_for_each_letter():
     """As captions have them that are written without spaces: draws, and pairs that are looked up."""
     small = Tokenizer.train(["abcabcabdabd" * 5, "ab ab abc abd"], 280)

@@ -5,12 +5,15 @@ B captions, T text positions, V vocabulary size.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
 import random
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +26,10 @@ VOCAB_SIZE = 16_384  # Ramesh et al. 2021
 MIN_VOCAB_SIZE = 257  # every byte and the padding
 PADDING = "<pad>"
 SHOWN = 80  # letters of a caption in a message
+KEPT, SHORT = 1 << 15, 32  # words, and letters of those that are kept; longer ones lose a merge nearly always
 HALVINGS = 4  # of the dropout, for a word that must grow less
 MARGIN = 1.3  # of text_len over the longest caption: room for what dropout makes of it
+_HALF = re.compile("[\ud800-\udfff]")  # of a character
 _UNKNOWN_TO_PIECES = (  # parts of the library's BPE that `_pieces` does not have
     "continuing_subword_prefix",
     "end_of_word_suffix",
@@ -62,6 +67,7 @@ class Tokenizer:
         merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         self._ids = self._tokenizer.get_vocab()
+        self._whole_and_kept = functools.lru_cache(KEPT)(self._merged)
         self._vocab_size = 1 + max(self._ids.values())  # ids may have gaps
         self._not_plain = [name for name in _UNKNOWN_TO_PIECES if model.get(name)]
         if self._tokenizer.pre_tokenizer is None:
@@ -274,11 +280,24 @@ class Tokenizer:
 
     def _whole(self, word):
         """A word's ids without dropout."""
+        return self._whole_and_kept(word) if len(word) <= SHORT else self._merged(word)
+
+    def _merged(self, word):
         return [self._ids[piece] for piece in self._pieces(word, 0.0, lambda: 1.0)]
 
     def _with_dropout(self, word, dropout, draw):
-        """A word's ids."""
-        return [self._ids[piece] for piece in self._pieces(word, dropout, draw)]
+        """A word's ids. One that loses no merge, as most do, is what it is without dropout: that is kept."""
+        drawn = []
+        if len(word) <= SHORT:
+            whole = self._whole(word)
+            for _ in range(len(word) - len(whole)):  # its merges
+                drawn.append(draw())
+                if drawn[-1] < dropout:
+                    break
+            else:
+                return whole
+        draws = itertools.chain(drawn, iter(draw, None))  # from the first, as if the word had not been looked up
+        return [self._ids[piece] for piece in self._pieces(word, dropout, draws.__next__)]
 
     def _pieces(self, word, dropout, draw):
         """A word's pieces: each time, of the merges that could be made, those that survive the dropout, the first.
@@ -286,6 +305,29 @@ class Tokenizer:
         Whether one survives is drawn anew each time, in the order of the merges and only until one does: what is drawn
         for those behind it changes nothing. So a step takes 1 / (1 - dropout) draws on average, however long the word is.
         """
+        return (self._pieces_of_short if len(word) <= SHORT else self._pieces_of_long)(word, dropout, draw)
+
+    def _pieces_of_short(self, word, dropout, draw):
+        """Looks at every pair in each step, which takes less time than a heap of them where there are few."""
+        rank, none = self._ranks.get, len(self._ranks)
+        pieces = list(word)
+        ranks = [rank(pair, none) for pair in itertools.pairwise(pieces)]
+        while ranks and (first := min(ranks)) < none:
+            at = ranks.index(first)
+            if draw() < dropout:
+                able = sorted((found, at) for at, found in enumerate(ranks) if found < none)
+                at = next((at for _, at in able[1:] if draw() >= dropout), None)
+                if at is None:
+                    break
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+            del ranks[at]
+            if at > 0:
+                ranks[at - 1] = rank((pieces[at - 1], pieces[at]), none)
+            if at < len(ranks):
+                ranks[at] = rank((pieces[at], pieces[at + 1]), none)
+        return pieces
+
+    def _pieces_of_long(self, word, dropout, draw):
         pieces, end = list(word), len(word)  # a piece stands where its first letter was; None where others were
         before, behind = list(range(-1, end - 1)), list(range(1, end + 1))
 
@@ -323,7 +365,7 @@ class Tokenizer:
 
 def _check_text(captions):
     for caption in captions:
-        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        if _HALF.search(caption):
             raise ValueError(f"caption must be text in UTF-8, got {shortened(caption)!r}")
 
 
