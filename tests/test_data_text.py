@@ -311,6 +311,24 @@ def test_a_tokenizer_that_would_drop_unknown_text_in_silence_is_refused(tmp_path
         loaded.encode(["ab"], 3, dropout=0.1, seed=0)
 
 
+def test_added_tokens_are_not_dropped_out_of(tokenizer, tmp_path):
+    """Cut as `encode` cuts them they would need the library's rules for them; special ones are text."""
+    parsed = json.loads(tokenizer._tokenizer.to_str())
+    added = type(tokenizer._tokenizer).from_str(json.dumps(parsed))
+    added.add_special_tokens(["<end>"])
+    added.save(str(tmp_path / "special.json"))
+    added.add_tokens(["<sks>", " dog"])
+    added.save(str(tmp_path / "added.json"))
+    special, loaded = (Tokenizer.load(tmp_path / name) for name in ("special.json", "added.json"))
+    captions = ["a <sks> dog <end>", "a red circle"]
+    assert torch.equal(special.encode(captions, 64)[0], special.encode(captions, 64, dropout=1e-15, seed=0)[0])
+    assert loaded.encode(captions, 64)[0].max() > special.vocab_size
+    with pytest.raises(
+        ValueError, match="dropout must be 0 for a tokenizer with added tokens such as '<sks>', got 0.1"
+    ):
+        loaded.encode(captions, 64, dropout=0.1, seed=0)
+
+
 def test_of_a_loaded_tokenizer_padding_may_be_a_token(tmp_path):
     """Without a special token at id 0, where `encode` puts it behind a caption: the length says what is text."""
     letters = {letter: x for x, letter in enumerate("a" + "".join(set(bytes_as_letters()) - {"a"}))}

@@ -72,6 +72,8 @@ class Tokenizer:
         self._not_plain = [name for name in _UNKNOWN_TO_PIECES if model.get(name)]
         if self._tokenizer.pre_tokenizer is None:
             self._not_plain.append("no pre-tokenizer")
+        if added := [token["content"] for token in parsed.get("added_tokens") or () if not token.get("special")]:
+            self._not_plain.append(f"added tokens such as {added[0]!r}")  # special ones are text to `encode`
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
