@@ -121,6 +121,8 @@ def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: d
 def export(path, model) -> None:
     """Write a model's weights and config to one safetensors file, in one step: the old file or the new one is there.
 
+    What a `DALLE` was trained with is in it too.
+
     Raises:
         CheckpointError: it cannot be written.
     """
@@ -197,6 +199,8 @@ def kind_of(model) -> str:
 def _write_model(path, model) -> None:
     kind = kind_of(model)
     header = {"format": FORMAT, "kind": kind, "config": config_to_json(model.config)}
+    if trained_with := getattr(model, "trained_with", None):
+        header["trained_with"] = trained_with
     _write_tensors(path, model.state_dict(), header)
 
 
@@ -382,6 +386,8 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     try:
         model = getattr(module, class_name)(config_from_json(getattr(module, config_name), header["config"]))
         model.load_state_dict(weights)
+        if "trained_with" in header:  # not in older files
+            model.trained_with = dict(header["trained_with"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error
     return model.requires_grad_(False).eval().to(device)

@@ -4,6 +4,7 @@ import argparse
 import errno
 import io
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -72,6 +73,31 @@ def test_one_picture_keeps_its_size(generate, model, capsys):
     assert capsys.readouterr().out.strip().endswith("out.png")
     several = "--num-images", "4"
     assert not np.array_equal(generate(CAPTION, *several), generate(OTHER, *several))
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "guidance", "warned"),
+    [
+        ({"caption_dropout": 0.0}, ["--guidance", "3"], True),
+        ({"caption_dropout": 0.0}, ["--guidance", "1"], False),
+        ({"caption_dropout": 0.0}, [], False),
+        ({"caption_dropout": 0.1}, ["--guidance", "3"], False),
+        ({}, ["--guidance", "3"], False),  # of older files, which do not say
+    ],
+)
+def test_guidance_by_a_model_that_never_saw_an_empty_caption_is_warned_of(
+    generate, model, tmp_path, capsys, trained_with, guidance, warned
+):
+    plain = generate(CAPTION, *guidance)
+    shutil.copytree(model, tmp_path / "run")
+    dalle = checkpoint.load_model(model)
+    dalle.trained_with = trained_with
+    checkpoint.export(tmp_path / "run" / checkpoint.MODEL, dalle)
+    assert checkpoint.load_model(tmp_path / "run").trained_with == trained_with
+    capsys.readouterr()
+    assert np.array_equal(generate(CAPTION, *guidance, "--model", tmp_path / "run"), plain)
+    error = capsys.readouterr().err
+    assert ("--guidance 3 leads away from" in error and error.count("\n") == 1) if warned else error == ""
 
 
 def test_several_become_one_picture_with_a_row_for_each_caption(generate, model):

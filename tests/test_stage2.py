@@ -436,6 +436,18 @@ def test_it_begins_with_the_weights_of_another(objective, tokenizer):
         objective(config=dataclasses.replace(SMALL, layers=3), initial=first)
 
 
+def test_a_model_knows_whether_it_saw_empty_captions(objective, tmp_path):
+    """In the file at the end, and in those of checkpoints. What began with another model may have seen some before."""
+    never = dataclasses.replace(RECIPE, caption_dropout=0.0, steps=2)
+    train(objective(never), tmp_path, LoopSettings(steps=2), **QUIET)
+    for folder in (tmp_path, checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS)):
+        assert checkpoint.load_model(folder).trained_with == {"caption_dropout": 0.0}
+    first = objective().model
+    assert first.trained_with == {"caption_dropout": 0.3}
+    assert objective(never, initial=first).model.trained_with == {}
+    assert objective(initial=first).model.trained_with == {"caption_dropout": 0.3}
+
+
 def test_settings_name_all_that_a_run_depends_on(objective):
     """What differs is one name."""
     settings = objective().settings

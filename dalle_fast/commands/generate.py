@@ -36,7 +36,8 @@ def add_arguments(parser) -> None:
     how.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely codes")
     how.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely codes")
     how.add_argument("--top-p", type=float, metavar="P", help="sample among those whose probabilities add up to P")
-    how.add_argument("--guidance", type=float, metavar="X", help="above 1: closer to the caption, at twice the work")
+    guidance = "above 1: closer to the caption, at twice the work, by a model trained with --caption-dropout above 0"
+    how.add_argument("--guidance", type=float, metavar="X", help=guidance)
     how.add_argument("--seed", type=int, metavar="N", help="from 0 to 2^20 - 1 (default: another one each time)")
     how.add_argument("--best-of", type=int, metavar="M", help="draw M of each caption and keep the best --num-images")
     how.add_argument(
@@ -71,6 +72,12 @@ def run(arguments) -> int:
         dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device)
         codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
         _check_out(arguments.out)
+        if arguments.guidance not in (None, 1) and dalle.trained_with.get("caption_dropout") == 0:
+            never = f"the model in {arguments.model} never saw: it was trained with --caption-dropout 0"
+            warning = (
+                f"warning: --guidance {arguments.guidance:g} leads away from pictures without a caption, which {never}"
+            )
+            print(warning, file=sys.stderr)
         drawn = sampling.draw(
             dalle,
             dvae,

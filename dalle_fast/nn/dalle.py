@@ -136,6 +136,10 @@ class DALLE(nn.Module):
         impl: of attention, as in `dalle_fast.nn.functional.sparse_attention`. Losses and samples, and all other layers,
             choose for themselves, but that "reference" is for them too.
 
+    Attributes:
+        trained_with: what is known of how it was trained, and goes with it into files: "caption_dropout", the share of
+            captions that were hidden.
+
     Raises:
         ValueError: no such preset or `impl`.
     """
@@ -148,7 +152,7 @@ class DALLE(nn.Module):
             config = PRESETS.get(config, config)
         if not isinstance(config, DALLEConfig):
             raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")  # noqa: TRY004
-        self.config, self.impl = config, impl
+        self.config, self.impl, self.trained_with = config, impl, {}
         V, T, K, W = config.vocab_size, config.text_len, config.num_codes, config.width
         self.text_embedding = nn.Embedding(V + T, W)  # token V + t is the padding of position t
         self.text_position = nn.Embedding(T, W)

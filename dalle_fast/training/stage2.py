@@ -97,6 +97,8 @@ class DALLEObjective:
         random_state.seed(seed)
         self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
         sampling.check_fit(self.model, dvae, tokenizer)
+        if initial is None or recipe.caption_dropout:  # of what it began with it may know captions that are hidden
+            self.model.trained_with = {"caption_dropout": recipe.caption_dropout}
         self.validation_text = self._encode(validation.captions)
         self.shown = list(dict.fromkeys(validation.captions))[:SHOWN]
         self.examples_per_step = recipe.batch_size
