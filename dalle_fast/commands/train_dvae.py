@@ -37,7 +37,9 @@ def _add_model_arguments(group) -> None:
     add("--num-codes", "size of the codebook", type=int, metavar="N")
     add("--hidden", "channels of the first group", type=int, metavar="N")
     add("--likelihood", "of the pixels", choices=LIKELIHOODS)
-    add("--min-log-scale", "the smallest ln b of logit_laplace", type=float, metavar="X")
+    floor = "the smallest ln b of logit_laplace: about -1 for drawings and for pictures on pure white, as of products, "
+    floor += "whose flat parts outweigh all else without; =-inf, none, for photographs full of detail"
+    add("--min-log-scale", floor, type=float, metavar="X")
     add("--hard", "train on sampled codes, straight-through", action="store_true")
 
 

@@ -49,7 +49,9 @@ class DVAEConfig:
         blocks_per_group: residual blocks. channels: C.
         likelihood: of the pixels: "logit_laplace" (the paper), "l1" or "l2".
         min_log_scale: the smallest ln b of the logit-Laplace distribution. On flat drawings a small b would pay for
-            every sharp edge that is lost; photographs need none.
+            every sharp edge that is lost, and on pictures with much of one colour, as of products on pure white, the
+            loss falls without end on what is flat, with gradients that drown the object: -1 there, as in "tiny".
+            Photographs full of detail need none.
         residual_gain: factor of the residual branches; None: the paper's 1 / (number of blocks)^2. It keeps a deep
             network calm at first; short runs of a shallow one do not have the time to outgrow it.
         hard: train on sampled codes (straight-through) instead of relaxed ones.

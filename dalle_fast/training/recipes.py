@@ -19,7 +19,9 @@ class DVAERecipe:
 
     A share is that of `steps`, after which a cosine schedule has reached its end. beta weighs the sum of the divergence
     over an image's codes, divided by its pixels and channels: the fewer pixels stand behind a code, the smaller it
-    should be. The defaults are the paper's.
+    should be. The defaults are the paper's, but for `clip`: the paper names none for this stage, and without one a
+    steep batch, as flat pictures make them, can undo a run. And the paper mirrors half of the pictures: that is no part
+    of a recipe but `DVAEObjective`'s `flip`, off by default, as stage 2 shows none mirrored, and letters are other ones.
     """
 
     steps: int = _field(3_000_000, "updates in all; the schedules scale with them")
