@@ -328,6 +328,36 @@ def test_a_caption_that_cannot_be_read_is_bad_only_where_one_is_required(either)
     assert {*numbers(required[0]), *numbers(required[1])} == {*range(29)}
 
 
+@pytest.mark.filterwarnings("ignore:.*its 2 lines")
+def test_captions_are_told_without_pictures(either):
+    """As they come with them. Of a bad one its own, or "" where it is the caption that is bad."""
+    texts = {f"{x:03}.txt": b"of\n%d" % x for x in range(30)}
+    train, _ = both_splits(either({**many(30), "x.png": b"", "x.txt": b"bad", **texts}), require_captions=True)
+    told = dict(map(train.named_caption, range(-1, len(train) - 1)))
+    assert train.replaced == 0 and len(told) == len(train)
+    for name, caption in told.items():
+        stem = Path(name).stem
+        assert caption == ("bad" if stem == "x" else f"of {int(stem)}")
+    good = [number for number, name in enumerate(train.names) if told.get(name, "bad") != "bad"]
+    assert len(good) >= 28 and all(train.read(number).caption == told[train.names[number]] for number in good)
+    torn, _ = both_splits(either({**many(30), **texts, "000.txt": b"\xff"}), require_captions=True)
+    (name,) = [name for name, caption in map(torn.named_caption, range(len(torn))) if not caption]
+    assert Path(name).stem == "000"
+    with pytest.raises(IndexError):
+        train.named_caption(len(train))
+
+
+@pytest.mark.parametrize("spec", ["shapes", "emoji", "stamps"])
+def test_captions_of_what_is_drawn_are_told_without_drawing(spec):
+    for split in SPLITS:
+        source = opened(spec, 32, split=split)
+        for index in (0, 7, len(source) - 1):
+            name, caption = source.named_caption(index)
+            assert caption == source[index].caption and name
+        with pytest.raises(IndexError):
+            source.named_caption(len(source))
+
+
 def test_endings_are_read_in_either_case(either):
     path = either(
         {"a.PNG": encoded(picture(1)), "a.TXT": b"caption", "b.png": encoded(picture(2)), "b.txt": b"caption"}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli
@@ -287,6 +288,32 @@ def test_another_process_that_wants_the_same_codes_waits(dvae, tmp_path, capsys)
         assert thread.is_alive() and not results
     thread.join(60)
     assert len(results) == 1 and "waiting for another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", None), ("train", 3), ("train", 200), ("validation", 9)])
+def test_captions_are_known_ahead_of_the_pictures(dvae, tmp_path, split, count):
+    """Those of the file that will be there, crops after crops; of a bad picture its own."""
+    folder = captioned_folder(tmp_path / "data")
+    source = open_source(str(folder), image_size=16, split=split, require_captions=True)
+    chosen = {"split": split, "count": count, "seed": 1}
+    told = codes.captions_ahead(source, **chosen)
+    encoded = encode_source(dvae, source, folder=tmp_path, progress=False, **chosen)
+    assert [caption for _, caption in told] == encoded.captions
+    assert all(name == f"{caption}.png" for name, caption in told)
+    (folder / f"{told[0][0]}").write_bytes(b"")
+    (folder / f"{told[1][1]}.txt").write_bytes(b"\xff")
+    again = codes.captions_ahead(source, **chosen)
+    assert [again[0], again[1][1]] == [told[0], ""]
+    assert codes.captions_ahead(few(), **chosen) is None  # a source that cannot tell
+
+
+def captioned_folder(path, **captions):
+    """Of 60 pictures, each with its name without ending for a caption but for those given."""
+    path.mkdir()
+    for number in range(60):
+        Image.fromarray(np.full((40, 30, 3), 4 * number, np.uint8)).save(path / f"p{number}.png")
+        (path / f"p{number}.txt").write_text(captions.get(f"p{number}", f"p{number}"))
+    return path
 
 
 class Unsaid(list):
@@ -829,6 +856,66 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
         for word in words:
             assert word in line, (arguments, line)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_captions_are_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch, split):
+    """By a tokenizer that is given, and by one that is trained; the message names the picture."""
+    dvae, run = folders
+    stem = open_source(str(captioned_folder(tmp_path / "data")), image_size=16, split=split).named_caption(1)[1]
+    data = captioned_folder(tmp_path / "long", **{stem: "a red circle " * 20})
+    monkeypatch.setattr(codes, "_encode", forbid)
+    for flags in ([], ["--tokenizer", run / train_dalle.TOKENIZER]):
+        assert command(dvae, tmp_path / "out", "--data", data, "--examples", "200", *flags) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert "1 of 60 different captions are longer than text_len 30, " in line
+        assert "or --truncate; it is 'a red circle" in line and line.endswith(f"is that of {stem}.png")
+    with pytest.raises(AssertionError, match="the codes were computed again"):
+        command(dvae, tmp_path / "out", "--data", data, "--truncate")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):
+    _, run = folders
+    monkeypatch.setattr(codes, "_encode", forbid)
+    Tokenizer.train(["a red circle"], 260).save(tmp_path / "text.json")
+    cases = {("--width", "32"): "is (330, 16), expected (330, 32)"}
+    cases["--tokenizer", tmp_path / "text.json"] = "is (330, 16), expected (290, 16)"
+    for flags, words in cases.items():
+        assert command(None, tmp_path / "out", "--init", run, "--truncate", *flags) == 2
+        error = capsys.readouterr().err
+        assert "initial must have the weights of the model that is trained: " in error and words in error
+
+
+def test_the_tokenizer_is_of_the_captions_whose_pictures_are_good(folders, tmp_path, capsys):
+    """As all are, unless a picture is bad: then it is trained anew, not on what was read ahead."""
+    dvae, _ = folders
+    data = captioned_folder(tmp_path / "data", **{f"p{x}": "ab" * (x + 1) for x in range(60)})
+    flags = ["--data", data, "--examples", "200", "--text-len", "150"]
+    trained, train_ = [], Tokenizer.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "train", lambda *arguments: trained.append(arguments) or train_(*arguments))
+        for bad in (False, True):
+            if bad:
+                first = open_source(str(data), image_size=16, require_captions=True)
+                (data / first.named_caption(3)[0]).write_bytes(b"")
+            assert command(dvae, tmp_path / str(bad), *flags) == 0
+            assert len(trained) == 1 + 2 * bad
+    for bad in (False, True):
+        (kept,) = (tmp_path / str(bad) / train_dalle.CODES).glob("train-*")
+        text, lengths = (checkpoint.load_tensors(kept)[0][name] for name in ("captions", "caption_lengths"))
+        captions = [bytes(part.tolist()).decode() for part in text.split(lengths.tolist())]
+        train_(captions, 300).save(tmp_path / "expected.json")
+        found = tmp_path / str(bad) / train_dalle.TOKENIZER
+        assert found.read_bytes() == (tmp_path / "expected.json").read_bytes()
+
+
+def test_what_is_refused_after_pictures_became_codes_says_that_these_are_kept(folders, tmp_path, capsys, monkeypatch):
+    dvae, _ = folders
+    monkeypatch.setattr(codes, "captions_ahead", lambda *_, **__: None)  # as of a source that cannot tell
+    assert command(dvae, tmp_path / "out", "--text-len", "4") == 2
+    assert f"(the codes are kept, in {tmp_path / 'out' / train_dalle.CODES})" in capsys.readouterr().err
+    monkeypatch.setattr(codes, "_encode", forbid)
+    assert command(dvae, tmp_path / "out") == 0
 
 
 def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):

@@ -124,30 +124,36 @@ def make_objective(arguments, recipe):
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
     sources = _sources(arguments, dvae)
     if going_on:  # wrong flags would take the hours of other codes before the loop refuses them
-        key = key_of(dvae, sources["train"], split="train", count=arguments.examples, seed=arguments.seed)
+        key = key_of(dvae, sources["train"], **_chosen(arguments, "train", sources["train"]))
         config = _config(preset, dvae, tokenizer)
         known = known_settings(config, recipe, key, seed=arguments.seed, truncate=arguments.truncate)
         checkpoint.check_settings(out / checkpoint.CHECKPOINTS, known)
     make_folder(out, "--out")
     with held(out, "--out") if leads else contextlib.nullcontext():
+        captions, ahead = _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) if leads else (None, None)
         encoded = _encoded(arguments, dvae, sources)
         if leads:
             tell_of_bad(*sources.values())
-        if tokenizer is None:
+        if tokenizer is None and captions == encoded["train"].captions:
+            tokenizer = ahead
+        elif tokenizer is None:  # codes were there already, or pictures were bad and others were taken
             tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
-        objective = DALLEObjective(
-            _config(preset, dvae, tokenizer),
-            recipe,
-            dvae,
-            tokenizer,
-            encoded["train"],
-            encoded["validation"],
-            initial=initial,
-            seed=arguments.seed,
-            truncate=arguments.truncate,
-            device=device,
-            activation_checkpointing=arguments.activation_checkpointing,
-        )
+        try:
+            objective = DALLEObjective(
+                _config(preset, dvae, tokenizer),
+                recipe,
+                dvae,
+                tokenizer,
+                encoded["train"],
+                encoded["validation"],
+                initial=initial,
+                seed=arguments.seed,
+                truncate=arguments.truncate,
+                device=device,
+                activation_checkpointing=arguments.activation_checkpointing,
+            )
+        except ValueError as error:
+            raise UserError(f"{error} (the codes are kept, in {_codes_folder(arguments)})") from error
         if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
             _leave(out, objective)
         return objective
@@ -201,23 +207,63 @@ def _sources(arguments, dvae) -> dict:
     }
 
 
+def _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) -> tuple:
+    """Refuse captions that are too long, and a tokenizer that does not fit, before hours in which pictures become codes.
+
+    Where the codes are there already, or a source cannot tell captions alone, there is nothing to gain.
+
+    Args:
+        tokenizer: None where one is to be trained.
+
+    Returns:
+        The captions of training, as they are if no picture is bad, and the tokenizer that was trained on them, or the
+        given one; or (None, None).
+    """
+    import torch
+
+    from dalle_fast.nn.dalle import DALLE
+    from dalle_fast.outputs import make_folder
+    from dalle_fast.training.codes import captions_ahead, key_of, path_of
+    from dalle_fast.training.initial import check_shapes
+
+    chosen = {split: _chosen(arguments, split, source) for split, source in sources.items()}
+    paths = [path_of(_codes_folder(arguments), key_of(dvae, sources[split], **chosen[split])) for split in sources]
+    if all(path.exists() for path in paths):
+        return None, None
+    make_folder(_codes_folder(arguments), "the folder of codes")
+    print(f"reading the captions of {arguments.data}", file=sys.stderr, flush=True)  # of a million files for minutes
+    told = {split: captions_ahead(source, **chosen[split]) for split, source in sources.items()}
+    if None in told.values():
+        return None, None
+    captions = [caption for _, caption in told["train"]]
+    tokenizer = tokenizer or _new_tokenizer(captions, preset.vocab_size)
+    names, both = zip(*told["train"], *told["validation"], strict=True)
+    tokenizer.check_lengths(both, sys.maxsize if arguments.truncate else preset.text_len, names=names)
+    if initial is not None and not isinstance(initial, dict):
+        with torch.device("meta"):
+            check_shapes(DALLE(_config(preset, dvae, tokenizer)), initial)
+    return captions, tokenizer
+
+
 def _encoded(arguments, dvae, sources) -> dict:
     """The codes and captions of each split."""
     from dalle_fast.training.codes import encode_source
 
-    counts = {"train": arguments.examples, "validation": min(VALIDATION, len(sources["validation"]))}
+    folder, workers = _codes_folder(arguments), arguments.workers
     return {
-        split: encode_source(
-            dvae,
-            source,
-            folder=arguments.codes or Path(arguments.out) / CODES,
-            split=split,
-            count=counts[split],
-            seed=arguments.seed,
-            workers=arguments.workers,
-        )
+        split: encode_source(dvae, source, folder=folder, workers=workers, **_chosen(arguments, split, source))
         for split, source in sources.items()
     }
+
+
+def _codes_folder(arguments) -> Path:
+    return Path(arguments.codes or Path(arguments.out) / CODES)
+
+
+def _chosen(arguments, split, source) -> dict:
+    """Which pictures of a split become codes."""
+    count = arguments.examples if split == "train" else min(VALIDATION, len(source))
+    return {"split": split, "count": count, "seed": arguments.seed}
 
 
 def _leave(out, objective) -> None:

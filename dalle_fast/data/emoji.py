@@ -54,7 +54,11 @@ class Emoji:
 
     def __getitem__(self, index: int) -> Example:
         character = self.characters[check_index(index, len(self))]
-        return Example(fit(draw_emoji(self.font, character), self.image_size), unicodedata.name(character).lower())
+        return Example(fit(draw_emoji(self.font, character), self.image_size), self.named_caption(index)[1])
+
+    def named_caption(self, index: int) -> tuple[str, str]:
+        character = self.characters[check_index(index, len(self))]
+        return character, unicodedata.name(character).lower()
 
 
 def find_font() -> str:

@@ -30,12 +30,16 @@ class Folder(Pictures):
         super().__init__(path, names, split=split, max_bad_share=max_bad_share)
 
     def read(self, number: int) -> Example:
+        caption = self.read_caption(number)
+        data = read_file(os.path.join(self.path, self.names[number]))
+        return usable(data, caption, self.image_size, self.require_captions)
+
+    def read_caption(self, number: int) -> str:
         name = self.names[number]
-        caption = ""
-        if name in self._captioned:
-            place = os.path.join(self.path, self._captioned[name])
-            caption = self.caption_of(lambda: read_file(place), place, self.require_captions)
-        return usable(read_file(os.path.join(self.path, name)), caption, self.image_size, self.require_captions)
+        if name not in self._captioned:
+            return ""
+        place = os.path.join(self.path, self._captioned[name])
+        return self.caption_of(lambda: read_file(place), place, self.require_captions)
 
 
 def _about_tars(path: str) -> str:

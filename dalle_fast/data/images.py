@@ -221,6 +221,22 @@ class Pictures:
         """
         raise NotImplementedError
 
+    def read_caption(self, number: int) -> str:
+        """The caption of picture `number` of all splits, without the picture.
+
+        Raises:
+            BadImage: it makes the picture a bad one.
+        """
+        raise NotImplementedError
+
+    def named_caption(self, index: int) -> tuple[str, str]:
+        """A picture's name and caption, "" where that makes it a bad one. The picture is not looked at: it may be one."""
+        number = self._numbers[check_index(index, len(self))]
+        try:
+            return self.names[number], self.read_caption(number)
+        except BadImage:
+            return self.names[number], ""
+
     @property
     def replaced(self) -> int:
         return len(self.bad)

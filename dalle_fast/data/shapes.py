@@ -278,9 +278,16 @@ class Shapes:
 
     def __getitem__(self, index: int) -> Example:
         index = check_index(index, len(self))
-        scene = self.scenes[self._order[index % len(self.scenes)]]
+        scene = self._scene(index)
         image = draw(scene, self.image_size, generator(self.seed, _DRAW, self._stream, index))
         return Example(image, caption_of_scene(scene))
+
+    def named_caption(self, index: int) -> tuple[str, str]:
+        index = check_index(index, len(self))
+        return f"picture {index}", caption_of_scene(self._scene(index))
+
+    def _scene(self, index):
+        return self.scenes[self._order[index % len(self.scenes)]]
 
     def check(self, image: np.ndarray) -> str | None:
         """`read_caption`."""

@@ -37,6 +37,8 @@ class Source(Protocol):
     name: of the source, for messages.
     crop: whether crops of a picture are as good as the whole. False where the whole is drawn at `image_size` and its
         caption, or its meaning, would be lost; True where a source does not say.
+
+    It may have `named_caption(index)`: a picture's name and caption, told without reading or drawing the picture.
     """
 
     name: str

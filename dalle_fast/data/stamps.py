@@ -38,10 +38,12 @@ class Stamps(Pictures):
         super().__init__("stamps", sorted(self._captioned), split=split, max_bad_share=max_bad_share)
 
     def read(self, number: int) -> Example:
-        name = self.names[number]
-        data = read_file(os.path.join(self.path, self._captioned[name]))
-        lines = data.splitlines()  # English first, then translations
-        caption = read_caption_text(lines[0] if lines else b"").lower()
+        caption = self.read_caption(number)
         if not caption:
             raise BadImage("it has no caption")
-        return Example(fit(decode(read_file(os.path.join(self.path, name))), self.image_size), caption)
+        data = read_file(os.path.join(self.path, self.names[number]))
+        return Example(fit(decode(data), self.image_size), caption)
+
+    def read_caption(self, number: int) -> str:
+        lines = read_file(os.path.join(self.path, self._captioned[self.names[number]])).splitlines()
+        return read_caption_text(lines[0] if lines else b"").lower()  # English, then translations

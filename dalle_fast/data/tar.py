@@ -64,16 +64,21 @@ class Tar(Pictures):
         super().__init__(spec, names, split=split, max_bad_share=max_bad_share)
 
     def read(self, number: int) -> Example:
-        shard, image, caption = self._pairs[number]
+        caption = self.read_caption(number)
+        return usable(self._read(number, "image"), caption, self.image_size, self.require_captions)
+
+    def read_caption(self, number: int) -> str:
+        if self._pairs[number].caption is None:
+            return ""
+        return self.caption_of(lambda: self._read(number, "caption"), self.names[number], self.require_captions)
+
+    def _read(self, number, what):
+        pair = self._pairs[number]
         try:
-            with open(self.shards[shard], "rb") as file:
-                text = ""
-                if caption:
-                    text = self.caption_of(lambda: _read(file, caption), self.names[number], self.require_captions)
-                data = _read(file, image)
+            with open(self.shards[pair.shard], "rb") as file:
+                return _read(file, getattr(pair, what))
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
-        return usable(data, text, self.image_size, self.require_captions)
 
 
 def _read(file, entry: Entry) -> bytes:

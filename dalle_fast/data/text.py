@@ -15,7 +15,7 @@ import os
 import random
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -191,22 +191,29 @@ class Tokenizer:
             ids[number, : len(row)] = torch.tensor(row[:text_len], dtype=torch.int64)
         return ids, torch.tensor([min(len(row), text_len) for row in rows], dtype=torch.int64)
 
-    def check_lengths(self, captions: Iterable[str], text_len: int) -> None:
+    def check_lengths(self, captions: Iterable[str], text_len: int, *, names: Sequence[str] | None = None) -> None:
         """Refuse captions of more than `text_len` tokens, and say what would take them all.
+
+        Args:
+            names: of the captions' pictures: that of the first caption that is refused is in the message.
 
         Raises:
             ValueError: how many of the captions, each counted once, are too long, and the longest; or halves of
                 characters, as of `encode`.
         """
-        captions = sorted(set(captions))
-        _check_text(captions)
-        lengths = [len(row) for row in self._encode_plainly(captions)]
+        captions = list(captions)
+        different = sorted(set(captions))
+        _check_text(different)
+        lengths = [len(row) for row in self._encode_plainly(different)]
         if (longest := max(lengths, default=0)) > text_len:
+            too_long = {caption for caption, length in zip(different, lengths, strict=True) if length > text_len}
+            first = next(number for number, caption in enumerate(captions) if caption in too_long)
             raise ValueError(
-                f"{sum(length > text_len for length in lengths)} of {len(captions)} different captions are longer than "
+                f"{len(too_long)} of {len(different)} different captions are longer than "
                 f"text_len {text_len}, the longest has {longest} tokens: --text-len {longest}, better "
                 f"{math.ceil(MARGIN * longest)}, which leaves room for BPE dropout, or --truncate; it is "
-                f"{shortened(captions[lengths.index(longest)])!r}"
+                f"{shortened(different[lengths.index(longest)])!r}"
+                + (f", and the first of them is that of {names[first]}" if names else "")
             )
 
     def decode(self, ids) -> str | list[str]:

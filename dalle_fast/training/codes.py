@@ -6,6 +6,7 @@ N examples, G = h * w codes of a picture.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import torch
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
 from dalle_fast.data.crops import caption_crop, centre_crop
+from dalle_fast.data.loading import shuffled
 from dalle_fast.data.source import can_crop, identity
 from dalle_fast.outputs import held, make_folder
 
@@ -59,8 +61,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
         UserError: `folder` or the file cannot be written. DataError: the source cannot be read.
     """
     key = key_of(dvae, source, split=split, count=count, seed=seed)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = Path(folder) / f"{split}-{digest[:16]}.safetensors"
+    path = path_of(folder, key)
     if kept := _kept(path, key):
         return kept
     make_folder(folder, "the folder of codes")
@@ -77,20 +78,44 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
 
 def key_of(dvae, source, *, split, count, seed) -> dict:
     """What codes are known by: the `key` of what `encode_source` returns for the same arguments."""
-    limit = sys.maxsize if split == "train" and can_crop(source) else len(source)
-    count = min(len(source) if count is None else count, limit)
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
     key = {
         "dvae": fingerprint(dvae),
         "data": identity(source),
         "split": split,
-        "count": count,
+        "count": _count(source, split, count),
         "seed": seed,
     }
     if can_crop(source):  # a crop that is changed needs another name
         key["crop"] = (caption_crop if split == "train" else centre_crop).__name__
     return key
+
+
+def path_of(folder, key) -> Path:
+    """The file in which `encode_source` keeps codes with this key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return Path(folder) / f"{key['split']}-{digest[:16]}.safetensors"
+
+
+def captions_ahead(source, *, split, count, seed) -> list[tuple[str, str]] | None:
+    """Name and caption of each picture that `encode_source` takes for the same arguments, in its order.
+
+    No picture is read: of a bad one, whose place another will take, it is the picture's own caption, or "". None where
+    the source cannot tell captions alone; see `Source`.
+    """
+    if not hasattr(source, "named_caption"):
+        return None
+    count, read = _count(source, split, count), functools.cache(source.named_caption)  # there may be several crops
+    in_order = ([(0, index)] for index in range(count))
+    stream = shuffled(len(source), BATCH, seed, 0) if split == "train" else in_order
+    return [read(index) for _, index in itertools.islice(itertools.chain.from_iterable(stream), count)]
+
+
+def _count(source, split, count):
+    limit = sys.maxsize if split == "train" and can_crop(source) else len(source)
+    count = min(len(source) if count is None else count, limit)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    return count
 
 
 def fingerprint(model) -> str:

@@ -20,6 +20,17 @@ def begin_with(model, initial) -> dict:
         return {}
     if isinstance(initial, dict):
         return initial
+    check_shapes(model, initial)
+    model.load_state_dict(initial.state_dict())
+    return {"initial": fingerprint(initial)}
+
+
+def check_shapes(model, initial) -> None:
+    """Refuse what `begin_with` would: `model` needs no memory for that, as on torch's device "meta".
+
+    Raises:
+        ValueError: as of `begin_with`.
+    """
     weights, own = initial.state_dict(), model.state_dict()
     shapes = {name: (_shape(weights, name), _shape(own, name)) for name in {**own, **weights}}
     if wrong := [name for name, (found, expected) in shapes.items() if found != expected]:
@@ -28,8 +39,6 @@ def begin_with(model, initial) -> dict:
             f"initial must have the weights of the model that is trained: {wrong[0]} is {found}, expected {expected}"
             + (f"; and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-    model.load_state_dict(weights)
-    return {"initial": fingerprint(initial)}
 
 
 def _shape(tensors, name):
