@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dalle_fast import checkpoint, cli
 from dalle_fast.commands import train_dvae, training
 from dalle_fast.data import open_source
 from dalle_fast.data.source import MAX_BAD_SHARE
+from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import LIKELIHOODS
 from dalle_fast.training.loop import PRECISIONS
 
@@ -245,6 +247,32 @@ def test_sigterm_saves_exits_with_143_and_resume_goes_on(tmp_path):
     assert process.returncode == 143 and "--resume" in output
     step = checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step
     assert f"after step {step} of 100000" in output and len(log.read_text().splitlines()) == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_terminal_that_is_gone_does_not_change_the_exit_status(tmp_path, number):
+    """Its end is what sends SIGHUP: then nothing can be written to it any more."""
+    command = [sys.executable, "-m", "dalle_fast", *TRAIN, "--steps", "100000", "--log-every", "1", "--out", tmp_path]
+    ours, its = os.openpty()
+    process = subprocess.Popen(command, stdout=its, stderr=its, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(its)
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        select.select([ours], [], [], 0.05)[0] and os.read(ours, 1 << 16)
+    os.close(ours)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step == len(log.read_text().splitlines())
+
+
+def test_more_parts_than_have_noise_are_refused_at_the_start(tmp_path, capsys):
+    flags = [*TRAIN, "--data", tmp_path / "nothing", "--batch-size", "2049", "--accumulate", "2049", "--out", tmp_path]
+    assert run(*flags) == 2
+    assert "--accumulate times the processes must be at most 2048, got 2049" in capsys.readouterr().err
+    F.noise_seed(0, rank=train_dvae.MOST_PARTS - 1)
+    with pytest.raises(ValueError, match="rank"):
+        F.noise_seed(0, rank=train_dvae.MOST_PARTS)
 
 
 def test_choices_are_those_of_the_library():

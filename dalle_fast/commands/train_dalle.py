@@ -1,10 +1,11 @@
 """Train the transformer over captions and image codes, stage 2.
 
 The pictures become codes once, by the discrete VAE; the codes are kept in a file. The run lives in one folder, with a
-copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM or Ctrl-C training
-saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there. Ended while pictures
-become codes it loses those of the last minute at most: the same command goes on. The processes that torchrun starts
-(torchrun --nproc-per-node N -m dalle_fast train-dalle ...) share every batch; one of them makes the codes.
+copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM, Ctrl-C or a
+terminal that is closed (SIGHUP, unless nohup ignores it) training saves first, and exits with 128 + the signal's number
+(143, 130, 129); --resume goes on from there. Ended while pictures become codes it loses those of the last minute at
+most: the same command goes on. The processes that torchrun starts (torchrun --nproc-per-node N -m dalle_fast
+train-dalle ...) share every batch; one of them makes the codes.
 """
 
 from __future__ import annotations

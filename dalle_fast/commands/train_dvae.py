@@ -1,7 +1,8 @@
 """Train a discrete VAE, stage 1: pictures to codes and back.
 
 The run lives in one folder: its log, pictures, checkpoints, and at the end the model and how good it is. Ended by
-SIGTERM or Ctrl-C it saves first, and exits with 128 + the signal's number (143, 130); --resume goes on from there.
+SIGTERM, Ctrl-C or a terminal that is closed (SIGHUP, unless nohup ignores it) it saves first, and exits with 128 + the
+signal's number (143, 130, 129); --resume goes on from there.
 The processes that torchrun starts (torchrun --nproc-per-node N -m dalle_fast train-dvae ...) share every batch.
 """
 
@@ -15,6 +16,7 @@ from dalle_fast.errors import UserError
 from dalle_fast.training.recipes import LARGEST, RECIPES
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
+MOST_PARTS = 1 << 11  # of a batch, each with noise of its own: the ranks that `noise_seed` knows
 
 
 def add_arguments(parser) -> None:
@@ -65,9 +67,11 @@ def make_objective(arguments, recipe):
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
     from dalle_fast.nn import functional as F
-    from dalle_fast.training import stage1
+    from dalle_fast.training import processes, stage1
 
     F.noise_seed(arguments.seed)  # refuses what is out of range, before the data does, whose range is another
+    if (parts := arguments.accumulate * processes.current().count) > MOST_PARTS:
+        raise UserError(f"--accumulate times the processes must be at most {MOST_PARTS}, got {parts}")
     given = vars(arguments)
     if not given.get("min_log_scale", 0.0) < LARGEST:  # not a number, too
         raise UserError(f"--min-log-scale must be a number below {LARGEST:g}, got {arguments.min_log_scale}")

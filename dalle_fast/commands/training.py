@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 
 from dalle_fast.errors import UserError
 
@@ -136,13 +138,26 @@ def _run_training(make_objective, arguments, recipes, then, sources, loop_settin
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     if not together.leads:
         return 0 if result.signal is None else 128 + result.signal
-    tell_of_bad(*sources(objective))
-    if result.signal is not None:
-        print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
-        return 128 + result.signal
-    print(json.dumps(result.evaluation, indent=1))
-    print(f"try: {then}")
-    return 0
+    with _if_there_is_a_terminal():
+        tell_of_bad(*sources(objective))
+        if result.signal is None:
+            print(json.dumps(result.evaluation, indent=1))
+            print(f"try: {then}")
+        else:
+            print(f"stopped by signal {result.signal} after step {result.step} of {settings.steps}; --resume goes on")
+    return 0 if result.signal is None else 128 + result.signal
+
+
+@contextlib.contextmanager
+def _if_there_is_a_terminal():
+    """What is printed within this may be lost, with a terminal that was closed, say: all is saved, and the status says so."""
+    with contextlib.suppress(OSError):
+        yield
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what is left of it would be flushed at exit, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _check_apart(data, out) -> None:
