@@ -17,7 +17,7 @@ from PIL import Image
 from dalle_fast.data import DataError, Example, emoji, images, open_source, stamps, tar
 from dalle_fast.data.__main__ import main
 from dalle_fast.data.folder import list_pictures
-from dalle_fast.data.source import SPLITS, identity
+from dalle_fast.data.source import SPLITS, generator, identity
 
 SIZE = 16
 
@@ -211,22 +211,39 @@ def test_more_than_the_allowed_share_is_an_error_that_names_the_first(folder):
 
 def test_many_bad_pictures_are_an_error_soon(folder):
     path = folder({f"{x}.png": b"" for x in range(1_000)})
-    with pytest.raises(DataError, match=r"21 of 21 pictures looked at are bad, of 1000 in all"):
+    with pytest.raises(DataError, match=r"38 of 38 pictures looked at are bad, of 1000 in all"):
         open_source(path, image_size=SIZE)[0]
 
 
 def test_many_bad_pictures_in_a_row_are_an_error_among_many_good_ones():
     class Rotten(images.Pictures):
         def read(self, number):
-            if number in self._numbers[900:921]:
+            if number in self._numbers[900:938]:
                 raise images.BadImage("rotten")
             return Example(picture(), "")
 
     source = Rotten("rotten", [str(x) for x in range(1_000)], split="train", max_bad_share=0.05)
     for index in range(900):
         source[index]
-    with pytest.raises(DataError, match="rotten: 21 pictures in a row are bad, of 1000 in all, .* first is .*: rotten"):
+    with pytest.raises(DataError, match="rotten: 38 pictures in a row are bad, of 1000 in all, .* first is .*: rotten"):
         source[900]
+
+
+def looked_at(share, *, seed, count=20_000):
+    """How many pictures of a large source are looked at until it is refused, or None; a share of them is bad."""
+    source = images.Pictures("data", range(count), split="train", max_bad_share=0.05)
+    bad = np.zeros(count, bool)
+    bad[: round(share * count)] = True
+    bad = np.cumsum(generator(seed, 0).permutation(bad))
+    refused = (seen for seen in range(1, count + 1) if source._too_many(int(bad[seen - 1]), seen))
+    return next(refused, None)
+
+
+def test_a_share_of_bad_pictures_that_is_allowed_is_not_refused_by_chance(monkeypatch):
+    monkeypatch.setattr(images, "in_split", lambda names, split, source: names)
+    assert [looked_at(0.049, seed=seed) for seed in range(20)] == [None] * 20
+    assert max(looked_at(0.1, seed=seed) for seed in range(20)) < 2_000
+    assert max(looked_at(0.5, seed=seed) for seed in range(20)) < 100
 
 
 def test_nothing_but_bad_pictures_is_an_error_whatever_share_is_allowed(folder):

@@ -21,7 +21,11 @@ MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 STRIP_PIXELS = 2**20  # of a picture that are converted at once
 VALIDATION_SHARE = 0.05
-FEW, MANY = 20, 400  # pictures: of the share of bad ones that is an error; see `Pictures`
+FEW, MANY, SIGMAS = (
+    20,
+    400,
+    4,
+)  # pictures, and what chance may add: when bad ones are too many; see `Pictures._too_many`
 
 
 class BadImage(Exception):
@@ -163,8 +167,8 @@ class Pictures:
     """Base of the sources whose pictures may be bad. A subclass has `names` and `read(number) -> Example`.
 
     A bad picture is replaced by the next one that is good, so every index has a picture and always the same one. Bad
-    ones are counted, once each; when they are more than the allowed share of all pictures (of 400 or those looked at,
-    whichever is more, where there are more of them), that is an error.
+    ones are counted, once each; when they are more than the allowed share of all pictures, or more than chance explains
+    of that share among those looked at, that is an error.
 
     Args:
         name: of the source.
@@ -287,7 +291,13 @@ class Pictures:
             self._complain(row, *looked[0])
 
     def _too_many(self, bad, seen):
-        return bad > self.max_bad_share * max(seen, min(len(self.names), MANY), FEW)
+        """Whether the share is exceeded for certain, whatever the others are, or by more than chance.
+
+        Asked after every picture, so that without SIGMAS a share just below the allowed one would be refused some time.
+        """
+        expected = self.max_bad_share * max(seen, MANY)
+        likely = expected + SIGMAS * expected**0.5
+        return bad > min(self.max_bad_share * max(len(self.names), FEW), likely)
 
     def _complain(self, what, number, reason):
         raise DataError(
