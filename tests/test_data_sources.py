@@ -384,6 +384,28 @@ def test_endings_are_read_in_either_case(either):
         open_source(either({"a.PNG": b"x", "a.TXT": b"caption", "a.txt": b"caption"}), image_size=SIZE)
 
 
+def test_pictures_of_every_format_are_taken_and_those_of_others_counted(either):
+    formats = {"a.jpg": "JPEG", "b.jpe": "JPEG", "c.JIF": "JPEG", "d.jfif": "JPEG", "e.webp": "WEBP", "f.tif": "TIFF"}
+    formats |= {"g.avif": "AVIF"} if images.AVIF else {}
+    files = {name: encoded(picture(200), kind) for name, kind in formats.items()}
+    path = either({**files, "h.heic": b"x", "i.HEIC": b"x", "j.svg": b"x", "k.md": b"x", "l": b"x"})
+    sources = both_splits(path)
+    assert sum(map(len, sources)) == len(files)
+    assert all(abs(x - 200) < 3 for source in sources for x in numbers(source))
+    assert not any(source.bad for source in sources)
+    assert [source.passed_over for source in sources] == [{".heic": 2, ".svg": 1}] * 2
+
+
+def test_pictures_of_other_formats_alone_are_named(either):
+    with pytest.raises(DataError, match=r"looked for .png, .*; files of other formats are not taken: 2 .heic, 1 .svg$"):
+        open_source(either({"a.heic": b"x", "b.heic": b"x", "c.svg": b"x"}), image_size=SIZE)
+
+
+def test_a_pillow_that_cannot_decode_a_format_does_not_take_it(either, monkeypatch):
+    monkeypatch.setattr(images, "ENDINGS", (".png",))
+    assert [x.passed_over for x in both_splits(either({**many(3), "x.avif": b"x"}))] == [{".avif": 1}] * 2
+
+
 # -- decoding -----------------------------------------------------------------------------------------------------------
 
 
@@ -828,11 +850,14 @@ def test_bad_arguments(tmp_path):
         open_source("x", image_size=32, seed=1.5)
 
 
-def test_a_sheet_of_pictures(tmp_path, capsys):
+def test_a_sheet_of_pictures(folder, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert main(["shapes", "--out", str(out), "--count", "3", "--columns", "2", "--scale", "2"]) == 0
     with Image.open(out) as sheet:
         assert sheet.width == 2 * (64 + 10) + 10
+    assert capsys.readouterr().err == ""
+    assert main([folder({**many(3), "x.heic": b"x"}), "--out", str(out), "--image-size", "16"]) == 0
+    assert capsys.readouterr().err == f"{tmp_path}/data: files of other formats are not taken: 1 .heic\n"
     assert main(["nothing", "--out", str(out)]) == 1
     assert "nothing: no such folder" in capsys.readouterr().err
     for name in ("none/sheet.png", "sheet.xyz", "sheet.psd", "sheet"):

@@ -291,7 +291,7 @@ def test_help_shows_every_preset(capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_that_were_replaced_are_told_of_once(tmp_path, capsys, workers):
+def test_bad_pictures_and_those_of_other_formats_are_told_of_once(tmp_path, capsys, workers):
     """By both commands; nothing is said of good ones, nor of what is drawn."""
     from PIL import Image
 
@@ -307,9 +307,12 @@ def test_bad_pictures_that_were_replaced_are_told_of_once(tmp_path, capsys, work
     assert "are bad" not in capsys.readouterr().err
     for n in (5, 22):
         (tmp_path / f"{n}.png").write_bytes(b"no picture")
+    (tmp_path / "a.heic").touch()
     for command in (of_dvae, of_dalle):
         assert run(*command, "--out", out / command[0]) == 0
-        told = [line for line in capsys.readouterr().err.splitlines() if "are bad" in line]
+        lines = capsys.readouterr().err.splitlines()
+        assert lines.count(f"{tmp_path}: files of other formats are not taken: 1 .heic") == 1
+        told = [line for line in lines if "are bad" in line]
         assert len(told) == 1 and f"{tmp_path}: 2 of 40 pictures are bad, and others were taken instead" in told[0]
         assert re.search(r"; the first is (5|22)\.png: not a picture of PNG, ", told[0])
 

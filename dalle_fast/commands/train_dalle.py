@@ -124,6 +124,7 @@ def make_objective(arguments, recipe):
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
     sources = _sources(arguments, dvae)
+    training.tell_of_left_out(sources["train"])
     if going_on:  # wrong flags would take the hours of other codes before the loop refuses them
         key = key_of(dvae, sources["train"], **_chosen(arguments, "train", sources["train"]))
         config = _config(preset, dvae, tokenizer)

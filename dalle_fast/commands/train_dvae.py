@@ -82,6 +82,7 @@ def make_objective(arguments, recipe):
         split: open_source(arguments.data, split=split, **options)
         for split in ("train", "validation", *(["heldout"] if arguments.data == "shapes" else []))
     }
+    training.tell_of_left_out(sources["train"])
     return stage1.DVAEObjective(
         config,
         recipe,

@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 
 from dalle_fast.data.crops import centre_crop
+from dalle_fast.data.images import left_out
 from dalle_fast.data.source import open_source
 
 MARGIN = 10
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         size = arguments.image_size
         source = open_source(arguments.source, image_size=size, split=arguments.split, seed=arguments.seed)
+        for line in left_out(source):
+            print(line, file=sys.stderr)
         examples = [source[index] for index in range(min(arguments.count, len(source)))]
     except (ValueError, ImportError) as error:
         print(f"python -m dalle_fast.data: {error}", file=sys.stderr)

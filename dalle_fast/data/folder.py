@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
-from dalle_fast.data.images import ENDINGS, BadImage, Pictures, decode, read_file
+from dalle_fast.data.images import ENDINGS, BadImage, Pictures, count_passed_over, decode, is_picture, read_file
 from dalle_fast.data.source import DataError, Example
 
 
@@ -21,13 +22,14 @@ class Folder(Pictures):
 
     def __init__(self, path: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
         self.path, self.image_size, self.require_captions = path, image_size, require_captions
-        names, captioned = list_pictures(path)
+        names, captioned, passed_over = list_pictures(path)
         if not names:
-            raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{_about_tars(path)}")
+            others = f"; {count_passed_over(passed_over)}" if passed_over else ""
+            raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{others}{_about_tars(path)}")
         if require_captions and not captioned:
             raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
         self._captioned = captioned
-        super().__init__(path, names, split=split, max_bad_share=max_bad_share)
+        super().__init__(path, names, split=split, max_bad_share=max_bad_share, passed_over=passed_over)
 
     def read(self, number: int) -> Example:
         caption = self.read_caption(number)
@@ -69,15 +71,23 @@ def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -
     return Example(image, caption)
 
 
-def list_pictures(path: str) -> tuple[list[str], dict[str, str]]:
-    """The names of the pictures below a folder, sorted and relative to it, and of those that have one the caption's file.
+class Listing(NamedTuple):
+    """names: of the pictures, sorted. captions: of those that have one the caption's file. passed_over: see `Pictures`."""
+
+    names: list[str]
+    captions: dict[str, str]
+    passed_over: dict[str, int]
+
+
+def list_pictures(path: str) -> Listing:
+    """The pictures below a folder, whose names are relative to it.
 
     What begins with a dot is not looked at. Links to folders are followed, into each folder once.
 
     Raises:
         DataError: a folder cannot be read; a stem with two caption files, whose endings differ in their case.
     """
-    pictures, texts, seen = [], {}, {os.path.realpath(path)}
+    pictures, texts, passed_over, seen = [], {}, {}, {os.path.realpath(path)}
     for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not name.startswith(".") and _is_new(folder, name, seen)]
         for file in files:
@@ -85,13 +95,13 @@ def list_pictures(path: str) -> tuple[list[str], dict[str, str]]:
                 continue
             name = os.path.relpath(os.path.join(folder, file), path)
             stem, ending = os.path.splitext(name)
-            if ending.lower() in ENDINGS:
+            if is_picture(name, passed_over):
                 pictures.append(name)
             elif ending.lower() == ".txt" and texts.setdefault(stem, name) != name:
                 one, other = sorted((texts[stem], name))
                 raise DataError(f"{path}: which is the caption of {stem}, {one} or {other}?")
     stems = ((name, os.path.splitext(name)[0]) for name in sorted(pictures))
-    return sorted(pictures), {name: texts[stem] for name, stem in stems if stem in texts}
+    return Listing(sorted(pictures), {name: texts[stem] for name, stem in stems if stem in texts}, passed_over)
 
 
 def reads_below(path: str, folder: str) -> bool:

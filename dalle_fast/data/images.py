@@ -10,22 +10,37 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from PIL import features
 
 from dalle_fast.data.source import DataError, Example, check_index
 
 # Endings that are taken for pictures, and the decoders that may be used whatever the ending: no others, as some of
-# Pillow's start other programs.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Pillow's start other programs. (That of AVIF, which not every Pillow has, does not.)
+AVIF = "avif" in features.get_supported_modules()
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+if AVIF:
+    ENDINGS, FORMATS = (*ENDINGS, ".avif"), (*FORMATS, "AVIF")
+# Endings of pictures that are not taken; that there were some is told.
+OTHERS = (
+    ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jp2",
+    ".jpx", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi", ".raf", ".rw2", ".svg",
+    ".svgz", ".tga", ".xcf",
+)  # fmt: skip
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 STRIP_PIXELS = 2**20  # of a picture that are converted at once
 VALIDATION_SHARE = 0.05
-FEW, MANY, SIGMAS = (
-    20,
-    400,
-    4,
-)  # pictures, and what chance may add: when bad ones are too many; see `Pictures._too_many`
+# When bad pictures are too many: of these pictures, and what chance may add; see `Pictures._too_many`.
+FEW, MANY, SIGMAS = 20, 400, 4
+
+
+def is_picture(name: str, passed_over: dict[str, int]) -> bool:
+    """Whether a file's ending is one of ENDINGS; one that only OTHERS have is counted in `passed_over`, by its ending."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending not in ENDINGS and ending in OTHERS:
+        passed_over[ending] = passed_over.get(ending, 0) + 1
+    return ending in ENDINGS
 
 
 class BadImage(Exception):
@@ -174,17 +189,28 @@ class Pictures:
         name: of the source.
         names: of its pictures, for messages and for the split.
         split, max_bad_share: as of `open_source`.
+        passed_over: ending -> how many files of pictures in other formats lie among them.
 
     Attributes:
         bad: number -> reason, of the bad pictures that were met.
         replaced: how many these are.
+        passed_over: as above.
     """
 
     crop = True
     _warned_of_lines = False
 
-    def __init__(self, name: str, names: Sequence[str], *, split: str, max_bad_share: float):
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str],
+        *,
+        split: str,
+        max_bad_share: float,
+        passed_over: dict[str, int] | None = None,
+    ):
         self.name, self.names, self.max_bad_share = name, names, max_bad_share
+        self.passed_over = passed_over or {}
         self._numbers = in_split(names, split, name)
         self._looked = np.zeros(len(names), bool)
         self.bad: dict[int, str] = {}
@@ -304,6 +330,19 @@ class Pictures:
             f"{self.name}: {what} are bad, of {len(self.names)} in all, and max_bad_share is {self.max_bad_share}; "
             f"the first is {self.names[number]}: {reason}"
         )
+
+
+def left_out(source) -> list[str]:
+    """What of a source's files, of all its splits, is not among its pictures: a line for each reason."""
+    lines = []
+    if counts := getattr(source, "passed_over", None):
+        lines.append(f"{source.name}: {count_passed_over(counts)}")
+    return lines
+
+
+def count_passed_over(counts: dict[str, int]) -> str:
+    by_ending = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f"files of other formats are not taken: {', '.join(f'{count} {ending}' for ending, count in by_ending)}"
 
 
 def tell_of_bad(*sources) -> None:

@@ -16,7 +16,7 @@ import tarfile
 from typing import NamedTuple
 
 from dalle_fast.data.folder import usable
-from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures
+from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures, count_passed_over, is_picture
 from dalle_fast.data.source import DataError, Example
 
 _BLOCK = 512
@@ -50,18 +50,20 @@ class Tar(Pictures):
     def __init__(self, spec: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
         self.image_size, self.require_captions = image_size, require_captions
         self.shards = find_shards(spec)
-        self._pairs, names = [], []
+        self._pairs, names, passed_over = [], [], {}
         for number, shard in enumerate(self.shards):
-            for key, (image, caption) in index_shard(shard).items():
+            for key, (image, caption) in index_shard(shard, passed_over).items():
                 self._pairs.append(Pair(number, image, caption))
                 names.append(f"{os.path.basename(shard)}/{key}")
         if not names:
-            raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; looked for {', '.join(ENDINGS)}")
+            others = f"; {count_passed_over(passed_over)}" if passed_over else ""
+            looked_for = f"looked for {', '.join(ENDINGS)}{others}"
+            raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; {looked_for}")
         if require_captions and all(pair.caption is None for pair in self._pairs):
             raise DataError(
                 f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt{DOTS}"
             )
-        super().__init__(spec, names, split=split, max_bad_share=max_bad_share)
+        super().__init__(spec, names, split=split, max_bad_share=max_bad_share, passed_over=passed_over)
 
     def read(self, number: int) -> Example:
         caption = self.read_caption(number)
@@ -123,8 +125,10 @@ def shards_in(folder: str) -> list[str]:
     return [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
 
 
-def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
+def index_shard(path: str, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
     """The pictures of a tar file: key -> where its image and its caption lie.
+
+    Files of pictures in other formats are counted in `passed_over`; see `Pictures`.
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
@@ -142,7 +146,7 @@ def index_shard(path: str) -> dict[str, tuple[Entry, Entry | None]]:
         files[ending] = Entry(entry.offset_data, entry.size)
     pairs = {}
     for key, files in found.items():
-        images = [ending for ending in sorted(files) if ("." + ending).endswith(ENDINGS)]
+        images = [ending for ending in sorted(files) if is_picture("x." + ending, passed_over)]
         images = [ending for ending in images if "." not in ending] or images  # not .mask.png beside .png
         if len(images) > 1:
             which = " or ".join("." + ending for ending in images)
