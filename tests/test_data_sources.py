@@ -100,7 +100,6 @@ def numbers(source):
 # -- folders ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*its 2 lines")
 def test_a_folder_shows_every_picture_with_its_caption(folder):
     path = folder(
         {**many(), "a/b.JPG": encoded(picture(99), "JPEG"), "a/b.txt": "\ufeff A  dog,\nünder\n".encode(), "c.md": b"x"}
@@ -321,18 +320,32 @@ def either(request, folder, shard):
     return folder
 
 
-def test_several_lines_are_one_caption_and_warned_of_once(either):
+def test_several_lines_are_one_caption_and_counted(either, capsys):
     path = either(
         {
             **many(40),
             **{f"{x:03}.txt": b"one\n\n" for x in range(20)},
-            **{f"{x:03}.txt": b"a\n b\n" for x in range(20, 40)},
+            **{f"{x:03}.txt": b"a \r\n  b\n" for x in range(20, 40)},
         }
     )
-    source = open_source(path, image_size=SIZE)
-    with pytest.warns(UserWarning, match=r"0[23]\d.*: its 2 lines are taken for one caption; if each is") as caught:
-        captions = {source[index].caption for index in range(len(source))}
-    assert captions == {"one", "a b"} and len(caught) == 1
+    sources = both_splits(path)
+    assert {source[index].caption for source in sources for index in range(len(source))} == {"one", "a b"}
+    several = {number: lines for source in sources for number, lines in source.several_lines.items()}
+    assert several == dict.fromkeys(range(20, 40), 2)
+    assert capsys.readouterr().err == ""
+    images.tell_of_bad(*sources)
+    [line] = capsys.readouterr().err.splitlines()
+    first = next(iter(several))
+    assert line.startswith(f"{path}: captions of several lines, each taken for one caption: 20; the first is that of ")
+    assert f"{sources[0].names[first]}, 2 lines; if each is a caption" in line
+
+
+def test_captions_are_left_unread_where_they_are_not_wanted(either):
+    sources = both_splits(either({**many(4), **{f"{x:03}.txt": b"a\nb" for x in range(4)}}), captions=False)
+    assert {source[index].caption for source in sources for index in range(len(source))} == {""}
+    assert not any(source.several_lines for source in sources)
+    with pytest.raises(ValueError, match="captions must be True where require_captions is, got False"):
+        open_source("shapes", image_size=SIZE, captions=False, require_captions=True)
 
 
 def test_a_caption_that_cannot_be_read_is_bad_only_where_one_is_required(either):

@@ -308,10 +308,15 @@ def test_bad_pictures_and_those_of_other_formats_are_told_of_once(tmp_path, caps
     for n in (5, 22):
         (tmp_path / f"{n}.png").write_bytes(b"no picture")
     (tmp_path / "a.heic").touch()
+    (tmp_path / "7.txt").write_text("number 7\nand 8")
     for command in (of_dvae, of_dalle):
         assert run(*command, "--out", out / command[0]) == 0
         lines = capsys.readouterr().err.splitlines()
         assert lines.count(f"{tmp_path}: files of other formats are not taken: 1 .heic") == 1
+        of_lines = (
+            f"{tmp_path}: captions of several lines, each taken for one caption: 1; the first is that of 7.png, 2"
+        )
+        assert sum(line.startswith(of_lines) for line in lines) == (command is of_dalle)
         told = [line for line in lines if "are bad" in line]
         assert len(told) == 1 and f"{tmp_path}: 2 of 40 pictures are bad, and others were taken instead" in told[0]
         assert re.search(r"; the first is (5|22)\.png: not a picture of PNG, ", told[0])

@@ -79,7 +79,7 @@ def make_objective(arguments, recipe):
     config = training.replaced(preset, given)
     options = {"image_size": config.image_size, "seed": arguments.seed, "max_bad_share": arguments.max_bad_share}
     sources = {
-        split: open_source(arguments.data, split=split, **options)
+        split: open_source(arguments.data, split=split, captions=False, **options)
         for split in ("train", "validation", *(["heldout"] if arguments.data == "shapes" else []))
     }
     training.tell_of_left_out(sources["train"])

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from dalle_fast.data.images import ENDINGS, BadImage, Pictures, count_passed_over, decode, is_picture, read_file
+from dalle_fast.data.images import (
+    ENDINGS,
+    BadImage,
+    Pictures,
+    count_passed_over,
+    decode,
+    is_picture,
+    read_caption_text,
+    read_file,
+)
 from dalle_fast.data.source import DataError, Example
 
 
@@ -20,7 +30,9 @@ class Folder(Pictures):
         DataError: the folder cannot be read or has no pictures, or no captions where they are required.
     """
 
-    def __init__(self, path: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
+    def __init__(
+        self, path: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
+    ):
         self.path, self.image_size, self.require_captions = path, image_size, require_captions
         names, captioned, passed_over = list_pictures(path)
         if not names:
@@ -28,7 +40,7 @@ class Folder(Pictures):
             raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{others}{_about_tars(path)}")
         if require_captions and not captioned:
             raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
-        self._captioned = captioned
+        self._captioned = captioned if captions else {}
         super().__init__(path, names, split=split, max_bad_share=max_bad_share, passed_over=passed_over)
 
     def read(self, number: int) -> Example:
@@ -41,7 +53,7 @@ class Folder(Pictures):
         if name not in self._captioned:
             return ""
         place = os.path.join(self.path, self._captioned[name])
-        return self.caption_of(lambda: read_file(place), place, self.require_captions)
+        return read_caption(lambda: read_file(place), self.require_captions)
 
 
 def _about_tars(path: str) -> str:
@@ -54,6 +66,20 @@ def _about_tars(path: str) -> str:
     )
     first = next(tars, None)
     return f"; {first} is not read: .tar files must lie directly in the folder, uncompressed" if first else ""
+
+
+def read_caption(read: Callable[[], bytes], required: bool) -> str:
+    """The caption in a file that `read` reads; see `read_caption_text`.
+
+    Raises:
+        BadImage: it is required, and cannot be read or is not UTF-8. One that is not required is "" then.
+    """
+    try:
+        return read_caption_text(read())
+    except BadImage:
+        if required:
+            raise
+        return ""
 
 
 def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -> Example:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import features
@@ -148,15 +150,17 @@ def read_file(path) -> bytes:
 
 
 def read_caption_text(data: bytes) -> str:
-    """A caption file's text, its white space made single spaces.
+    """A caption file's text: its lines but for empty ones, the white space in them made single spaces.
 
     Raises:
         BadImage: it is not UTF-8.
     """
     try:
-        return " ".join(data.decode("utf-8-sig").split())
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadImage(f"its caption is not UTF-8: {error}") from error
+    lines = (" ".join(line.split()) for line in re.split(r"[\r\n]+", text))
+    return "\n".join(line for line in lines if line)
 
 
 def in_split(names: Sequence[str], split: str, source: str) -> list[int]:
@@ -178,6 +182,14 @@ def in_split(names: Sequence[str], split: str, source: str) -> list[int]:
     return chosen
 
 
+class Look(NamedTuple):
+    """What was seen of picture `number`: why it is bad, or None; how many lines its caption had."""
+
+    number: int
+    bad: str | None
+    lines: int = 0
+
+
 class Pictures:
     """Base of the sources whose pictures may be bad. A subclass has `names` and `read(number) -> Example`.
 
@@ -194,11 +206,12 @@ class Pictures:
     Attributes:
         bad: number -> reason, of the bad pictures that were met.
         replaced: how many these are.
+        several_lines: number -> how many lines make its caption, of the captions of several that were met. (Other
+            packages take each line for a caption of its own.)
         passed_over: as above.
     """
 
     crop = True
-    _warned_of_lines = False
 
     def __init__(
         self,
@@ -214,37 +227,10 @@ class Pictures:
         self._numbers = in_split(names, split, name)
         self._looked = np.zeros(len(names), bool)
         self.bad: dict[int, str] = {}
-
-    def caption_of(self, data: Callable[[], bytes], place: str, required: bool) -> str:
-        """The caption in a file, whose lines make one; the first file of several lines is warned of, once.
-
-        Other packages take each line for a caption of its own.
-
-        Args:
-            data: reads the file. place: its name, for the warning.
-            required: a file that cannot be read makes the picture a bad one, else its caption "".
-
-        Raises:
-            BadImage: it cannot be read or is not UTF-8.
-        """
-        try:
-            content = data()
-            caption = read_caption_text(content)
-        except BadImage:
-            if required:
-                raise
-            return ""
-        lines = sum(bool(line.strip()) for line in content.splitlines())
-        if lines > 1 and not self._warned_of_lines:
-            self._warned_of_lines = True
-            message = (
-                f"{place}: its {lines} lines are taken for one caption; if each is a caption, keep one in the file"
-            )
-            warnings.warn(message, stacklevel=2)
-        return caption
+        self.several_lines: dict[int, int] = {}
 
     def read(self, number: int) -> Example:
-        """Picture `number` of all splits.
+        """Picture `number` of all splits, with its caption as `read_caption_text` has it.
 
         Raises:
             BadImage: it cannot be used.
@@ -279,8 +265,8 @@ class Pictures:
         self.note(looked)
         return example
 
-    def load(self, index: int) -> tuple[Example | None, list[tuple[int, str | None]]]:
-        """The picture, and what was looked at for it: (number, why it is bad or None) each. Changes nothing.
+    def load(self, index: int) -> tuple[Example | None, list[Look]]:
+        """The picture, and what was looked at for it. Changes nothing.
 
         None where too many in a row are bad: `note` then raises, as it knows of all that were looked at.
         """
@@ -291,30 +277,33 @@ class Pictures:
             try:
                 example = self.read(number)
             except BadImage as error:
-                looked.append((number, str(error)))
+                looked.append(Look(number, str(error)))
                 if self._too_many(len(looked), len(looked)):
                     break
                 continue
-            return example, [*looked, (number, None)]
+            lines = example.caption.splitlines()
+            return example._replace(caption=" ".join(lines)), [*looked, Look(number, None, len(lines))]
         return None, looked
 
-    def note(self, looked: list[tuple[int, str | None]]) -> None:
+    def note(self, looked: list[Look]) -> None:
         """Count what `load` looked at for one picture.
 
         Raises:
             DataError: now there are more bad pictures than allowed, or none of these is good.
         """
-        for number, reason in looked:
+        for number, reason, lines in looked:
             self._looked[number] = True
             if reason is not None:
                 self.bad[number] = reason
+            if lines > 1:
+                self.several_lines[number] = lines
         bad, seen = len(self.bad), int(self._looked.sum())
         if self._too_many(bad, seen):
             self._complain(f"{bad} of {seen} pictures looked at", *next(iter(self.bad.items())))
-        if looked and looked[-1][1] is not None:
+        if looked and looked[-1].bad is not None:
             count = len(looked)
             row = f"all {count} pictures of the split" if count == len(self) else f"{count} pictures in a row"
-            self._complain(row, *looked[0])
+            self._complain(row, looked[0].number, looked[0].bad)
 
     def _too_many(self, bad, seen):
         """Whether the share is exceeded for certain, whatever the others are, or by more than chance.
@@ -346,10 +335,21 @@ def count_passed_over(counts: dict[str, int]) -> str:
 
 
 def tell_of_bad(*sources) -> None:
-    """One line on stderr, where bad pictures were replaced: how many of these splits of a source, and the first one."""
-    bad = [(source, *picture) for source in sources for picture in getattr(source, "bad", {}).items()]
-    if bad:
+    """A line on stderr, where bad pictures were replaced: how many of these splits of a source, and the first one; and
+    one where captions had several lines."""
+    if bad := _of_all(sources, "bad"):
         source, number, reason = bad[0]
         count = f"{len(bad)} of {len(source.names)} pictures are bad, and others were taken instead"
         first = f"the first is {source.names[number]}: {reason}"
         print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
+    if several := _of_all(sources, "several_lines"):
+        source, number, lines = several[0]
+        count = f"captions of several lines, each taken for one caption: {len(several)}"
+        first = (
+            f"the first is that of {source.names[number]}, {lines} lines; if each is a caption, keep one in the file"
+        )
+        print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
+
+
+def _of_all(sources, name):
+    return [(source, *item) for source in sources for item in getattr(source, name, {}).items()]

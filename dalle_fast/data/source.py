@@ -81,6 +81,7 @@ def open_source(
     image_size: int,
     split: str = "train",
     seed: int = 0,
+    captions: bool = True,
     require_captions: bool = False,
     max_bad_share: float = MAX_BAD_SHARE,
 ) -> Source:
@@ -88,13 +89,14 @@ def open_source(
 
     Args:
         spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
-            same-stem .txt captions (one caption a file, whatever its lines: several are warned of), a .tar file or several
+            same-stem .txt captions (one caption a file, whatever its lines), a .tar file or several
             ("x-{000..003}.tar"), or a folder of them, which must have no pictures. A folder that is called like a
             built-in source is reached as "./shapes".
         image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.
         split: "train" or "validation", which share no picture, by the picture's name and so the same for every seed;
             "shapes" has "heldout" too, combinations of attributes that the other two never show.
         seed: of what is drawn at random.
+        captions: whether those of files are read. Where not, they are "", as for stage 1, which needs none.
         require_captions: count a picture without a caption, or with one that cannot be read (not UTF-8), as a bad one.
             Where they are not required, the caption of either is "".
         max_bad_share: the share of bad pictures (broken, too large, too small), which are replaced by others, above
@@ -111,6 +113,8 @@ def open_source(
     splits = (*SPLITS, "heldout") if spec == "shapes" else SPLITS
     if split not in splits:
         raise ValueError(f"split of {spec!r} must be one of {', '.join(splits)}, got {split!r}")
+    if require_captions and not captions:
+        raise ValueError("captions must be True where require_captions is, got False")
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
     if spec == "shapes":
@@ -139,7 +143,8 @@ def open_source(
             if not os.path.exists(spec)
             else f"{spec}: neither a folder nor a .tar file"
         )
-    return Files(spec, image_size, split=split, require_captions=require_captions, max_bad_share=max_bad_share)
+    options = {"captions": captions, "require_captions": require_captions, "max_bad_share": max_bad_share}
+    return Files(spec, image_size, split=split, **options)
 
 
 def _is_tar(spec: str) -> bool:

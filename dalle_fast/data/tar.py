@@ -15,7 +15,7 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from dalle_fast.data.folder import usable
+from dalle_fast.data.folder import read_caption, usable
 from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures, count_passed_over, is_picture
 from dalle_fast.data.source import DataError, Example
 
@@ -47,13 +47,15 @@ class Tar(Pictures):
         ImportError: webdataset is not installed.
     """
 
-    def __init__(self, spec: str, image_size: int, *, split: str, require_captions: bool, max_bad_share: float):
+    def __init__(
+        self, spec: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
+    ):
         self.image_size, self.require_captions = image_size, require_captions
         self.shards = find_shards(spec)
         self._pairs, names, passed_over = [], [], {}
         for number, shard in enumerate(self.shards):
             for key, (image, caption) in index_shard(shard, passed_over).items():
-                self._pairs.append(Pair(number, image, caption))
+                self._pairs.append(Pair(number, image, caption if captions else None))
                 names.append(f"{os.path.basename(shard)}/{key}")
         if not names:
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
@@ -72,7 +74,7 @@ class Tar(Pictures):
     def read_caption(self, number: int) -> str:
         if self._pairs[number].caption is None:
             return ""
-        return self.caption_of(lambda: self._read(number, "caption"), self.names[number], self.require_captions)
+        return read_caption(lambda: self._read(number, "caption"), self.require_captions)
 
     def _read(self, number, what):
         pair = self._pairs[number]
