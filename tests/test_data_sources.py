@@ -311,6 +311,33 @@ def test_required_captions(folder):
     assert reasons[1].startswith("its caption is not UTF-8")
 
 
+def names_of(source):
+    return {source.names[number] for number in source._numbers}
+
+
+def test_pictures_without_captions_are_left_out_where_captions_are_required(either, capsys):
+    """They are no bad pictures, and the others stay in the splits that stage 1 has them in."""
+    path = either({**many(80), **{f"{x:03}.txt": b"a" for x in range(0, 82, 2)}, "x.heic": b"x", "x.txt": b"x"})
+    free, required = both_splits(path), both_splits(path, require_captions=True, max_bad_share=0)
+    assert sorted(x for source in required for x in numbers(source)) == [*range(0, 80, 2)]
+    assert all(names_of(some) <= names_of(more) for some, more in zip(required, free))
+    assert images.left_out(free[0]) == [f"{path}: files that are not taken: 1 .heic"]
+    assert images.left_out(required[0]) == [
+        f"{path}: files that are not taken: 2 .txt without a picture, 1 .heic",
+        f"{path}: 40 of 80 pictures have no caption and are left out",
+    ]
+
+
+def test_a_split_without_captions_is_an_error(either):
+    path = either(many(5))
+    [withheld] = names_of(open_source(path, image_size=SIZE, split="validation"))
+    names = [f"{x:03}.txt" for x in range(5) if f"{x:03}" not in withheld]
+    path = either({**many(5), **dict.fromkeys(names, b"a")})
+    message = "no picture of the split 'validation' has a caption; 4 of 5 pictures have one"
+    with pytest.raises(DataError, match=message):
+        open_source(path, image_size=SIZE, split="validation", require_captions=True)
+
+
 @pytest.fixture(params=["folder", "tar"])
 def either(request, folder, shard):
     """either(files): a source's path with those files, in a folder or in a tar file."""
@@ -410,7 +437,7 @@ def test_pictures_of_every_format_are_taken_and_those_of_others_counted(either):
 
 
 def test_pictures_of_other_formats_alone_are_named(either):
-    with pytest.raises(DataError, match=r"looked for .png, .*; files of other formats are not taken: 2 .heic, 1 .svg$"):
+    with pytest.raises(DataError, match=r"looked for .png, .*; files that are not taken: 2 .heic, 1 .svg$"):
         open_source(either({"a.heic": b"x", "b.heic": b"x", "c.svg": b"x"}), image_size=SIZE)
 
 
@@ -870,7 +897,7 @@ def test_a_sheet_of_pictures(folder, tmp_path, capsys):
         assert sheet.width == 2 * (64 + 10) + 10
     assert capsys.readouterr().err == ""
     assert main([folder({**many(3), "x.heic": b"x"}), "--out", str(out), "--image-size", "16"]) == 0
-    assert capsys.readouterr().err == f"{tmp_path}/data: files of other formats are not taken: 1 .heic\n"
+    assert capsys.readouterr().err == f"{tmp_path}/data: files that are not taken: 1 .heic\n"
     assert main(["nothing", "--out", str(out)]) == 1
     assert "nothing: no such folder" in capsys.readouterr().err
     for name in ("none/sheet.png", "sheet.xyz", "sheet.psd", "sheet"):

@@ -312,7 +312,7 @@ def test_bad_pictures_and_those_of_other_formats_are_told_of_once(tmp_path, caps
     for command in (of_dvae, of_dalle):
         assert run(*command, "--out", out / command[0]) == 0
         lines = capsys.readouterr().err.splitlines()
-        assert lines.count(f"{tmp_path}: files of other formats are not taken: 1 .heic") == 1
+        assert lines.count(f"{tmp_path}: files that are not taken: 1 .heic") == 1
         of_lines = (
             f"{tmp_path}: captions of several lines, each taken for one caption: 1; the first is that of 7.png, 2"
         )

@@ -41,7 +41,17 @@ class Folder(Pictures):
         if require_captions and not captioned:
             raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
         self._captioned = captioned if captions else {}
-        super().__init__(path, names, split=split, max_bad_share=max_bad_share, passed_over=passed_over)
+        if not require_captions:
+            passed_over.pop(".txt", None)
+        without = (number for number, name in enumerate(names) if require_captions and name not in captioned)
+        super().__init__(
+            path,
+            names,
+            split=split,
+            max_bad_share=max_bad_share,
+            passed_over=passed_over,
+            without_caption=frozenset(without),
+        )
 
     def read(self, number: int) -> Example:
         caption = self.read_caption(number)
@@ -126,8 +136,10 @@ def list_pictures(path: str) -> Listing:
             elif ending.lower() == ".txt" and texts.setdefault(stem, name) != name:
                 one, other = sorted((texts[stem], name))
                 raise DataError(f"{path}: which is the caption of {stem}, {one} or {other}?")
-    stems = ((name, os.path.splitext(name)[0]) for name in sorted(pictures))
-    return Listing(sorted(pictures), {name: texts[stem] for name, stem in stems if stem in texts}, passed_over)
+    stems = {name: os.path.splitext(name)[0] for name in sorted(pictures)}
+    if alone := len(texts.keys() - stems.values()):
+        passed_over[".txt"] = alone
+    return Listing([*stems], {name: texts[stem] for name, stem in stems.items() if stem in texts}, passed_over)
 
 
 def reads_below(path: str, folder: str) -> bool:

@@ -201,14 +201,18 @@ class Pictures:
         name: of the source.
         names: of its pictures, for messages and for the split.
         split, max_bad_share: as of `open_source`.
-        passed_over: ending -> how many files of pictures in other formats lie among them.
+        passed_over: ending -> how many files of pictures in other formats lie among them, and of captions (".txt") those
+            that belong to no picture, where captions are required.
+        without_caption: the numbers of those that lack a caption which is required: they are in no split. Which split
+            the others are in does not depend on them.
 
     Attributes:
         bad: number -> reason, of the bad pictures that were met.
         replaced: how many these are.
         several_lines: number -> how many lines make its caption, of the captions of several that were met. (Other
             packages take each line for a caption of its own.)
-        passed_over: as above.
+        passed_over, without_caption: as above.
+        total: how many pictures there are, of all splits.
     """
 
     crop = True
@@ -221,10 +225,15 @@ class Pictures:
         split: str,
         max_bad_share: float,
         passed_over: dict[str, int] | None = None,
+        without_caption: frozenset[int] = frozenset(),
     ):
         self.name, self.names, self.max_bad_share = name, names, max_bad_share
-        self.passed_over = passed_over or {}
-        self._numbers = in_split(names, split, name)
+        self.passed_over, self.without_caption = passed_over or {}, without_caption
+        self.total = len(names) - len(without_caption)
+        self._numbers = [number for number in in_split(names, split, name) if number not in without_caption]
+        if not self._numbers:
+            captioned = f"{self.total} of {len(names)} pictures have one"
+            raise DataError(f"{name}: no picture of the split {split!r} has a caption; {captioned}")
         self._looked = np.zeros(len(names), bool)
         self.bad: dict[int, str] = {}
         self.several_lines: dict[int, int] = {}
@@ -312,11 +321,11 @@ class Pictures:
         """
         expected = self.max_bad_share * max(seen, MANY)
         likely = expected + SIGMAS * expected**0.5
-        return bad > min(self.max_bad_share * max(len(self.names), FEW), likely)
+        return bad > min(self.max_bad_share * max(self.total, FEW), likely)
 
     def _complain(self, what, number, reason):
         raise DataError(
-            f"{self.name}: {what} are bad, of {len(self.names)} in all, and max_bad_share is {self.max_bad_share}; "
+            f"{self.name}: {what} are bad, of {self.total} in all, and max_bad_share is {self.max_bad_share}; "
             f"the first is {self.names[number]}: {reason}"
         )
 
@@ -326,12 +335,15 @@ def left_out(source) -> list[str]:
     lines = []
     if counts := getattr(source, "passed_over", None):
         lines.append(f"{source.name}: {count_passed_over(counts)}")
+    if without := len(getattr(source, "without_caption", ())):
+        lines.append(f"{source.name}: {without} of {len(source.names)} pictures have no caption and are left out")
     return lines
 
 
 def count_passed_over(counts: dict[str, int]) -> str:
     by_ending = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return f"files of other formats are not taken: {', '.join(f'{count} {ending}' for ending, count in by_ending)}"
+    counted = (f"{count} {ending}{' without a picture' * (ending == '.txt')}" for ending, count in by_ending)
+    return f"files that are not taken: {', '.join(counted)}"
 
 
 def tell_of_bad(*sources) -> None:
@@ -339,7 +351,7 @@ def tell_of_bad(*sources) -> None:
     one where captions had several lines."""
     if bad := _of_all(sources, "bad"):
         source, number, reason = bad[0]
-        count = f"{len(bad)} of {len(source.names)} pictures are bad, and others were taken instead"
+        count = f"{len(bad)} of {source.total} pictures are bad, and others were taken instead"
         first = f"the first is {source.names[number]}: {reason}"
         print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
     if several := _of_all(sources, "several_lines"):

@@ -97,8 +97,8 @@ def open_source(
             "shapes" has "heldout" too, combinations of attributes that the other two never show.
         seed: of what is drawn at random.
         captions: whether those of files are read. Where not, they are "", as for stage 1, which needs none.
-        require_captions: count a picture without a caption, or with one that cannot be read (not UTF-8), as a bad one.
-            Where they are not required, the caption of either is "".
+        require_captions: leave out a picture without a caption, and count one whose caption cannot be read (empty or
+            not UTF-8) as a bad one. Where they are not required, the caption of either is "".
         max_bad_share: the share of bad pictures (broken, too large, too small), which are replaced by others, above
             which they are an error; `dalle_fast.data.images.Pictures` says of how many.
 

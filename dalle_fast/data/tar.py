@@ -65,7 +65,17 @@ class Tar(Pictures):
             raise DataError(
                 f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt{DOTS}"
             )
-        super().__init__(spec, names, split=split, max_bad_share=max_bad_share, passed_over=passed_over)
+        if not require_captions:
+            passed_over.pop(".txt", None)
+        without = (number for number, pair in enumerate(self._pairs) if require_captions and pair.caption is None)
+        super().__init__(
+            spec,
+            names,
+            split=split,
+            max_bad_share=max_bad_share,
+            passed_over=passed_over,
+            without_caption=frozenset(without),
+        )
 
     def read(self, number: int) -> Example:
         caption = self.read_caption(number)
@@ -130,7 +140,7 @@ def shards_in(folder: str) -> list[str]:
 def index_shard(path: str, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
     """The pictures of a tar file: key -> where its image and its caption lie.
 
-    Files of pictures in other formats are counted in `passed_over`; see `Pictures`.
+    Files of pictures in other formats, and captions without a picture, are counted in `passed_over`; see `Pictures`.
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
@@ -155,6 +165,8 @@ def index_shard(path: str, passed_over: dict[str, int]) -> dict[str, tuple[Entry
             raise DataError(f"{path}: {key}: which is its picture, {which}?{DOTS * any('.' in x for x in images)}")
         if images:
             pairs[key] = files[images[0]], files.get("txt")
+        elif "txt" in files:
+            passed_over[".txt"] = passed_over.get(".txt", 0) + 1
     return pairs
 
 
