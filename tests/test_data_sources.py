@@ -105,7 +105,7 @@ def test_a_folder_shows_every_picture_with_its_caption(folder):
         {**many(), "a/b.JPG": encoded(picture(99), "JPEG"), "a/b.txt": "\ufeff A  dog,\nünder\n".encode(), "c.md": b"x"}
     )
     train, validation = both_splits(path)
-    assert (len(train), len(validation)) == (39, 2)
+    assert (len(train), len(validation)) == (40, 1)
     assert sorted(numbers(train) + numbers(validation)) == [*range(40), 99]
     captions = {
         int(e.image[0, 0, 0]): e.caption
@@ -165,6 +165,30 @@ def test_a_split_does_not_depend_on_seed_or_place(folder, tmp_path):
     first = [numbers(source) for source in both_splits(folder(many()), seed=1)]
     os.rename(tmp_path / "data", tmp_path / "moved")
     assert [numbers(source) for source in both_splits(str(tmp_path / "moved"), seed=2)] == first
+
+
+@pytest.mark.parametrize("least, most, step", [(3, 300, 1), (38_000, 90_000, 2_000)])
+def test_pictures_that_were_trained_on_are_never_withheld_when_others_are_added(least, most, step):
+    names = [f"{x}.jpg" for x in range(most)]
+    trained = set()
+    for count in range(least, most, step):
+        train, validation = ({*images.in_split(names[:count], split, "data")} for split in SPLITS)
+        assert train and validation and train | validation == {*range(count)} and len(train) + len(validation) == count
+        assert not trained & validation
+        trained |= train
+
+
+def test_a_twentieth_is_withheld_and_of_many_pictures_one_or_two_thousand():
+    names = [f"{x}.jpg" for x in range(400_000)]
+    for count, least, most in (
+        (2, 1, 1),
+        (1_000, 30, 70),
+        (40_000, 1_900, 2_100),
+        (100_000, 900, 2_100),
+        (400_000, 900, 2_100),
+    ):
+        assert least <= len(images.in_split(names[:count], "validation", "data")) <= most
+    assert len(images.in_split(names[:1_000], "validation", "emoji", grows=False)) == 50
 
 
 def test_a_name_that_is_no_text_is_a_name(folder):
@@ -239,7 +263,7 @@ def looked_at(share, *, seed, count=20_000):
 
 
 def test_a_share_of_bad_pictures_that_is_allowed_is_not_refused_by_chance(monkeypatch):
-    monkeypatch.setattr(images, "in_split", lambda names, split, source: names)
+    monkeypatch.setattr(images, "in_split", lambda names, *_, **__: names)
     assert [looked_at(0.049, seed=seed) for seed in range(20)] == [None] * 20
     assert max(looked_at(0.1, seed=seed) for seed in range(20)) < 2_000
     assert max(looked_at(0.5, seed=seed) for seed in range(20)) < 100
@@ -302,7 +326,7 @@ def test_required_captions(folder):
     path = folder(many(40))
     with pytest.raises(DataError, match="none of its 40 pictures has a caption"):
         open_source(path, image_size=SIZE, require_captions=True)
-    folder({f"{x:03}.txt": b"a caption" for x in range(38)} | {"038.txt": b" \n", "039.txt": b"\xff\xfe"})
+    folder({f"{x:03}.txt": b"a caption" for x in range(2, 40)} | {"000.txt": b" \n", "001.txt": b"\xff\xfe"})
     sources = both_splits(path, require_captions=True)
     shown = {source[index].caption for source in sources for index in range(len(source))}
     assert shown == {"a caption"}

@@ -47,7 +47,7 @@ class Emoji:
             raise DataError(f"emoji: image_size must be at most {GLYPH[1]}, the size of the glyphs, got {image_size}")
         self.image_size, self.font = image_size, find_font()
         characters = list_emoji(self.font)
-        self.characters = [characters[x] for x in in_split(characters, split, self.name)]
+        self.characters = [characters[x] for x in in_split(characters, split, self.name, grows=False)]
 
     def __len__(self) -> int:
         return len(self.characters)

@@ -33,6 +33,7 @@ MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 STRIP_PIXELS = 2**20  # of a picture that are converted at once
 VALIDATION_SHARE = 0.05
+VALIDATION_SHARE, MOST_WITHHELD = 0.05, 2000  # see `in_split`
 # When bad pictures are too many: of these pictures, and what chance may add; see `Pictures._too_many`.
 FEW, MANY, SIGMAS = 20, 400, 4
 
@@ -163,19 +164,31 @@ def read_caption_text(data: bytes) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def in_split(names: Sequence[str], split: str, source: str) -> list[int]:
-    """Which of the pictures belong to a split, in a shuffled order.
+def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = True) -> list[int]:
+    """Which of the pictures belong to a split, in a shuffled order: that of the hashes of their names.
 
-    Pictures are ordered by the hash of their names, whatever order they come in; the first twentieth, at least one, is
-    for validation. So a picture that is added moves few others.
+    For validation are those whose hash is below a threshold, one of twenty. So where a picture belongs does not depend on
+    the others, but for two things: each split has a picture, where there are two; and for so many pictures that more
+    than MOST_WITHHELD would be withheld the threshold is halved, or halved again. As pictures are added some of
+    validation are trained on then; never is one that was trained on withheld. (But for the smallest sets: of one picture,
+    or of such that all lie below the threshold.)
+
+    Args:
+        grows: whether pictures may be added. Where not, the first twentieth is for validation, by number.
 
     Raises:
         DataError: no pictures, or only one where a second is needed.
     """
-    order = sorted(
-        range(len(names)), key=lambda x: hashlib.sha256(names[x].encode("utf-8", "surrogateescape")).digest()
-    )
-    count = max(1, round(VALIDATION_SHARE * len(names))) if len(names) > 1 else 0
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    order = sorted(range(len(names)), key=digests.__getitem__)
+    count = round(VALIDATION_SHARE * len(names))
+    if grows:
+        share = VALIDATION_SHARE
+        while share * len(names) > MOST_WITHHELD:
+            share /= 2
+        threshold = int(share * 2**64).to_bytes(8, "big")
+        count = sum(digest < threshold for digest in digests)
+    count = min(max(1, count), len(names) - 1)
     chosen = order[:count] if split == "validation" else order[count:]
     if not chosen:
         raise DataError(f"{source}: has no pictures for the split {split!r}, of {len(names)} in all")
@@ -216,6 +229,7 @@ class Pictures:
     """
 
     crop = True
+    grows = True  # see `in_split`
 
     def __init__(
         self,
@@ -230,7 +244,9 @@ class Pictures:
         self.name, self.names, self.max_bad_share = name, names, max_bad_share
         self.passed_over, self.without_caption = passed_over or {}, without_caption
         self.total = len(names) - len(without_caption)
-        self._numbers = [number for number in in_split(names, split, name) if number not in without_caption]
+        self._numbers = [
+            number for number in in_split(names, split, name, grows=self.grows) if number not in without_caption
+        ]
         if not self._numbers:
             captioned = f"{self.total} of {len(names)} pictures have one"
             raise DataError(f"{name}: no picture of the split {split!r} has a caption; {captioned}")

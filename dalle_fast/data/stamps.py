@@ -22,7 +22,7 @@ class Stamps(Pictures):
         DataError: the package is not installed.
     """
 
-    crop = False
+    crop = grows = False
 
     def __init__(self, image_size: int, *, split: str = "train", max_bad_share: float = MAX_BAD_SHARE, folders=FOLDERS):
         self.image_size = image_size
