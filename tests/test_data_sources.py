@@ -136,6 +136,25 @@ def test_data_is_known_by_what_it_is_not_by_where_it_lies(folder, tmp_path, monk
     assert identity(open_source("data", image_size=SIZE)) != known
 
 
+@pytest.mark.parametrize("captions", [True, False])
+def test_files_are_known_by_names_sizes_and_a_few_of_their_bytes(either, monkeypatch, captions):
+    """Not by what a decoder makes of them; and captions count where they are read."""
+
+    def known(changed):
+        return identity(open_source(either(files | changed), image_size=SIZE, captions=captions))
+
+    files = {**many(100), **{f"{x:03}.txt": b"a" for x in range(100)}}
+    before = known({})
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", None)
+        assert known({}) == before
+    assert len({before, *(known({f"{x:03}.png": files[f"{x:03}.png"] + b"x"}) for x in range(10))}) == 11
+    changed = {before, *(known({f"{x:03}.txt": b"ab"}) for x in range(10))}
+    assert len(changed) == (11 if captions else 1)
+    names = [f"{x:03}.txt" for x in range(100)]
+    assert (known(dict.fromkeys(names, b"b")) == before) == (not captions)
+
+
 class Listed(list):
     """A source of these examples."""
 
@@ -146,7 +165,7 @@ def test_of_a_few_pictures_each_counts():
     """Its pixels, its shape and its caption."""
     examples = [Example(picture(x), f"number {x}") for x in range(10)]
     known = identity(Listed(examples))
-    assert identity(Listed(examples)) == known
+    assert identity(Listed(examples)) == known == "data, 10 pictures, f48c835e28fbcc7a"  # as runs of before have it
     for x in range(10):
         for other in (picture(99), f"number {x}"), (picture(x, 20, 24), f"number {x}"), (picture(x), "another"):
             changed = [*examples[:x], Example(*other), *examples[x + 1 :]]

@@ -43,7 +43,7 @@ def add_arguments(parser) -> None:
         "--codes",
         metavar="DIR",
         help="where codes and captions are kept, and found again (default: in the run's folder); empty it after "
-        "changes of few pictures or captions, as a few are all that is looked at",
+        "changes that leave all files' names and sizes as they were, which are not noticed",
     )
     _add_model_arguments(
         parser.add_argument_group("the model; what is not given is the preset's, or that of --init or the VAE")

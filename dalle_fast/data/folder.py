@@ -5,9 +5,11 @@ The lines of a caption file make one caption. Where captions are not required on
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dalle_fast.data.images import (
@@ -23,7 +25,51 @@ from dalle_fast.data.images import (
 from dalle_fast.data.source import DataError, Example
 
 
-class Folder(Pictures):
+class Files(Pictures):
+    """Base of the sources of files. A subclass has `files(number)`, of a picture and of its caption, if any, and `size`
+    and `data` of such a file.
+
+    Args:
+        image_size, require_captions: as of `open_source`. others: as of `Pictures`.
+    """
+
+    def __init__(self, name: str, names: Sequence[str], image_size: int, *, require_captions: bool, **others):
+        self.image_size, self.require_captions = image_size, require_captions
+        super().__init__(name, names, **others)
+
+    def read(self, number: int) -> Example:
+        caption = self.read_caption(number)
+        return usable(self.data(self.files(number)[0]), caption, self.image_size, self.require_captions)
+
+    def read_caption(self, number: int) -> str:
+        _, *captions = self.files(number)
+        return read_caption(lambda: self.data(captions[0]), self.require_captions) if captions else ""
+
+    def evidence(self, indices) -> Iterator[bytes]:
+        """For `identity`: of all files that are in a split a hash of names and sizes, and of pictures `indices` the bytes."""
+        yield self._names_and_sizes
+        for index in indices:
+            for file in self.files(self._numbers[index]):
+                yield _or_none(self.data, file) or b""
+
+    @functools.cached_property  # asked for several times, and of many files it takes minutes
+    def _names_and_sizes(self) -> bytes:
+        digest = hashlib.sha256()
+        for number, name in enumerate(self.names):
+            if number not in self.without_caption:
+                files = [(file, _or_none(self.size, file)) for file in self.files(number)]
+                digest.update(f"{name!r} {files}\n".encode())
+        return digest.digest()
+
+
+def _or_none(look, file):
+    try:
+        return look(file)
+    except (OSError, BadImage):
+        return None
+
+
+class Folder(Files):
     """The source of a folder path. See `open_source`; pictures with less than `image_size` pixels a side are bad ones.
 
     Raises:
@@ -33,7 +79,7 @@ class Folder(Pictures):
     def __init__(
         self, path: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
     ):
-        self.path, self.image_size, self.require_captions = path, image_size, require_captions
+        self.path = path
         names, captioned, passed_over = list_pictures(path)
         if not names:
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
@@ -47,23 +93,23 @@ class Folder(Pictures):
         super().__init__(
             path,
             names,
+            image_size,
+            require_captions=require_captions,
             split=split,
             max_bad_share=max_bad_share,
             passed_over=passed_over,
             without_caption=frozenset(without),
         )
 
-    def read(self, number: int) -> Example:
-        caption = self.read_caption(number)
-        data = read_file(os.path.join(self.path, self.names[number]))
-        return usable(data, caption, self.image_size, self.require_captions)
-
-    def read_caption(self, number: int) -> str:
+    def files(self, number: int) -> list[str]:
         name = self.names[number]
-        if name not in self._captioned:
-            return ""
-        place = os.path.join(self.path, self._captioned[name])
-        return read_caption(lambda: read_file(place), self.require_captions)
+        return [name, self._captioned[name]] if name in self._captioned else [name]
+
+    def size(self, file: str) -> int:
+        return os.stat(os.path.join(self.path, file)).st_size
+
+    def data(self, file: str) -> bytes:
+        return read_file(os.path.join(self.path, file))
 
 
 def _about_tars(path: str) -> str:

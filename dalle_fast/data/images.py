@@ -32,7 +32,6 @@ OTHERS = (
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28
 STRIP_PIXELS = 2**20  # of a picture that are converted at once
-VALIDATION_SHARE = 0.05
 VALIDATION_SHARE, MOST_WITHHELD = 0.05, 2000  # see `in_split`
 # When bad pictures are too many: of these pictures, and what chance may add; see `Pictures._too_many`.
 FEW, MANY, SIGMAS = 20, 400, 4

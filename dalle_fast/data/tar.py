@@ -15,30 +15,23 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from dalle_fast.data.folder import read_caption, usable
-from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, Pictures, count_passed_over, is_picture
-from dalle_fast.data.source import DataError, Example
+from dalle_fast.data.folder import Files
+from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, count_passed_over, is_picture
+from dalle_fast.data.source import DataError
 
 _BLOCK = 512
 DOTS = " (A key ends at the first dot of a name, as WebDataset has it: a.0001.png and a.0002.png are of one key.)"
 
 
 class Entry(NamedTuple):
-    """A file in a tar: where it lies and how long it is, in bytes."""
+    """A file in the tar file of shard number `shard`: where it lies and how long it is, in bytes."""
 
+    shard: int
     offset: int
     size: int
 
 
-class Pair(NamedTuple):
-    """A picture and its caption, if any, in shard number `shard`."""
-
-    shard: int
-    image: Entry
-    caption: Entry | None
-
-
-class Tar(Pictures):
+class Tar(Files):
     """The source of tar shards. See `open_source`; pictures with less than `image_size` pixels a side are bad ones.
 
     Raises:
@@ -50,59 +43,52 @@ class Tar(Pictures):
     def __init__(
         self, spec: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
     ):
-        self.image_size, self.require_captions = image_size, require_captions
         self.shards = find_shards(spec)
         self._pairs, names, passed_over = [], [], {}
         for number, shard in enumerate(self.shards):
-            for key, (image, caption) in index_shard(shard, passed_over).items():
-                self._pairs.append(Pair(number, image, caption if captions else None))
+            for key, (image, caption) in index_shard(shard, number, passed_over).items():
+                self._pairs.append((image, caption if captions else None))
                 names.append(f"{os.path.basename(shard)}/{key}")
         if not names:
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
             looked_for = f"looked for {', '.join(ENDINGS)}{others}"
             raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; {looked_for}")
-        if require_captions and all(pair.caption is None for pair in self._pairs):
+        if require_captions and not any(caption for _, caption in self._pairs):
             raise DataError(
                 f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt{DOTS}"
             )
         if not require_captions:
             passed_over.pop(".txt", None)
-        without = (number for number, pair in enumerate(self._pairs) if require_captions and pair.caption is None)
+        without = (number for number, (_, caption) in enumerate(self._pairs) if require_captions and not caption)
         super().__init__(
             spec,
             names,
+            image_size,
+            require_captions=require_captions,
             split=split,
             max_bad_share=max_bad_share,
             passed_over=passed_over,
             without_caption=frozenset(without),
         )
 
-    def read(self, number: int) -> Example:
-        caption = self.read_caption(number)
-        return usable(self._read(number, "image"), caption, self.image_size, self.require_captions)
+    def files(self, number: int) -> list[Entry]:
+        return [entry for entry in self._pairs[number] if entry]
 
-    def read_caption(self, number: int) -> str:
-        if self._pairs[number].caption is None:
-            return ""
-        return read_caption(lambda: self._read(number, "caption"), self.require_captions)
+    def size(self, file: Entry) -> int:
+        return file.size
 
-    def _read(self, number, what):
-        pair = self._pairs[number]
+    def data(self, file: Entry) -> bytes:
+        if file.size > MAX_BYTES:
+            raise BadImage(f"more than {MAX_BYTES} bytes")
         try:
-            with open(self.shards[pair.shard], "rb") as file:
-                return _read(file, getattr(pair, what))
+            with open(self.shards[file.shard], "rb") as shard:
+                shard.seek(file.offset)
+                data = shard.read(file.size)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
-
-
-def _read(file, entry: Entry) -> bytes:
-    if entry.size > MAX_BYTES:
-        raise BadImage(f"more than {MAX_BYTES} bytes")
-    file.seek(entry.offset)
-    data = file.read(entry.size)
-    if len(data) < entry.size:
-        raise BadImage("the tar file ends before it")
-    return data
+        if len(data) < file.size:
+            raise BadImage("the tar file ends before it")
+        return data
 
 
 def find_shards(spec: str) -> list[str]:
@@ -137,8 +123,8 @@ def shards_in(folder: str) -> list[str]:
     return [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
 
 
-def index_shard(path: str, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
-    """The pictures of a tar file: key -> where its image and its caption lie.
+def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
+    """The pictures of a tar file, shard `number`: key -> where its image and its caption lie.
 
     Files of pictures in other formats, and captions without a picture, are counted in `passed_over`; see `Pictures`.
 
@@ -155,7 +141,7 @@ def index_shard(path: str, passed_over: dict[str, int]) -> dict[str, tuple[Entry
         files, ending = found.setdefault(key, {}), ending.lower()
         if ending in files:
             raise DataError(f"{path}: {entry.name}: is there twice")
-        files[ending] = Entry(entry.offset_data, entry.size)
+        files[ending] = Entry(number, entry.offset_data, entry.size)
     pairs = {}
     for key, files in found.items():
         images = [ending for ending in sorted(files) if is_picture("x." + ending, passed_over)]
