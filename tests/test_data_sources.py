@@ -665,6 +665,58 @@ def test_a_picture_beside_its_masks_is_the_plain_one(shard):
         open_source(shard(files), image_size=SIZE)
 
 
+JSON = {
+    "a": (b'{"key": 1, "caption": " a\\n dog"}', "a dog"),
+    "b": (b'{"caption": null}', 'it has no caption: no .txt, and in its .json no text "caption"'),
+    "c": (b'["caption"]', 'it has no caption: no .txt, and in its .json no text "caption"'),
+    "d": (b"[" * 100_000, "its .json cannot be read"),
+    "e": (b'{"caption": "\\ud800"}', "its .json cannot be read"),
+    "f": (b'{"caption": "\xff"}', "its .json cannot be read"),
+    "g": (b'{"caption": "' + b"a" * 2**20 + b'"}', "its .json has more than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_a_caption_in_json_is_that_of_a_picture_without_another(shard, kind):
+    pytest.importorskip("webdataset")
+    data, caption = JSON[kind]
+    files = [(f"{x}.png", encoded(picture())) for x in range(4)] + [(f"{x}.json", data) for x in range(4)]
+    for split in SPLITS:
+        source = open_source(shard([*files]), image_size=SIZE, split=split, require_captions=True, max_bad_share=1)
+        if kind == "a":
+            assert {source[index].caption for index in range(len(source))} == {caption}
+            assert source.several_lines == {}
+        else:
+            with pytest.raises(DataError, match=f"all . pictures of the split are bad, .*: {caption}"):
+                source[0]
+    source = open_source(shard([*files, *((f"{x}.txt", b"b") for x in range(4))]), image_size=SIZE)
+    assert source[0].caption == "b"
+
+
+def test_a_caption_of_a_key_with_dots_is_that_of_its_picture(shard):
+    pytest.importorskip("webdataset")
+    files = [("photo 1.5m.jpg", encoded(picture(1))), ("photo 1.5m.txt", b"one"), ("photo 1.txt", b"other")]
+    files += [("b.seg.png", encoded(picture(2))), ("b.txt", b"two")]
+    files += [("c.7.png", encoded(picture(3))), ("c.7.json", b'{"caption": "three"}'), ("c.json", b"{}")]
+    sources = both_splits(shard(files), require_captions=True)
+    assert {source[index].caption for source in sources for index in range(len(source))} == {"one", "two", "three"}
+
+
+def test_a_caption_may_be_called_as_its_picture_with_its_ending(either):
+    path = either({**many(3), **{f"{x:03}.png.txt": b"a" for x in range(2)}, "002.txt": b"b"})
+    sources = both_splits(path, require_captions=True)
+    captions = {int(e.image[0, 0, 0]): e.caption for s in sources for e in map(s.__getitem__, range(len(s)))}
+    assert captions == {0: "a", 1: "a", 2: "b"}
+    with pytest.raises(DataError, match=r"caption( of 002.png)?, (002)?\.txt or (002)?\.png.txt\?"):
+        open_source(either({**many(3), "002.txt": b"b", "002.png.txt": b"b"}), image_size=SIZE)
+
+
+def test_what_is_hidden_is_not_looked_at(either):
+    hidden = [".git/a.png", "x/.b/c.png", "x/._d.png", "@eaDir/e.png/SYNO_THUMB.png", "x/@eaDir/f.png"]
+    path = either({**dict.fromkeys(hidden, encoded(picture(99))), **many(3)})
+    assert sorted(x for source in both_splits(path) for x in numbers(source)) == [0, 1, 2]
+
+
 def test_two_pictures_of_a_key_are_refused(shard):
     """One would not be seen, or the other one by another package."""
     pytest.importorskip("webdataset")
@@ -680,7 +732,7 @@ def test_where_a_key_ends_is_said_where_it_matters(shard):
     ):
         open_source(shard(pictures), image_size=SIZE)
     with pytest.raises(DataError, match=r"none of its 1 pictures has a caption, .* ends at the first dot of a name"):
-        open_source(shard([pictures[0], ("img.0000.txt", b"a")]), image_size=SIZE, require_captions=True)
+        open_source(shard([pictures[0], ("img.0001.txt", b"a")]), image_size=SIZE, require_captions=True)
 
 
 def test_a_colon_is_a_letter_but_where_names_have_drives(shard, monkeypatch):

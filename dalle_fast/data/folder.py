@@ -1,4 +1,4 @@
-"""Pictures in a folder and the folders below it, each with a caption in a .txt file of the same stem, if any.
+"""Pictures in a folder and the folders below it, each with a caption beside it, if any: a.txt or a.jpg.txt of a.jpg.
 
 The lines of a caption file make one caption. Where captions are not required one that cannot be read is "".
 """
@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dalle_fast.data.images import (
@@ -43,7 +43,16 @@ class Files(Pictures):
 
     def read_caption(self, number: int) -> str:
         _, *captions = self.files(number)
-        return read_caption(lambda: self.data(captions[0]), self.require_captions) if captions else ""
+        try:
+            return self.caption(captions[0]) if captions else ""
+        except BadImage:
+            if self.require_captions:
+                raise
+            return ""
+
+    def caption(self, file) -> str:
+        """The text of a caption's file; see `read_caption_text`."""
+        return read_caption_text(self.data(file))
 
     def evidence(self, indices) -> Iterator[bytes]:
         """For `identity`: of all files that are in a split a hash of names and sizes, and of pictures `indices` the bytes."""
@@ -85,7 +94,9 @@ class Folder(Files):
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
             raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{others}{_about_tars(path)}")
         if require_captions and not captioned:
-            raise DataError(f"{path}: none of its {len(names)} pictures has a caption, a .txt file of the same stem")
+            raise DataError(
+                f"{path}: none of its {len(names)} pictures has a caption: of a.jpg that is a.txt or a.jpg.txt beside it"
+            )
         self._captioned = captioned if captions else {}
         if not require_captions:
             passed_over.pop(".txt", None)
@@ -124,20 +135,6 @@ def _about_tars(path: str) -> str:
     return f"; {first} is not read: .tar files must lie directly in the folder, uncompressed" if first else ""
 
 
-def read_caption(read: Callable[[], bytes], required: bool) -> str:
-    """The caption in a file that `read` reads; see `read_caption_text`.
-
-    Raises:
-        BadImage: it is required, and cannot be read or is not UTF-8. One that is not required is "" then.
-    """
-    try:
-        return read_caption_text(read())
-    except BadImage:
-        if required:
-            raise
-        return ""
-
-
 def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -> Example:
     """The example of an image file, if it is good enough.
 
@@ -164,16 +161,16 @@ class Listing(NamedTuple):
 def list_pictures(path: str) -> Listing:
     """The pictures below a folder, whose names are relative to it.
 
-    What begins with a dot is not looked at. Links to folders are followed, into each folder once.
+    What is hidden is not looked at; see `is_hidden`. Links to folders are followed, into each folder once.
 
     Raises:
-        DataError: a folder cannot be read; a stem with two caption files, whose endings differ in their case.
+        DataError: a folder cannot be read; a picture has two caption files.
     """
     pictures, texts, passed_over, seen = [], {}, {}, {os.path.realpath(path)}
     for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and _is_new(folder, name, seen)]
+        folders[:] = [name for name in sorted(folders) if not is_hidden(name) and _is_new(folder, name, seen)]
         for file in files:
-            if file.startswith("."):  # leftovers of other systems
+            if is_hidden(file):
                 continue
             name = os.path.relpath(os.path.join(folder, file), path)
             stem, ending = os.path.splitext(name)
@@ -182,10 +179,22 @@ def list_pictures(path: str) -> Listing:
             elif ending.lower() == ".txt" and texts.setdefault(stem, name) != name:
                 one, other = sorted((texts[stem], name))
                 raise DataError(f"{path}: which is the caption of {stem}, {one} or {other}?")
-    stems = {name: os.path.splitext(name)[0] for name in sorted(pictures)}
-    if alone := len(texts.keys() - stems.values()):
-        passed_over[".txt"] = alone
-    return Listing([*stems], {name: texts[stem] for name, stem in stems.items() if stem in texts}, passed_over)
+    captions, alone = {}, {*texts.values()}
+    for name in sorted(pictures):
+        found = [texts[stem] for stem in (os.path.splitext(name)[0], name) if stem in texts]
+        if len(found) > 1:
+            raise DataError(f"{path}: which is the caption of {name}, {found[0]} or {found[1]}?")
+        if found:
+            captions[name] = found[0]
+            alone.discard(found[0])
+    if alone:
+        passed_over[".txt"] = len(alone)
+    return Listing(sorted(pictures), captions, passed_over)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not looked at: it begins with a dot, or holds the previews that a Synology makes."""
+    return name == "@eaDir" or (name.startswith(".") and name not in (os.curdir, os.pardir))
 
 
 def reads_below(path: str, folder: str) -> bool:
@@ -193,7 +202,7 @@ def reads_below(path: str, folder: str) -> bool:
     for place in (os.path.abspath, os.path.realpath):  # a link is followed, and what it leads to may be named itself
         below = os.path.relpath(place(folder), place(path))
         names = below.split(os.sep) if below != os.curdir else []
-        if not any(name.startswith(".") for name in names):  # hidden, or outside: ".."
+        if not any(is_hidden(name) or name == os.pardir for name in names):  # or outside
             return True
     return False
 

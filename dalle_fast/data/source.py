@@ -95,7 +95,7 @@ def open_source(
 
     Args:
         spec: "shapes" (drawn scenes whose caption can be read back), "emoji", "stamps", an image folder with optional
-            same-stem .txt captions (one caption a file, whatever its lines), a .tar file or several
+            captions (of a.jpg in a.txt or a.jpg.txt, one a file, whatever its lines), a .tar file or several
             ("x-{000..003}.tar"), or a folder of them, which must have no pictures. A folder that is called like a
             built-in source is reached as "./shapes".
         image_size: pixels of a side that it will be used at. Drawn pictures have it; files must not be smaller.

@@ -5,21 +5,24 @@ by its headers, and an entry is read where it lies. The library itself reads sha
 neither be resumed at a given batch nor shuffled over a whole epoch, and passes over links and what follows a broken
 header in silence. Nothing is ever unpacked to disk.
 
-Captions are read as those of `dalle_fast.data.folder`.
+Captions are read as those of `dalle_fast.data.folder`. Of a picture without one in a .txt entry it is the text "caption"
+in its .json entry, as img2dataset has it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tarfile
 from typing import NamedTuple
 
-from dalle_fast.data.folder import Files
+from dalle_fast.data.folder import Files, is_hidden
 from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, count_passed_over, is_picture
 from dalle_fast.data.source import DataError
 
 _BLOCK = 512
+MAX_JSON = 2**20  # bytes
 DOTS = " (A key ends at the first dot of a name, as WebDataset has it: a.0001.png and a.0002.png are of one key.)"
 
 
@@ -29,6 +32,7 @@ class Entry(NamedTuple):
     shard: int
     offset: int
     size: int
+    is_json: bool = False
 
 
 class Tar(Files):
@@ -55,7 +59,7 @@ class Tar(Files):
             raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; {looked_for}")
         if require_captions and not any(caption for _, caption in self._pairs):
             raise DataError(
-                f"{spec}: none of its {len(names)} pictures has a caption, an entry of the same key .txt{DOTS}"
+                f"{spec}: none of its {len(names)} pictures has a caption, an entry .txt or .json of the same key{DOTS}"
             )
         if not require_captions:
             passed_over.pop(".txt", None)
@@ -77,6 +81,9 @@ class Tar(Files):
     def size(self, file: Entry) -> int:
         return file.size
 
+    def caption(self, file: Entry) -> str:
+        return read_json_caption(self.data(file)) if file.is_json else super().caption(file)
+
     def data(self, file: Entry) -> bytes:
         if file.size > MAX_BYTES:
             raise BadImage(f"more than {MAX_BYTES} bytes")
@@ -89,6 +96,25 @@ class Tar(Files):
         if len(data) < file.size:
             raise BadImage("the tar file ends before it")
         return data
+
+
+def read_json_caption(data: bytes) -> str:
+    """The text "caption" of a JSON object, its white space made single spaces.
+
+    Raises:
+        BadImage: there is none, or it is not to be read.
+    """
+    if len(data) > MAX_JSON:
+        raise BadImage(f"its .json has more than {MAX_JSON} bytes")
+    try:
+        found = json.loads(data)
+        caption = found.get("caption") if isinstance(found, dict) else None
+        if isinstance(caption, str):
+            caption.encode()  # half a surrogate pair is no text
+            return " ".join(caption.split())
+    except (ValueError, RecursionError) as error:
+        raise BadImage(f"its .json cannot be read: {error}") from error
+    raise BadImage('it has no caption: no .txt, and in its .json no text "caption"')
 
 
 def find_shards(spec: str) -> list[str]:
@@ -130,13 +156,16 @@ def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
-            or a device; a name that is there twice; several pictures of a key, unless one has the only ending of one part.
+            or a device; a name that is there twice; several pictures of a key, unless one has the only ending of one part;
+            two captions of a picture.
     """
     base_plus_ext = _webdataset("tariterators").base_plus_ext
     found: dict[str, dict[str, Entry]] = {}
     for entry in _entries(path):
         key, ending = base_plus_ext(entry.name)
         if key is None or re.match(r"__[^/]*__($|/)", entry.name):  # the library's mark of what is no example
+            continue
+        if any(map(is_hidden, entry.name.split("/"))):
             continue
         files, ending = found.setdefault(key, {}), ending.lower()
         if ending in files:
@@ -150,10 +179,22 @@ def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str
             which = " or ".join("." + ending for ending in images)
             raise DataError(f"{path}: {key}: which is its picture, {which}?{DOTS * any('.' in x for x in images)}")
         if images:
-            pairs[key] = files[images[0]], files.get("txt")
-        elif "txt" in files:
-            passed_over[".txt"] = passed_over.get(".txt", 0) + 1
+            pairs[key] = files[images[0]], _caption(f"{path}: {key}", files, images[0])
+        elif alone := sum(ending.rpartition(".")[2] == "txt" for ending in files):
+            passed_over[".txt"] = passed_over.get(".txt", 0) + alone
     return pairs
+
+
+def _caption(place, files, image) -> Entry | None:
+    """The caption of a key's picture; `image` is its ending, as 5m.jpg of "photo 1.5m.jpg"."""
+    stem, dot, _ = image.rpartition(".")
+    found = [ending for ending in (f"{stem}{dot}txt", f"{image}.txt") if ending in files]
+    if len(found) > 1:
+        raise DataError(f"{place}: which is its caption, .{found[0]} or .{found[1]}?")
+    if found or "txt" in files:
+        return files[found[0] if found else "txt"]
+    entry = files.get(f"{stem}{dot}json") or files.get("json")
+    return entry and entry._replace(is_json=True)
 
 
 def _entries(path: str):
