@@ -30,7 +30,7 @@ def add_run_arguments(group, presets) -> None:
     group.add_argument("--seed", type=int, default=0, help="of all that is random, from 0 to 2^20 - 1")
     add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
-    share = "of pictures that may be bad (broken, too large or small, with a caption that cannot be read): more are an error"
+    share = "of pictures that may be bad (broken, too large or small, the caption unreadable): more are an error"
     group.add_argument("--max-bad-share", type=float, default=0.05, metavar="X", help=share)
     group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
 

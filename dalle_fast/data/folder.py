@@ -55,7 +55,7 @@ class Files(Pictures):
         return read_caption_text(self.data(file))
 
     def evidence(self, indices) -> Iterator[bytes]:
-        """For `identity`: of all files that are in a split a hash of names and sizes, and of pictures `indices` the bytes."""
+        """For `identity`: a hash of names and sizes of all files in splits; the bytes of those of pictures `indices`."""
         yield self._names_and_sizes
         for index in indices:
             for file in self.files(self._numbers[index]):
@@ -95,7 +95,7 @@ class Folder(Files):
             raise DataError(f"{path}: no pictures in it; looked for {', '.join(ENDINGS)}{others}{_about_tars(path)}")
         if require_captions and not captioned:
             raise DataError(
-                f"{path}: none of its {len(names)} pictures has a caption: of a.jpg that is a.txt or a.jpg.txt beside it"
+                f"{path}: none of its {len(names)} pictures has a caption: of a.jpg it is a.txt or a.jpg.txt"
             )
         self._captioned = captioned if captions else {}
         if not require_captions:
@@ -151,7 +151,7 @@ def usable(data: bytes, caption: str, image_size: int, require_captions: bool) -
 
 
 class Listing(NamedTuple):
-    """names: of the pictures, sorted. captions: of those that have one the caption's file. passed_over: see `Pictures`."""
+    """names: of the pictures, sorted. captions: of those with one the caption's file. passed_over: see `Pictures`."""
 
     names: list[str]
     captions: dict[str, str]

@@ -38,7 +38,7 @@ FEW, MANY, SIGMAS = 20, 400, 4
 
 
 def is_picture(name: str, passed_over: dict[str, int]) -> bool:
-    """Whether a file's ending is one of ENDINGS; one that only OTHERS have is counted in `passed_over`, by its ending."""
+    """Whether a file's ending is one of ENDINGS; one of OTHERS alone is counted in `passed_over`, by ending."""
     ending = os.path.splitext(name)[1].lower()
     if ending not in ENDINGS and ending in OTHERS:
         passed_over[ending] = passed_over.get(ending, 0) + 1
@@ -166,11 +166,11 @@ def read_caption_text(data: bytes) -> str:
 def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = True) -> list[int]:
     """Which of the pictures belong to a split, in a shuffled order: that of the hashes of their names.
 
-    For validation are those whose hash is below a threshold, one of twenty. So where a picture belongs does not depend on
-    the others, but for two things: each split has a picture, where there are two; and for so many pictures that more
+    For validation are those whose hash is below a threshold, one of twenty. So where a picture belongs does not depend
+    on the others, but for two things: each split has a picture, where there are two; and for so many pictures that more
     than MOST_WITHHELD would be withheld the threshold is halved, or halved again. As pictures are added some of
-    validation are trained on then; never is one that was trained on withheld. (But for the smallest sets: of one picture,
-    or of such that all lie below the threshold.)
+    validation are trained on then; never is one that was trained on withheld. (But for the smallest sets: of one
+    picture, or of such that all lie below the threshold.)
 
     Args:
         grows: whether pictures may be added. Where not, the first twentieth is for validation, by number.
@@ -213,8 +213,8 @@ class Pictures:
         name: of the source.
         names: of its pictures, for messages and for the split.
         split, max_bad_share: as of `open_source`.
-        passed_over: ending -> how many files of pictures in other formats lie among them, and of captions (".txt") those
-            that belong to no picture, where captions are required.
+        passed_over: ending -> how many files of pictures in other formats lie among them, and of captions (".txt")
+            those that belong to no picture, where captions are required.
         without_caption: the numbers of those that lack a caption which is required: they are in no split. Which split
             the others are in does not depend on them.
 

@@ -5,8 +5,8 @@ by its headers, and an entry is read where it lies. The library itself reads sha
 neither be resumed at a given batch nor shuffled over a whole epoch, and passes over links and what follows a broken
 header in silence. Nothing is ever unpacked to disk.
 
-Captions are read as those of `dalle_fast.data.folder`. Of a picture without one in a .txt entry it is the text "caption"
-in its .json entry, as img2dataset has it.
+Captions are read as those of `dalle_fast.data.folder`. Of a picture without a .txt entry it is the text "caption" in
+its .json entry, as img2dataset has it.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str
 
     Raises:
         DataError: the file cannot be read to its end mark; an entry's name is absolute or has "..", or it is a link
-            or a device; a name that is there twice; several pictures of a key, unless one has the only ending of one part;
-            two captions of a picture.
+            or a device; a name that is there twice; two captions of a picture; several pictures of a key, unless one
+            has the only ending of one part.
     """
     base_plus_ext = _webdataset("tariterators").base_plus_ext
     found: dict[str, dict[str, Entry]] = {}
