@@ -249,6 +249,8 @@ def test_more_than_the_allowed_share_is_an_error_that_names_the_first(folder):
     tolerant = open_source(path, image_size=SIZE, max_bad_share=0.1)
     numbers(tolerant)
     assert 1 <= tolerant.replaced <= 3
+    numbers(tolerant)
+    assert tolerant._seen == len(tolerant)  # once each
 
 
 def test_many_bad_pictures_are_an_error_soon(folder):

@@ -55,7 +55,7 @@ class Files(Pictures):
         return read_caption_text(self.data(file))
 
     def evidence(self, indices) -> Iterator[bytes]:
-        """For `identity`: a hash of names and sizes of all files in splits; the bytes of those of pictures `indices`."""
+        """For `identity`: a hash of names and sizes of all files in splits; the bytes of those of `indices`."""
         yield self._names_and_sizes
         for index in indices:
             for file in self.files(self._numbers[index]):
