@@ -18,6 +18,7 @@ import pytest
 import torch
 from test_codebook import SEED, inputs
 from test_codebook_grad import leaves_of
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +51,7 @@ def test_opcheck(serve, dtype, requires_grad):
     check, impl = torch.library.opcheck, serve.impl
     check(OPS.codebook_sample.default, (hidden, weight, bias, tau, seeds, True, impl))
     check(OPS.codebook_sample.default, (hidden, weight, None, None, None, False, impl))
-    check(OPS.gumbel_softmax.default, (hidden, 0.5, seed, impl))
+    check(OPS.gumbel_softmax.default, (hidden, tau, seed, impl))
     check(OPS.codebook_cross_entropy.default, (hidden, weight, bias, target, -1, impl))
     check(OPS.gumbel_codebook.default, (hidden, weight, bias, codebook, tau, seed, False, False, impl))
     check(OPS.gumbel_codebook.default, (hidden, weight, None, codebook, tau, seeds, True, True, impl))
@@ -89,7 +90,7 @@ def test_fakes_have_the_strides_of_the_real(serve):
         out += OPS.gumbel_codebook_backward(out[0], out[1], *rest)
         out += OPS.codebook_cross_entropy_reduced(hidden, weight, bias, target, tau, -1, needs[:3], impl)
         return (*out, OPS.codebook_cross_entropy(hidden, weight, bias, target, -1, impl), *OPS.gumbel_softmax(
-            hidden, 0.5, seed, impl
+            hidden, tau, seed, impl
         ))  # fmt: skip
 
     real = everything(hidden, weight, bias, codebook, tau, seed, target)
@@ -107,6 +108,9 @@ def test_meta_tensors():
     assert F.codebook_sample(*tensors[:3], seed=1).shape == (6,)
     target = torch.zeros(6, dtype=torch.int64, device="meta")
     assert F.codebook_cross_entropy(*tensors[:3], target).shape == ()
+    for tau in (0.5, torch.tensor(0.5), torch.tensor(0.5, device="meta")):
+        soft = F.gumbel_softmax(tensors[0], tau, seed=1)
+        assert soft.is_meta and soft.shape == (6, I)
 
 
 # -- torch.compile -------------------------------------------------------------------------------------------------------
@@ -140,31 +144,74 @@ def test_compiled_in_one_graph(serve, backend):
 def test_one_graph_for_every_tau_seed_and_batch():
     """A schedule of tau and a new seed at every step compile nothing again."""
     torch._dynamo.reset()
-    compiled = torch.compile(
-        F.gumbel_codebook, backend=(counter := torch._dynamo.testing.CompileCounter()), fullgraph=True, dynamic=True
-    )
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(F.gumbel_codebook, backend=counter, fullgraph=True, dynamic=True)
     _, *tensors = inputs(N, K, I, D)
-    for step in range(4):
+    for step in range(10):
         hidden = inputs(N + step, K, I, D)[0]
-        tau, seed = torch.tensor(1.0 - 0.1 * step), torch.tensor(step)
+        tau, seed = torch.tensor(1.0 - 0.05 * step), torch.tensor(step)
         actual, expected = (f(hidden, *tensors, tau, seed=seed) for f in (compiled, F.gumbel_codebook))
         assert torch.equal(actual.embedding, expected.embedding) and torch.equal(actual.codes, expected.codes)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("values", [(0.9, 0.8, 0.7), (1, 2, 3)])
-def test_numbers_that_change_are_compiled(values):
-    """A schedule's numbers too: from the second value on they are open in the graph."""
-    torch._dynamo.reset()
+@pytest.mark.parametrize("values", [[1 / (1 + 0.1 * i) for i in range(12)], range(1, 13)], ids=["floats", "integers"])
+def test_numbers_that_change_are_compiled_twice(values):
+    """A schedule's numbers too: from the second value on they are open in the graph, through AOTAutograd."""
     hidden, weight, bias, codebook = inputs(N, K, I, D)
+    module = fnn.GumbelCodebook(I, K, D)
+
+    def through_the_module(tau):
+        module.tau = tau
+        return module(hidden, seed=1).embedding
+
     for function in (
         lambda tau: F.gumbel_codebook(hidden, weight, bias, codebook, tau, seed=1).embedding,
         lambda tau: F.codebook_sample(hidden, weight, bias, temperature=tau, seed=1),
         lambda tau: F.gumbel_softmax(hidden, tau, seed=1),
+        through_the_module,
     ):
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-        for value in values:
-            assert torch.equal(compiled(value), function(value))
+        assert compilations(function, [(value,) for value in values]) == 2
+
+
+def test_a_schedule_compiles_a_dvae_twice():
+    model, images = fnn.DiscreteVAE("tiny"), torch.rand(1, 3, 32, 32)
+    schedule = [(1 / (1 + 0.1 * i), 0.1 * i) for i in range(1, 11)]
+    assert compilations(lambda tau, beta: model(images, tau=tau, beta=beta, seed=1).loss, schedule) == 2
+
+
+def compilations(function, calls):
+    """How often it is compiled over `calls`, with AOTAutograd, which closes numbers that Dynamo had left open."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for call in calls:
+        torch.testing.assert_close(compiled(*call), function(*call), rtol=1e-6, atol=0)
+    return counter.frame_count
+
+
+def test_gumbel_softmax_takes_tau_as_a_tensor(serve):
+    """Compiled too, with a gradient; one that broadcasts or needs a gradient is refused."""
+    torch._dynamo.reset()
+    logits = inputs(N, K, I, D, device=serve.device)[0].requires_grad_()
+
+    def soft(tau):
+        return F.gumbel_softmax(logits, tau, seed=1, impl=serve.impl)
+
+    compiled = torch.compile(soft, backend="aot_eager", fullgraph=True)
+    expected = soft(0.5)
+    for device in ("cpu", serve.device):
+        tau = torch.tensor(0.5, device=device)
+        for found in (soft(tau), compiled(tau)):
+            assert torch.equal(found, expected)
+            assert torch.equal(*(grad(x.square().sum(), logits, retain_graph=True)[0] for x in (found, expected)))
+    for function in (soft, compiled):
+        with pytest.raises(ValueError, match="tau must be positive and finite, got 0.0"):
+            function(torch.tensor(0.0))
+    with pytest.raises(TypeError, match=r"tau must be a number or a floating-point tensor.*shape \(20, 1\)"):
+        soft(torch.ones(N, 1))
+    with pytest.raises(ValueError, match="tau must not require a gradient"):
+        soft(torch.tensor(0.5, requires_grad=True))
 
 
 def test_seed_none_when_compiled():

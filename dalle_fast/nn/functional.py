@@ -324,7 +324,8 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
 
     Args:
         logits: any shape with at least one dimension; float32, float16, bfloat16, or float64 on the reference.
-        tau: temperature, a positive number.
+        tau: temperature, a positive number, or a tensor without dimensions that needs no gradient; unlike torch, which
+            also broadcasts a tensor and differentiates it. A tensor on a GPU is waited for: a number is not.
         hard: return one-hot vectors, with the gradient of the soft ones (straight-through).
         eps: has no effect, as in torch.
         dim: the dimension of the codes.

@@ -127,14 +127,16 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {tuple(logits.shape)}")
     _check_tangents(logits)
-    tau = _plain_number("tau", tau, positive=True)
-    moved = logits.movedim(dim, -1)
+    tau = _number("tau", tau, logits, positive=True, device=tau.device if isinstance(tau, torch.Tensor) else "cpu")
+    is_last = dim in (-1, logits.dim() - 1)
+    moved = logits if is_last else logits.movedim(dim, -1)
     seed, _ = _seed(seed, moved, per_row=False)
     shape, rows = moved.shape, moved.reshape(-1, moved.shape[-1])
     soft, codes = _ops.gumbel_softmax(rows, tau, seed, impl)
     if hard:
         soft = torch.zeros_like(soft).scatter_(-1, codes[:, None], 1) - soft.detach() + soft
-    return soft.view(shape).movedim(-1, dim)
+    soft = soft.view(shape)
+    return soft if is_last else soft.movedim(-1, dim)
 
 
 def noise_seed(seed, *, step=0, rank=0):
@@ -264,21 +266,25 @@ def bounded(value) -> float:
     return min(max(float(value), 1e-37), 1e37)
 
 
-def _number(name, value, hidden, *, positive):
-    """`value` as a tensor (1,) on hidden's device. A tensor that is elsewhere than on a CPU is not looked at."""
+def _number(name, value, like, *, positive, device=None):
+    """`value` as a tensor (1,) on `device`, that of `like` if None. One that is not on a CPU is not looked at."""
+    device, dtype = like.device if device is None else device, _wide(like)
     is_tensor = isinstance(value, torch.Tensor)
     if is_tensor:
         _check_scalar(name, value)
-    if not is_tensor or (value.device.type == "cpu" and not _is_traced(value)):
-        value = _plain_number(name, value, positive=positive)
-        return torch.full((1,), value, dtype=_wide(hidden), device=hidden.device)
-    return value.to(hidden.device, _wide(hidden), non_blocking=True).reshape(1)
+    if is_tensor and (value.device.type != "cpu" or _is_traced(value)):
+        return value.to(device, dtype, non_blocking=True).reshape(1)
+    value = _plain_number(name, value, positive=positive)
+    # What fills a tensor is a constant of a compiled graph, so that each number would be compiled; a factor is not.
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ones((1,), dtype=dtype, device=device) * value
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def _check_value(name, tensor, *, positive):
     """As `_plain_number`, of what a compiled or exported program computes with."""
     if tensor.device.type == "cpu":
-        _plain_number(name, tensor[0], positive=positive)
+        _plain_number(name, tensor.item(), positive=positive)
 
 
 def _check_scalar(name, tensor):
@@ -576,28 +582,29 @@ def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
 
 
 @_operation(
-    "gumbel_softmax(Tensor logits, float tau, Tensor seed, str impl) -> (Tensor, Tensor)",
+    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, str impl) -> (Tensor, Tensor)",
     lambda logits, *rest: (
         torch.empty_like(logits, memory_format=torch.contiguous_format),
         logits.new_empty(logits.shape[0], dtype=torch.int64),
     ),
 )
 def _gumbel_softmax(logits, tau, seed, impl):
+    tau = _plain_number("tau", tau.item(), positive=True)  # kernels take a number; a tau on a GPU is waited for
     return _serving("gumbel_softmax", impl, logits=logits).gumbel_softmax(logits, tau, seed)
 
 
 def _gumbel_softmax_setup(ctx, inputs, output):
-    ctx.tau = inputs[1]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0])
+    ctx.save_for_backward(output[0], inputs[1])
 
 
 def _gumbel_softmax_autograd(ctx, grad_soft, _):
     if grad_soft is None:
         return (None,) * 4
-    (soft,) = ctx.saved_tensors
-    return torch._softmax_backward_data(grad_soft, soft, -1, soft.dtype) / ctx.tau, None, None, None
+    soft, tau = ctx.saved_tensors
+    # Without dimensions tau may be on a CPU, and does not widen the result.
+    return torch._softmax_backward_data(grad_soft, soft, -1, soft.dtype) / tau.reshape(()), None, None, None
 
 
 def _differentiable(name, backward, setup):
