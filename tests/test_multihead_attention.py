@@ -122,6 +122,25 @@ def test_constructor_parameters_and_initialisation_are_torchs():
         assert list(theirs) == list(ours) and all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 8, "vdim": 9}, {"bias": False}], ids=str)
+def test_parameters_made_on_meta_are_initialised_later(options):
+    """As FSDP and others do it: structure first, memory and `_reset_parameters` where the parameters are to live."""
+    theirs, ours = (
+        c(E, H, device="meta", **options, **mask)
+        for c, mask in ((torch.nn.MultiheadAttention, {}), (fnn.MultiheadAttention, {"mask": MASK}))
+    )
+    for module in (theirs, ours):
+        module.to_empty(device="cpu")
+        torch.manual_seed(7)
+        module._reset_parameters()
+        module.out_proj.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+    assert ours.mask is MASK
+    q, k, v = inputs(False, sizes=(E, options.get("kdim", E), options.get("vdim", E)))
+    expected = theirs(q, k, v, attn_mask=~MASK.to_dense())[0]
+    torch.testing.assert_close(ours(q, k, v)[0], expected, rtol=1e-4, atol=2e-5)
+
+
 def test_without_a_mask_it_is_torchs(monkeypatch):
     theirs, ours = pair(None, batch_first=True, dropout=0.5)
     q, k, v = inputs(True)

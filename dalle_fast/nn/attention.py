@@ -92,6 +92,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _qkv_same_embed_dim(self, packed):
         self._packed = packed
 
+    def _reset_parameters(self):
+        mask, self._mask = self._mask, None  # torch's asks `_qkv_same_embed_dim` which parameters there are
+        try:
+            super()._reset_parameters()
+        finally:
+            self._mask = mask
+
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.pop("_qkv_same_embed_dim", None)  # put there by torch's, where the property is to be asked
