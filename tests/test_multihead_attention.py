@@ -105,6 +105,58 @@ def test_text_lengths(batch_first):
     torch.testing.assert_close(ours(one, one, one, text_lengths=lengths[0])[0], expected, rtol=1e-4, atol=2e-5)
 
 
+def padding_of(lengths, dtype):
+    """key_padding_mask that hides the text from these lengths on: booleans, or as torch's encoder layers canonicalise."""
+    padding = (torch.arange(S) >= torch.tensor(lengths)[:, None]) & (torch.arange(S) < 5)
+    return padding if dtype == torch.bool else torch.zeros(padding.shape, dtype=dtype).masked_fill(padding, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 5, 3], [0, 2, 4], [5, 5, 5]], ids=str)
+def test_key_padding_mask_of_text(dtype, lengths):
+    """What hides the last text positions is the same as text_lengths, bit for bit."""
+    _, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    padding = padding_of(lengths, dtype)
+    expected = ours(x, x, x, text_lengths=torch.tensor(lengths), need_weights=True)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for module in (ours, compiled):
+        assert all(map(torch.equal, module(x, x, x, key_padding_mask=padding, need_weights=True), expected))
+    one = ours(x[0], x[0], x[0], key_padding_mask=padding[0])[0]
+    assert torch.equal(one, ours(x[0], x[0], x[0], text_lengths=torch.tensor(lengths[0]))[0])
+    short = x[:, :4]
+    expected = ours(short, short, short, text_lengths=torch.tensor(lengths).clamp(max=4))[0]
+    assert torch.equal(ours(short, short, short, key_padding_mask=padding[:, :4])[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("places", [[0], [3], [4, 20], [25], slice(5, 7)], ids=str)
+def test_key_padding_mask_of_anything_else(dtype, places):
+    """Refused; where values are not looked at, as in a compiled graph, that sample's output is NaN."""
+    _, ours = pair(batch_first=True)
+    x = inputs(True)[0]
+    padding = padding_of([5, 5, 2], dtype)
+    padding[1, places] = True if dtype == torch.bool else -torch.inf
+    with pytest.raises(ValueError, match="key_padding_mask may hide the last of the 5 text positions.* sample 1"):
+        ours(x, x, x, key_padding_mask=padding)
+    with torch.no_grad():
+        out = torch.compile(ours, backend="aot_eager", fullgraph=True)(x, x, x, key_padding_mask=padding)[0]
+        mapped = torch.func.vmap(lambda x, p: ours(x, x, x, key_padding_mask=p)[0])(x, padding)
+    expected = ours(x, x, x, text_lengths=torch.tensor([5, 5, 2]))[0]
+    for found in (out, mapped):
+        assert found[1].isnan().all()
+        torch.testing.assert_close(found[::2], expected[::2])
+
+
+@pytest.mark.parametrize("value", [-1e9, 1.0, torch.nan])
+def test_key_padding_mask_that_adds_something(value):
+    _, ours = pair(batch_first=True)
+    x, padding = inputs(True)[0], torch.zeros(B, S)
+    padding[2, 4] = value
+    with pytest.raises(ValueError, match="0 and -inf; it is not so in sample 2, got .* at position 4"):
+        ours(x, x, x, key_padding_mask=padding)
+
+
 def test_constructor_parameters_and_initialisation_are_torchs():
     ours, theirs = (
         inspect.signature(c.__init__).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention)
@@ -242,6 +294,24 @@ def test_encoder_does_not_drop_the_mask(swapped):
             ours(x, src_key_padding_mask=torch.arange(S).expand(B, S) >= 20)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_encoder_hides_the_padding_of_captions(training, dtype):
+    first, attention = layer(MASK)
+    theirs = torch.nn.TransformerEncoder(copy.deepcopy(first), 2, enable_nested_tensor=False).train(training)
+    first.self_attn = attention
+    ours = torch.nn.TransformerEncoder(first, 2, enable_nested_tensor=False).train(training)
+    x, padding = inputs(True)[0], padding_of([1, 5, 3], dtype)
+    dense = ~MASK.to_dense()
+    if dtype != torch.bool:
+        dense = torch.zeros(S, S).masked_fill(dense, -torch.inf)
+    with torch.set_grad_enabled(training):
+        expected = theirs(x, mask=dense, src_key_padding_mask=padding)
+        out = ours(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=5e-5)
+        assert (out - ours(x)).abs().max() > 0.01
+
+
 def test_compiled_encoder_layer():
     ours, attention = layer(MASK)
     theirs = copy.deepcopy(ours).eval()
@@ -260,10 +330,22 @@ def test_compiled_encoder_layer():
     ("options", "error", "message"),
     [
         ({"attn_mask": ~MASK.to_dense()}, ValueError, "attn_mask must be None or an AttentionMask"),
+        ({"key_padding_mask": [True]}, TypeError, "key_padding_mask must be a tensor of booleans .*, got list"),
+        ({"key_padding_mask": torch.zeros(B, S).int()}, TypeError, "key_padding_mask must be .*, got torch.int32"),
         (
-            {"key_padding_mask": torch.zeros(B, S, dtype=torch.bool)},
+            {"key_padding_mask": torch.zeros(S, B)},
             ValueError,
-            "key_padding_mask must be None.*text_len",
+            r"key_padding_mask must have shape \(3, 26\), got \(26, 3",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(B, S).to("meta")},
+            ValueError,
+            "key_padding_mask must be on .* cpu, got meta",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(B, S), "text_lengths": torch.ones(B).long()},
+            ValueError,
+            "key_padding_mask must be None where text_lengths",
         ),
         ({"text_lengths": torch.tensor([1, 2])}, ValueError, r"text_lengths must have shape \(3,\), got \(2,\)"),
         ({"text_lengths": torch.tensor([1, 2, 6])}, ValueError, "text_lengths must be from 0 to .* 5"),

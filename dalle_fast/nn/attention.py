@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as torch_F
 
 from dalle_fast.masks import AttentionMask
-from dalle_fast.nn.checks import check_size
+from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
 from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.calls import autocast_dtype
@@ -120,7 +120,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Args:
             query, key, value: (S, B, E), or (B, S, E) with batch_first, or (S, E); with a mask all of one length.
-            key_padding_mask: as of torch's module; with a mask it must be None: see text_lengths.
+            key_padding_mask: as of torch's module; with a mask it may hide the last text positions of each sample, as
+                text_lengths do, and nothing else, in booleans or in 0 and -inf. That is checked on a CPU; where a look
+                would wait for the device, and in a compiled graph, a sample's output is NaN if it is not so.
             need_weights: return the attention weights. None means torch's default True without a mask and False with
                 one, where they cost the S x S memory and time that the mask saves.
             attn_mask: a tensor as torch takes it, where there is no mask; or an `AttentionMask`, which then takes the
@@ -157,11 +159,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"attn_mask must be None or an AttentionMask where the module has mask={mask!r}, got "
                 f"{type(attn_mask).__name__}; to hide padded text use text_lengths"
             )
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask must be None with an AttentionMask; to hide padded text use text_lengths, (B,) "
-                "numbers of valid text positions"
-            )
+        if key_padding_mask is not None and text_lengths is not None:
+            raise ValueError("key_padding_mask must be None where text_lengths say the same, got both")
         if self.training and self.dropout > 0:
             raise ValueError(
                 f"dropout must be 0 for training with an AttentionMask, got {self.dropout}; attention weights are never "
@@ -172,7 +171,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not batched and isinstance(text_lengths, torch.Tensor):
             text_lengths = text_lengths[None] if text_lengths.dim() == 0 else text_lengths
         q, k, v = self._project(query, key, value)
+        wrong = None
+        if key_padding_mask is not None:
+            text_lengths, wrong = _lengths_of_padding(key_padding_mask, mask.text_len, q, batched)
         out = attention.sparse_attention(q, k, v, mask, text_lengths=text_lengths)
+        if wrong is not None:
+            out = out.masked_fill(wrong[:, None, None, None], torch.nan)
         weights = None
         if need_weights:
             weights = attention.attention_weights(q, k, mask, scale=self.head_dim**-0.5, text_lengths=text_lengths)
@@ -232,3 +236,35 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         elif not self.batch_first:
             x = x.transpose(0, 1)
         return x.permute(2, 0, 3, 1, 4).unbind()  # from (B, S, parts, H, D)
+
+
+def _lengths_of_padding(padding, T, query, batched):
+    """`key_padding_mask` as text_lengths (B,), and which samples it hides something else from, None if it was looked at.
+
+    torch's encoder layers turn booleans into 0 and -inf.
+    """
+    B, _, S, _ = query.shape
+    if not isinstance(padding, torch.Tensor) or not (padding.dtype == torch.bool or padding.is_floating_point()):
+        got = padding.dtype if isinstance(padding, torch.Tensor) else type(padding).__name__
+        raise TypeError(f"key_padding_mask must be a tensor of booleans or of 0 and -inf, got {got}")
+    shape = (B, S) if batched else (S,)
+    if padding.shape != shape:
+        raise ValueError(f"key_padding_mask must have shape {shape}, got {tuple(padding.shape)}")
+    if padding.device != query.device:
+        raise ValueError(f"key_padding_mask must be on query's device {query.device}, got {padding.device}")
+    padding = padding.detach().view(B, S)
+    hidden = padding if padding.dtype == torch.bool else padding == -torch.inf
+    lengths = (~hidden[:, :T]).sum(1)
+    position = torch.arange(S, device=padding.device)
+    wrong = (hidden != ((position < T) & (position >= lengths[:, None]))) | (hidden != padding.bool())
+    if not is_looked_at(padding):
+        return lengths, wrong.any(1)
+    if wrong.any():
+        sample, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"key_padding_mask may hide the last of the {T} text positions with an AttentionMask (as text_lengths, (B,) "
+            "numbers of valid ones) and nothing else, in booleans or in 0 and -inf; it is not so in sample "
+            f"{sample}, got {padding[sample, place].item()} at position {place} and {lengths[sample]} text positions "
+            "that are not hidden"
+        )
+    return lengths, None

@@ -39,12 +39,20 @@ def check_range(name, tensor, last, what, look=None) -> None:
 def bounds(tensor, look=None):
     """The smallest and the largest value, NaN where there is one; None where it is empty or not to be looked at.
 
+    `look`: see `is_looked_at`.
+    """
+    if not is_looked_at(tensor, look) or not tensor.numel():
+        return None
+    low, high = torch.aminmax(tensor.detach())
+    return low.item(), high.item()
+
+
+def is_looked_at(tensor, look=None) -> bool:
+    """Whether a tensor has values, and may be asked for them.
+
     A look costs nothing on a CPU, elsewhere it waits for the device: whether to `look`, None means where it is free.
     What a compiler, an exporter, a fake mode or a transform as vmap hands over has no values.
     """
     look = tensor.device.type == "cpu" if look is None else look
     has_values = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if not look or not has_values or torch._C._are_functorch_transforms_active() or not tensor.numel():
-        return None
-    low, high = torch.aminmax(tensor.detach())
-    return low.item(), high.item()
+    return look and has_values and not torch._C._are_functorch_transforms_active()
