@@ -6,6 +6,7 @@ B batch, S sequence, E embedding, H heads, T text.
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -161,9 +162,9 @@ def test_constructor_parameters_and_initialisation_are_torchs():
     ours, theirs = (
         inspect.signature(c.__init__).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention)
     )
-    assert list(ours) == [*theirs, "mask"]
+    assert list(ours) == [*theirs, "mask", "impl"]
     assert all(ours[name].default == theirs[name].default for name in theirs)
-    assert ours["mask"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert ours["mask"].kind is ours["impl"].kind is inspect.Parameter.KEYWORD_ONLY
     calls = [inspect.signature(c.forward).parameters for c in (fnn.MultiheadAttention, torch.nn.MultiheadAttention)]
     assert list(calls[0])[: len(calls[1])] == list(calls[1])
     for options in ({}, {"kdim": 8, "vdim": 9}, {"bias": False}, {"dtype": torch.float64}):
@@ -436,3 +437,27 @@ def test_text_lengths_need_a_mask():
 
 def test_repr_shows_the_mask():
     assert f"mask={MASK!r}" in repr(fnn.MultiheadAttention(E, H, mask=MASK))
+
+
+def test_impl_names_who_computes():
+    """Which is what a refusal, and the warning of the dense reference, advise."""
+    ours = fnn.MultiheadAttention(E, H, mask=MASK, impl="cpu")
+    assert repr(ours).startswith(f"MultiheadAttention(\n  mask={MASK!r}, impl='cpu'")
+    x = inputs(False)[0].double()
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        with pytest.raises(ValueError, match="impl='cpu' cannot serve this call.*float64"):
+            module.double()(x, x, x)
+        module.impl = "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module(x, x, x)
+    with pytest.raises(ValueError, match="impl must be one of auto, .*, got 'fast'"):
+        fnn.MultiheadAttention(E, H, mask=MASK, impl="fast")
+
+
+def test_a_module_from_before_there_was_impl():
+    old = fnn.MultiheadAttention(E, H, mask=MASK)
+    del old.__dict__["impl"]
+    old = pickle.loads(pickle.dumps(copy.deepcopy(old)))
+    x = inputs(False)[0]
+    assert old.impl == "auto" and old(x, x, x)[0].shape == x.shape

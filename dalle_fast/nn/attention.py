@@ -13,6 +13,7 @@ from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
 from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.calls import autocast_dtype
+from dalle_fast.ops.choice import check_impl
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -28,10 +29,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropped are never made.
         add_bias_kv, add_zero_attn: as of torch's module; they add positions to the keys and so go with no mask.
         mask: an `AttentionMask`, or None. Also an attribute that may be set later.
+        impl: who computes with a mask, as in `dalle_fast.nn.functional.sparse_attention`. An attribute too.
 
     Raises:
         TypeError: mask is not an `AttentionMask`; a size is no integer.
-        ValueError: a size below 1; embed_dim is no multiple of num_heads; an argument that does not go with a mask.
+        ValueError: a size below 1; embed_dim is no multiple of num_heads; an argument that does not go with a mask; impl
+            is none.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dtype=None,
         *,
         mask=None,
+        impl="auto",
     ):
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
         sizes |= {name: size for name, size in (("kdim", kdim), ("vdim", vdim)) if size is not None}
@@ -56,12 +60,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             check_size(name, size)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        check_impl(impl)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.mask = mask
+        self.mask, self.impl = mask, impl
 
     _mask = None  # what torch's constructor sees before ours has set it
+    impl = "auto"  # of modules that were pickled before there was one
 
     @property
     def mask(self) -> AttentionMask | None:
@@ -174,7 +180,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         wrong = None
         if key_padding_mask is not None:
             text_lengths, wrong = _lengths_of_padding(key_padding_mask, mask.text_len, q, batched)
-        out = attention.sparse_attention(q, k, v, mask, text_lengths=text_lengths)
+        out = attention.sparse_attention(q, k, v, mask, text_lengths=text_lengths, impl=self.impl)
         if wrong is not None:
             out = out.masked_fill(wrong[:, None, None, None], torch.nan)
         weights = None
@@ -190,7 +196,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self.out_proj(out), weights
 
     def extra_repr(self) -> str:
-        return "" if self.mask is None else f"mask={self.mask!r}"
+        parts = [] if self.mask is None else [f"mask={self.mask!r}"]
+        return ", ".join(parts if self.impl == "auto" else [*parts, f"impl={self.impl!r}"])
 
     def _check_inputs(self, query, key, value):
         for name, tensor, size, weight in (
