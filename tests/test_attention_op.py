@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import dalle_fast.nn as fnn
 from dalle_fast.masks import column_mask, row_mask
 from dalle_fast.nn.functional import sparse_attention
 from dalle_fast.ops import choice
@@ -241,6 +242,23 @@ def test_auto_warns_once_where_only_the_reference_serves(make):
         warnings.simplefilter("error")
         choice._warn_once.cache_clear()
         assert torch.equal(sparse_attention(*qkv, MASK, impl="reference"), out)
+
+
+def test_the_warning_names_the_callers_line(make):
+    """Through the operation, a module's layers and a compiled graph, all of them torch's frames or the package's."""
+    torch._dynamo.reset()
+    qkv = make((1, 1, S, D), torch.float64)
+    module = torch.nn.Sequential(fnn.GumbelCodebook(3, 4, 5)).double()
+    hidden = torch.zeros(2, 3, dtype=torch.float64)
+
+    def attend():
+        return sparse_attention(*qkv, MASK)
+
+    for function in (attend, torch.compile(attend, backend="aot_eager"), lambda: module(hidden)):
+        choice._warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="dense reference") as caught:
+            function()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -56,5 +57,14 @@ def _warn_once(operation, cost, reasons):
         f"{operation} runs on the dense reference, which {cost}, because nothing faster serves this call ({reasons}); "
         'impl="reference" asks for it and silences this warning',
         UserWarning,
-        stacklevel=2,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level():
+    """The `stacklevel` at which who calls this warns of the user's line: the nearest outside of this package and torch."""
+    frame, level = sys._getframe(1), 1
+    # Code that torch generates is in no module.
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in ("dalle_fast", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
