@@ -1,7 +1,9 @@
 """Bad arguments get a ValueError or TypeError that names the argument, what came and what was expected."""
 
 import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +69,9 @@ CASES = {
     "name of a mask": ({"mask": "row"}, TypeError, ["mask must be an AttentionMask", "got str"]),
     "scale nan": ({"scale": float("nan")}, ValueError, ["scale must be finite, got nan"]),
     "scale inf": ({"scale": float("inf")}, ValueError, ["scale must be finite, got inf"]),
+    "scale numpy inf": ({"scale": np.float32("inf")}, ValueError, ["scale must be finite, got inf"]),
+    "scale numpy -inf": ({"scale": np.float16("-inf")}, ValueError, ["scale must be finite, got -inf"]),
+    "scale numpy nan": ({"scale": np.float64("nan")}, ValueError, ["scale must be finite, got nan"]),
     "scale text": ({"scale": "1"}, TypeError, ["scale must be a number or None, got '1' of type str"]),
     "scale bool": ({"scale": True}, TypeError, ["scale must be a number or None, got True of type bool"]),
     "impl": (
@@ -151,6 +156,15 @@ def test_the_good_call_is_good():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors under impl='triton' are refused alike, with a GPU")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
+def test_a_scale_of_numpys(dtype):
+    """Compared as a Python number: a NumPy one would make the largest float its own infinity, and warn."""
+    arguments = good()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sparse_attention(**arguments, scale=dtype(2)), sparse_attention(**arguments, scale=2.0))
+
+
 def test_refusal_lists_every_reason(monkeypatch):
     """float64 on a CPU, for Triton: the device and the dtype are both named."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -19,6 +19,7 @@ import importlib
 import numbers
 import sys
 
+import numpy as np
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -117,6 +118,8 @@ def check_scale(scale, D) -> float:
         return D**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number or None, got {scale!r} of type {type(scale).__name__}")
+    if isinstance(scale, np.generic):
+        scale = scale.item()  # NumPy's float32 would round the largest float to infinity, and be equal to it
     # Not math.isfinite, which takes neither a number that a compiled graph leaves open nor any integer.
     if not -_LARGEST <= scale <= _LARGEST:
         raise ValueError(f"scale must be finite, got {scale!r}")
