@@ -41,6 +41,11 @@ def test_any_leading_dimensions(make, leading):
     assert_same(*(x[..., :9, :] for x in make((*leading, S, D))), scale=0.3)
 
 
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.tensor(1), 0.0, -1.0, 1], ids=repr)
+def test_scales_that_torch_takes(make, scale):
+    assert_same(*make((2, 3, S, D)), scale=scale)
+
+
 def test_leading_dimensions_broadcast(make):
     q = make((2, 3, S, D), count=1)[0]
     k, v = make((1, 3, S, D), seed=1, count=2)
@@ -149,6 +154,17 @@ def test_no_graph_break(make):
 def test_bad_options(make, options, message):
     with pytest.raises(ValueError, match=message):
         F.scaled_dot_product_attention(*make((2, 3, S, D)), MASK, **options)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [torch.ones(2), torch.ones(1), torch.tensor(True), torch.tensor(1j), torch.ones((), device="meta"), "1", True]
+    + [torch.tensor(0.5, requires_grad=True)],
+    ids=repr,
+)
+def test_a_scale_of_another_kind(make, scale):
+    with pytest.raises(TypeError, match="scale must be a number"):
+        F.scaled_dot_product_attention(*make((2, 3, S, D)), MASK, scale=scale)
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,17 @@ def test_bad_module():
             fnn.MultiheadAttention(E, H, **{name: True})(x, x, x, attn_mask=MASK)
 
 
+def test_heads_are_not_too_large_for_a_mask():
+    """Told where the module is made, of the arguments that were given there."""
+    message = r"embed_dim must be at most 128 \* num_heads with an AttentionMask, got 258 and 2 heads"
+    with pytest.raises(ValueError, match=message):
+        fnn.MultiheadAttention(258, 2, mask=MASK)
+    module = fnn.MultiheadAttention(258, 2)
+    with pytest.raises(ValueError, match=message):
+        module.mask = MASK
+    assert module.mask is None and fnn.MultiheadAttention(256, 2, mask=MASK).mask is MASK
+
+
 def test_dropout_is_refused_not_ignored():
     ours = fnn.MultiheadAttention(E, H, dropout=0.1, mask=MASK)
     x = inputs(False)[0]

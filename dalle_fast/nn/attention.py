@@ -11,7 +11,7 @@ import torch.nn.functional as torch_F
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
-from dalle_fast.ops.attention.op import check_tensor
+from dalle_fast.ops.attention.op import MAX_HEAD_DIM, check_tensor
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 
@@ -28,7 +28,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout: as of torch's module; with a mask it must be 0 while training, since attention weights that could be
             dropped are never made.
         add_bias_kv, add_zero_attn: as of torch's module; they add positions to the keys and so go with no mask.
-        mask: an `AttentionMask`, or None. Also an attribute that may be set later.
+        mask: an `AttentionMask`, which takes heads of at most 128 channels, or None. Also an attribute that may be set
+            later.
         impl: who computes with a mask, as in `dalle_fast.nn.functional.sparse_attention`. An attribute too.
 
     Raises:
@@ -83,6 +84,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not isinstance(mask, AttentionMask):
             raise TypeError(
                 f"{name} must be an AttentionMask (see dalle_fast.masks) or None, got {type(mask).__name__}"
+            )
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"embed_dim must be at most {MAX_HEAD_DIM} * num_heads with an AttentionMask, got {self.embed_dim} and "
+                f"{self.num_heads} heads"
             )
         if self.bias_k is not None or self.add_zero_attn:
             which = "add_zero_attn" if self.bias_k is None else "add_bias_kv"

@@ -46,7 +46,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
             reference). Any strides, so views of a packed projection are read in place. S may be shorter than the
             mask's sequence and means its first S positions; D is from 1 to 128. B, H and S may be 0.
         mask: an `AttentionMask`.
-        scale: factor of the logits, D ** -0.5 if None.
+        scale: factor of the logits, a number or a CPU tensor without dimensions; D ** -0.5 if None.
         text_lengths: (B,) integers from 0 to T on the inputs' device, or None: text positions >= text_lengths[b] are
             hidden as keys from every query of sample b (a caption's padding). Off the CPU, where a look would wait for
             the device, the range is not checked and values are clamped to it.
@@ -134,7 +134,8 @@ def scaled_dot_product_attention(
 ):
     """`torch.nn.functional.scaled_dot_product_attention`, where `attn_mask` may also be an `AttentionMask`.
 
-    Without an `AttentionMask` the call goes to torch unchanged. With one it is `sparse_attention`.
+    Without an `AttentionMask` the call goes to torch unchanged. With one it is `sparse_attention`, which takes less than
+    torch does: key and value must have query's S and D, D is at most 128, and there is no dropout.
 
     Args:
         query: (..., S, D): the dimension before S counts heads, those before it are batch; none is needed.
@@ -142,7 +143,7 @@ def scaled_dot_product_attention(
         attn_mask: None, a tensor as torch takes it, or an `AttentionMask`.
         dropout_p: must be 0 with an `AttentionMask`.
         is_causal: must be False with an `AttentionMask`, which is causal already.
-        scale: factor of the logits, D ** -0.5 if None.
+        scale: factor of the logits, a number or a CPU tensor without dimensions; D ** -0.5 if None.
         enable_gqa: with an `AttentionMask`, query head h attends to key and value head h // (query heads / key heads).
             Key and value are never repeated in memory; tensors whose batch and heads do not merge into one dimension
             as a view (a packed projection with B > 1) are copied once.

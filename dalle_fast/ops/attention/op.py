@@ -116,6 +116,8 @@ def check_scale(scale, D) -> float:
     """The factor of the logits as a float; D ** -0.5 for None. Raises TypeError or ValueError."""
     if scale is None:
         return D**-0.5
+    if isinstance(scale, torch.Tensor) and scale.dim() == 0 and scale.is_cpu and not scale.requires_grad:
+        scale = scale.item()  # torch takes one for a number too
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number or None, got {scale!r} of type {type(scale).__name__}")
     if isinstance(scale, np.generic):
