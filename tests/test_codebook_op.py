@@ -321,6 +321,75 @@ def test_forward_mode_is_refused(serve):
             torch.func.jvp(function, (hidden,), (torch.ones_like(hidden),))
 
 
+def losses(serve, weight, bias, codebook, target):
+    """Functions of hidden to be differentiated, the last of its logits."""
+    return [
+        lambda x: serve.codebook_cross_entropy(x, weight, bias, target),
+        lambda x: serve.codebook_cross_entropy(x, weight, bias, target, reduction="none").square().sum(),
+        lambda x: serve.gumbel_codebook(x, weight, bias, codebook, 0.5, seed=1).embedding.square().sum(),
+        lambda x: serve.gumbel_softmax(x, 0.5, seed=1).square().sum(),
+    ]
+
+
+def test_transforms_that_differentiate_are_refused(serve):
+    """torch's message would be about how it makes a function of an operation."""
+    hidden, weight, bias, codebook, _, _, target = arguments(serve.device)
+    functions = losses(serve, weight, bias, codebook, target)
+    for function in functions:
+        for transformed in (
+            torch.func.grad(function),
+            torch.func.jacrev(function),
+            torch.func.grad(lambda x: torch.func.vmap(function)(torch.stack([x, x])).sum()),  # noqa: B023
+        ):
+            with pytest.raises(NotImplementedError, match="dalle_fast.*differentiated by autograd.*not by torch.func"):
+                transformed(hidden)
+    # What does not go through the operation is no reason, nor is a parameter that the transform does not know.
+    weight.requires_grad_()
+    with torch.no_grad():
+        codes = serve.codebook_argmax(hidden, weight)
+
+    def of_another_path(x):
+        kept = [function(x.detach()) for function in functions]
+        assert torch.equal(serve.codebook_argmax(x, weight), codes)
+        return x.sum() + sum(kept)
+
+    assert torch.equal(torch.func.grad(of_another_path)(hidden), torch.ones_like(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(serve):
+    """Sample after sample, which torch warns of: values, and gradients that are wanted outside of it."""
+    hidden, weight, bias, codebook, _, _, target = arguments(serve.device)
+    functions = losses(serve, weight, bias, codebook, target)
+    x = torch.stack([hidden, hidden.flip(0)]).requires_grad_()
+    for function in functions:
+        found, expected = torch.func.vmap(function)(x), torch.stack([function(each) for each in x])
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(grad(loss.sum(), x)[0] for loss in (found, expected)))
+
+    def loss(hidden, target):
+        return serve.codebook_cross_entropy(hidden, weight, bias, target)
+
+    targets = torch.stack([target, target.flip(0)])
+    expected = torch.stack([loss(*each) for each in zip(x, targets, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(loss)(x, targets), expected)
+    if serve.device == "cpu":
+        with pytest.raises(ValueError, match="target must hold codes"):
+            torch.func.vmap(loss)(x, targets + K)
+    soft = torch.func.vmap(lambda tau: serve.gumbel_softmax(hidden, tau, seed=1))(torch.tensor([0.5, 2.0]))
+    assert torch.equal(soft[1], serve.gumbel_softmax(hidden, 2.0, seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients(serve):
+    hidden, weight, bias, *_, target = arguments(serve.device)
+    hidden.requires_grad_()
+    loss = serve.codebook_cross_entropy(hidden, weight, bias, target)
+    of_loss = grad(loss, hidden, retain_graph=True)[0]
+    twice = grad(loss, hidden, torch.tensor([1.0, 3.0], device=serve.device), is_grads_batched=True)[0]
+    torch.testing.assert_close(twice, torch.stack([of_loss, 3 * of_loss]))
+
+
 def test_a_hard_row_that_is_not_finite_has_no_code(serve):
     hidden, weight, bias, codebook, *_ = arguments(serve.device)
     hidden[1, 0], hidden[3, 2] = torch.nan, torch.inf

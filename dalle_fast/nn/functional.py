@@ -323,6 +323,8 @@ def codebook_cross_entropy(
 def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
     """`torch.nn.functional.gumbel_softmax` in one pass over memory, with float32 noise whatever the logits' dtype.
 
+    Differentiable once, in logits, by autograd, not by torch.func's transforms.
+
     Args:
         logits: any shape with at least one dimension; float32, float16, bfloat16, or float64 on the reference.
         tau: temperature, a positive number, or a tensor without dimensions that needs no gradient; unlike torch, which

@@ -17,6 +17,7 @@ import numbers
 from typing import NamedTuple
 
 import torch
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent
@@ -45,6 +46,7 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=Non
     _check_product(hidden, weight, bias, impl, codebook=codebook)
     if not isinstance(hard, bool):
         raise TypeError(f"hard must be True or False, got {hard!r}")
+    _check_transforms(hidden, weight, bias, codebook)
     tau = _number("tau", tau, hidden, positive=True)
     seed, seed_per_row = _seed(seed, hidden)
     hidden, weight, bias, codebook = _autocast(hidden, weight, bias, codebook)
@@ -98,6 +100,7 @@ def codebook_cross_entropy(
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    _check_transforms(hidden, weight, bias)
     start, weight, bias = _restrict(weight, bias, code_range)
     _check_target(target, hidden, start, weight.shape[0], ignore_index)
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -109,7 +112,8 @@ def codebook_cross_entropy(
         return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).view(hidden.shape[:-1])
     row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    if rows.dtype == torch.float16 and any(needs):
+    # Within vmap tensors do not say whether a gradient is needed outside of it.
+    if (rows.dtype == torch.float16 and any(needs)) or _is_transformed():
         return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).sum() * row_weight
     operands = rows, weight, bias, target, row_weight.view(1), _IGNORED, needs, impl
     loss, *_ = _ops.codebook_cross_entropy_reduced(*operands)
@@ -127,6 +131,7 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {tuple(logits.shape)}")
     _check_tangents(logits)
+    _check_transforms(logits)
     tau = _number("tau", tau, logits, positive=True, device=tau.device if isinstance(tau, torch.Tensor) else "cpu")
     is_last = dim in (-1, logits.dim() - 1)
     moved = logits if is_last else logits.movedim(dim, -1)
@@ -190,6 +195,28 @@ def _check_tangents(*tensors):
     """torch would take an operation that has no forward-mode derivative for one whose derivative is 0."""
     if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
         raise NotImplementedError("the codebook operation has no forward-mode derivatives")
+
+
+def _check_transforms(*tensors):
+    """torch would refuse with a message about what it makes of an operation's derivative."""
+    if _is_transformed() and torch.is_grad_enabled() and any(map(_is_differentiated_by_transform, tensors)):
+        raise NotImplementedError(
+            "dalle_fast: the codebook operation is differentiated by autograd (backward, torch.autograd.grad), not by "
+            "torch.func's grad, vjp and jacrev"
+        )
+
+
+def _is_transformed():
+    """Whether a transform of torch.func is at work; what is compiled never asks."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _is_differentiated_by_transform(tensor):
+    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _check_target(target, hidden, start, num_codes, ignore_index):
@@ -298,7 +325,13 @@ def _check_scalar(name, tensor):
 
 
 def _is_traced(tensor):
-    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+    """Whether its values are another's: a compiler's, a subclass's, or a transform's."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad's is_grads_batched
+    )
 
 
 def _seed(seed, hidden, per_row=True):
