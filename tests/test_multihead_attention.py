@@ -383,6 +383,16 @@ def test_dtypes_and_devices_are_the_modules(sizes):
     assert ours.to("meta")(*(t.to("meta") for t in (x, y, z)))[0].is_meta
 
 
+def test_meta_tensors():
+    """Weights included, which the dense reference makes."""
+    module = fnn.MultiheadAttention(E, H, mask=MASK, batch_first=True, device="meta")
+    x = torch.empty(B, S, E, device="meta")
+    padding = torch.zeros(B, S, dtype=torch.bool, device="meta")
+    for options in ({}, {"key_padding_mask": padding}, {"text_lengths": torch.ones(B, device="meta").long()}):
+        out, weights = module(x, x, x, need_weights=True, **options)
+        assert out.is_meta and out.shape == x.shape and weights.is_meta and weights.shape == (B, S, S)
+
+
 def test_autocast_takes_mixed_dtypes_but_float64():
     _, ours = pair(batch_first=True)
     x = inputs(True)[0]

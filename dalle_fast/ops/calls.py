@@ -7,6 +7,8 @@ and a tensor's dispatch keys 20, the dispatcher's way from Python to Python 0.1 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import _C
 from torch.autograd import forward_ad, profiler
@@ -23,6 +25,11 @@ def autocast_dtype(tensor):
     if not _C._is_any_autocast_enabled() or tensor.is_meta or not torch.is_autocast_enabled(device_type(tensor)):
         return None
     return None if tensor.dtype == torch.float64 else torch.get_autocast_dtype(device_type(tensor))
+
+
+def without_autocast(tensor):
+    """A context in which autocast leaves the tensor's device alone; meta, which has no autocast, raises in torch's."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(device_type(tensor), enabled=False)
 
 
 def has_tangent(tensor) -> bool:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from dalle_fast.ops.calls import without_autocast
+
 
 def why_not(query, key, value, mask) -> list[str]:
     """Every reason why this implementation cannot serve these tensors; it always can."""
@@ -29,7 +31,7 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
 
     `exact_lse` changes nothing: lse always is exact here.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores, lse = _scores(_wide(query), _wide(key), text_lengths, mask, scale)
         out = _probabilities(scores, lse) @ _wide(value)
     return out.to(query.dtype).contiguous(), lse
@@ -37,7 +39,7 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
 
 def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale):
     """Returns the gradients of query, key and value in their dtype; out and lse are recomputed, so never looked at."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, k, v, do = map(_wide, (query, key, value, grad_out))
         scores, lse = _scores(q, k, text_lengths, mask, scale)
         p = _probabilities(scores, lse)
@@ -70,7 +72,7 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
         torch.cat([_wide(text.repeat_interleave(N, 0)), _wide(image[:, :, slots])], 2).masked_fill(hidden, 0)
         for text, image in ((text_key, image_key), (text_value, image_value))
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = (keys @ _wide(query)[..., None] * scale).masked_fill(hidden, -torch.inf)
         out = torch.softmax(scores, 2).mT @ values
     return out[:, :, 0].to(query.dtype).contiguous()
@@ -78,7 +80,7 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
 
 def attention_weights(query, key, mask, *, scale, text_lengths=None):
     """The probabilities p, (B, H, S, S) in query's dtype; differentiable."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         return _probabilities(*_scores(_wide(query), _wide(key), text_lengths, mask, scale)).to(query.dtype)
 
 
