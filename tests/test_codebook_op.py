@@ -506,8 +506,51 @@ def test_module_encodes_and_decodes():
     for shape in ((5, I), (5, I, 7), (0, I, 2, 2), (1, I, 2, 2, 2)):
         out = module(torch.randn(shape))
         assert out.embedding.shape == (shape[0], D, *shape[2:]) and out.codes.shape == (shape[0], *shape[2:])
-    with pytest.raises(ValueError, match=r"hidden must have shape \(B, Din, ...\), got \(6,\)"):
-        module(torch.randn(I))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "error", "message"),
+    [
+        (torch.zeros(I), ValueError, r"hidden must have shape \(B, 6, ...\), got \(6,\)"),
+        (torch.zeros(2, I + 1, 3), ValueError, r"hidden must have shape \(B, 6, ...\), got \(2, 7, 3\)"),
+        (
+            torch.zeros(2, I, 3).double(),
+            TypeError,
+            "hidden must have the module's dtype torch.float32, got torch.float64",
+        ),
+        (torch.zeros(2, I, 3).bfloat16(), TypeError, "hidden must have .* torch.float32, got torch.bfloat16"),
+        (torch.zeros(2, I, 3).to("meta"), ValueError, "hidden must be on the module's device cpu, got meta"),
+        (torch.zeros(2, I, 3).long(), TypeError, "hidden must be float32, .*, got torch.int64"),
+        ([1], TypeError, "hidden must be a tensor, got list"),
+    ],
+)
+def test_module_blames_hidden(hidden, error, message):
+    """Not its own weight, which the user did not give."""
+    module = fnn.GumbelCodebook(I, K, D)
+    for function in (module, module.encode):
+        with pytest.raises(error, match=message):
+            function(hidden)
+
+
+def test_module_under_autocast_takes_mixed_dtypes():
+    module, hidden = fnn.GumbelCodebook(I, K, D), torch.randn(2, I, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.encode(hidden.bfloat16()), module.encode(hidden))
+        with pytest.raises(TypeError, match="hidden must have .*, got torch.float64"):
+            module(hidden.double())
+
+
+def test_module_checks_tau_and_impl_where_it_is_made():
+    for tau in (-1, 0.0, float("inf"), torch.tensor(-1.0)):
+        with pytest.raises(ValueError, match="tau must be positive and finite, got"):
+            fnn.GumbelCodebook(I, K, D, tau=tau)
+    for tau in ("1", None, torch.ones(2)):
+        with pytest.raises(TypeError, match="tau must be a number or a"):
+            fnn.GumbelCodebook(I, K, D, tau=tau)
+    with pytest.raises(ValueError, match="impl must be one of auto, .*, got 'foo'"):
+        fnn.GumbelCodebook(I, K, D, impl="foo")
+    for tau in (2, np.float32(0.5), torch.tensor(0.5), torch.tensor(0.5, device="meta")):
+        assert fnn.GumbelCodebook(I, K, D, tau=tau).tau is tau
 
 
 def test_module_copies_pickles_and_says_what_it_is():

@@ -11,6 +11,10 @@ import torch
 
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_size
+from dalle_fast.ops.attention.op import check_tensor
+from dalle_fast.ops.calls import autocast_dtype
+from dalle_fast.ops.choice import check_impl
+from dalle_fast.ops.codebook.op import check_tau
 
 
 class GumbelCodebook(torch.nn.Module):
@@ -31,7 +35,8 @@ class GumbelCodebook(torch.nn.Module):
         impl: as in `dalle_fast.nn.functional.gumbel_codebook`.
 
     Raises:
-        TypeError: a size that is no integer. ValueError: one below 1.
+        TypeError: a size that is no integer; tau is no number. ValueError: a size below 1; tau is not positive and finite;
+            impl is none.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class GumbelCodebook(torch.nn.Module):
         super().__init__()
         for name, size in (("in_channels", in_channels), ("num_codes", num_codes), ("embedding_dim", embedding_dim)):
             check_size(name, size)
+        check_tau(tau)
+        check_impl(impl)
         options = {"device": device, "dtype": dtype}
         self.tau, self.hard, self.impl = tau, hard, impl
         self.weight = torch.nn.Parameter(torch.empty(num_codes, in_channels, **options))
@@ -72,6 +79,10 @@ class GumbelCodebook(torch.nn.Module):
 
         Returns:
             GumbelCodebookOutput: embedding (B, D, ...), kl (B, ...) in nats, codes (B, ...).
+
+        Raises:
+            TypeError, ValueError: hidden is not of that shape, or not of the module's dtype and device; as
+                `gumbel_codebook`.
         """
         out = F.gumbel_codebook(
             self._rows(hidden),
@@ -98,8 +109,15 @@ class GumbelCodebook(torch.nn.Module):
         return f"{Din}, {K}, {self.codebook.shape[1]}, tau={self.tau}, hard={self.hard}, bias={self.bias is not None}"
 
     def _rows(self, hidden):
-        if hidden.dim() < 2:
-            raise ValueError(f"hidden must have shape (B, Din, ...), got {tuple(hidden.shape)}")
+        check_tensor("hidden", hidden)
+        weight, Din = self.weight, self.weight.shape[1]
+        if hidden.dim() < 2 or hidden.shape[1] != Din:
+            raise ValueError(f"hidden must have shape (B, {Din}, ...), got {tuple(hidden.shape)}")
+        if hidden.device != weight.device:
+            raise ValueError(f"hidden must be on the module's device {weight.device}, got {hidden.device}")
+        # Under autocast both are cast, but for float64.
+        if (autocast_dtype(hidden) or hidden.dtype) != (autocast_dtype(weight) or weight.dtype):
+            raise TypeError(f"hidden must have the module's dtype {weight.dtype}, got {hidden.dtype}")
         return hidden.movedim(1, -1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -308,6 +308,14 @@ def _number(name, value, like, *, positive, device=None):
     return torch.full((1,), value, dtype=dtype, device=device)
 
 
+def check_tau(tau):
+    """Raise TypeError or ValueError for what no call takes as tau, before there is a call."""
+    if isinstance(tau, torch.Tensor) and (tau.device.type != "cpu" or _is_traced(tau)):
+        _check_scalar("tau", tau)
+    else:
+        _plain_number("tau", tau, positive=True)
+
+
 def _check_value(name, tensor, *, positive):
     """As `_plain_number`, of what a compiled or exported program computes with."""
     if tensor.device.type == "cpu":
