@@ -43,7 +43,8 @@ class AttentionMask:
     conv_corner    r_i - r_j and c_i - c_j in {0, d, ..., (K - 1) d}
     =============  =====================================================================================
 
-    Values are immutable, comparable, hashable and picklable; what is derived from them is cached.
+    Values are immutable, comparable, hashable and picklable; what is derived from them is cached. Once `dalle_fast.nn` is
+    imported, `torch.load` takes them with weights_only=True.
 
     Args:
         rule: one of the names above.
@@ -86,6 +87,9 @@ class AttentionMask:
                 "kernel_size * dilation + text_len + (rows + 1) * columns must be below 2**31, "
                 f"got {largest} with kernel_size {self.kernel_size} and dilation {self.dilation}"
             )
+
+    def __setstate__(self, state):
+        self.__init__(**state)  # kernels trust a mask: what comes out of a file is checked as what is made
 
     # -- the rule ------------------------------------------------------------------------------------------------
 
@@ -224,7 +228,7 @@ class AttentionMask:
 
     @property
     def mask_mod(self):
-        """The rule in FlexAttention's form: a function of (batch, head, q_idx, kv_idx)."""
+        """The rule in FlexAttention's form: a callable of (batch, head, q_idx, kv_idx)."""
         return functools.partial(_mask_mod, self)
 
     def to_dense(self, device=None, *, seq_len: int | None = None):
@@ -301,6 +305,8 @@ class AttentionMask:
 
 def row_mask(text_len: int, grid, *, wrap: bool = True) -> AttentionMask:
     """Row attention: the W + 1 latest image keys (`wrap=True`, the paper's), or only those of the query's own row."""
+    if not isinstance(wrap, bool):
+        raise TypeError(f"wrap must be True or False, got {wrap!r}")
     return AttentionMask("row" if wrap else "axial_row", text_len, grid)
 
 
@@ -438,5 +444,5 @@ def _grid(value) -> tuple[int, int]:
             raise ValueError(f"grid must be (rows, columns) or one integer, got {value!r}")
         rows, columns = value
     else:
-        rows = columns = value
+        rows = columns = _integer("grid, where it is not (rows, columns),", value, minimum=1)
     return _integer("grid rows", rows, minimum=1), _integer("grid columns", columns, minimum=1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import dalle_fast.nn
 from dalle_fast import _extension, masks
 from dalle_fast.masks import RULES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
 
@@ -247,6 +248,27 @@ def test_visible_slots_are_made_in_parts(monkeypatch):
     assert torch.equal(parts[0], slots) and torch.equal(parts[1], counts)
 
 
+def test_masks_in_files_need_no_pickle_and_are_checked(tmp_path):
+    """What torch.load takes with weights_only=True, its default; kernels trust what a mask says."""
+    assert dalle_fast.nn  # registers it
+    path = tmp_path / "masks.pt"
+    torch.save({"masks": list(all_masks()), "tensor": torch.ones(2)}, path)
+    assert torch.load(path, weights_only=True)["masks"] == list(all_masks())
+    mask = row_mask(3, (2, 2))
+    for name, value, error, words in (
+        ("text_len", -5, ValueError, "text_len must be at least 0, got -5"),
+        ("grid", (1 << 20, 1 << 20), ValueError, "below 2"),
+        ("rule", "none", ValueError, "rule must be one of"),
+        ("other", 1, TypeError, "unexpected keyword argument 'other'"),
+    ):
+        wrong = copy.copy(mask)
+        object.__setattr__(wrong, name, value)
+        torch.save(wrong, path)
+        for load in (lambda: torch.load(path, weights_only=True), lambda: pickle.loads(pickle.dumps(wrong))):  # noqa: B023
+            with pytest.raises((error, pickle.UnpicklingError), match=words):
+                load()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_mask_mod_works_in_flex_attention():
     from torch.nn.attention.flex_attention import create_block_mask, create_mask
@@ -327,10 +349,18 @@ def test_the_largest_windows_are_the_same_natively(edges, window):
         (lambda: row_mask(True, 4), TypeError, "text_len must be an integer, got True"),
         (lambda: row_mask(torch.tensor(True), 4), TypeError, r"text_len must be an integer, got tensor\(True\)"),
         (lambda: row_mask("3", 4), TypeError, "text_len must be an integer, got '3'"),
-        (lambda: row_mask(3, 0), ValueError, "grid rows must be at least 1, got 0"),
+        (lambda: row_mask(3, 0), ValueError, r"grid, where it is not \(rows, columns\), must be at least 1, got 0"),
+        (
+            lambda: row_mask(3, np.array([4, 4])),
+            TypeError,
+            r"grid, where it is not \(rows, columns\), .* array\(\[4, 4",
+        ),
+        (lambda: row_mask(3, (4, "4")), TypeError, "grid columns must be an integer, got '4'"),
+        (lambda: row_mask(3, 4, wrap="no"), TypeError, "wrap must be True or False, got 'no'"),
+        (lambda: row_mask(3, 4, wrap=0), TypeError, "wrap must be True or False, got 0"),
         (lambda: column_mask(3, (4, -1)), ValueError, "grid columns must be at least 1, got -1"),
         (lambda: column_mask(3, (4, 4, 4)), ValueError, r"grid must be \(rows, columns\).* got \(4, 4, 4\)"),
-        (lambda: column_mask(3, 4.5), TypeError, "grid rows must be an integer, got 4.5"),
+        (lambda: column_mask(3, 4.5), TypeError, "grid, where it is not .*, must be an integer, got 4.5"),
         (lambda: AttentionMask("diagonal", 3, 4), ValueError, "rule must be one of .* got 'diagonal'"),
         (lambda: AttentionMask("row", 3, 4, 5), ValueError, "kernel_size and dilation belong to"),
         (lambda: row_mask(1, 1 << 16), ValueError, "must be below 2\\*\\*31, got 4294967297"),

@@ -169,6 +169,8 @@ def _choose(impl, query, key, value, mask):
     return choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, key, value, mask)
 
 
+torch.serialization.add_safe_globals([AttentionMask])  # checked as it is loaded; masks does without torch
+
 # -- the operations ----------------------------------------------------------------------------------------------------
 
 library = torch.library.Library("dalle_fast", "FRAGMENT")
