@@ -222,3 +222,30 @@ def test_bad_shapes(make):
     for mask in (row_mask(4, (3, 7)), column_mask(1, 2)):
         with pytest.raises(ValueError, match="query must have at most the mask's"):
             F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_traced_by_fx(make):
+    """Proxies stand for tensors; the mask becomes a node of the graph."""
+
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            out = F.sparse_attention(query, key, value, MASK, scale=0.5)
+            return F.scaled_dot_product_attention(out, key, value, MASK) + out
+
+    q, k, v = make((2, 3, S, D))
+    traced = torch.fx.symbolic_trace(Model())
+    assert {F.sparse_attention, F.scaled_dot_product_attention} <= {node.target for node in traced.graph.nodes}
+    assert torch.equal(traced(q, k, v), Model()(q, k, v))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_stands_for_a_tensor_is_asked(make, name):
+    class Standing:
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return function, len(args), kwargs
+
+    tensors = {**dict(zip(("query", "key", "value"), make((2, 3, S, D)), strict=True)), name: Standing()}
+    asked = F.sparse_attention(**tensors, mask=MASK, return_lse=True)
+    assert asked[0] is F.sparse_attention and asked[2]["return_lse"] is True
+    assert F.scaled_dot_product_attention(**tensors, attn_mask=MASK)[:2] == (F.scaled_dot_product_attention, 8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops import attention
@@ -63,9 +64,17 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
         TypeError: an argument is not of the right kind or dtype.
         ValueError: an argument has the wrong shape, device or value, or `impl` cannot serve it (with every reason).
     """
+    if not type(query) is type(key) is type(value) is torch.Tensor and _is_foreign(query, key, value):
+        options = {"scale": scale, "text_lengths": text_lengths, "return_lse": return_lse, "impl": impl}
+        return handle_torch_function(sparse_attention, (query, key, value), query, key, value, mask, **options)
     return attention.sparse_attention(
         query, key, value, mask, scale=scale, text_lengths=text_lengths, return_lse=return_lse, impl=impl
     )
+
+
+def _is_foreign(*tensors):
+    """Whether one is no tensor but stands for one, as torch.fx's proxies do, and wants to be asked what a call means."""
+    return not all(isinstance(x, torch.Tensor) for x in tensors) and has_torch_function(tensors)
 
 
 def sparse_attention_decode(
@@ -156,6 +165,9 @@ def scaled_dot_product_attention(
     """
     if not isinstance(attn_mask, AttentionMask):
         return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if _is_foreign(query, key, value):
+        given = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return handle_torch_function(scaled_dot_product_attention, given[:3], *given)
     if not isinstance(dropout_p, numbers.Real):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
