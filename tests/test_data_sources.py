@@ -430,7 +430,6 @@ def test_a_caption_that_cannot_be_read_is_bad_only_where_one_is_required(either)
     assert {*numbers(required[0]), *numbers(required[1])} == {*range(29)}
 
 
-@pytest.mark.filterwarnings("ignore:.*its 2 lines")
 def test_captions_are_told_without_pictures(either):
     """As they come with them. Of a bad one its own, or "" where it is the caption that is bad."""
     texts = {f"{x:03}.txt": b"of\n%d" % x for x in range(30)}
@@ -441,7 +440,9 @@ def test_captions_are_told_without_pictures(either):
         stem = Path(name).stem
         assert caption == ("bad" if stem == "x" else f"of {int(stem)}")
     good = [number for number, name in enumerate(train.names) if told.get(name, "bad") != "bad"]
-    assert len(good) >= 28 and all(train.read(number).caption == told[train.names[number]] for number in good)
+    assert len(good) >= 28 and all(
+        train.read(number).caption.replace("\n", " ") == told[train.names[number]] for number in good
+    )
     torn, _ = both_splits(either({**many(30), **texts, "000.txt": b"\xff"}), require_captions=True)
     (name,) = [name for name, caption in map(torn.named_caption, range(len(torn))) if not caption]
     assert Path(name).stem == "000"

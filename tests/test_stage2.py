@@ -311,8 +311,8 @@ def captioned_folder(path, **captions):
     """Of 60 pictures, each with its name without ending for a caption but for those given."""
     path.mkdir()
     for number in range(60):
-        Image.fromarray(np.full((40, 30, 3), 4 * number, np.uint8)).save(path / f"p{number}.png")
-        (path / f"p{number}.txt").write_text(captions.get(f"p{number}", f"p{number}"))
+        Image.fromarray(np.full((40, 30, 3), 4 * number, np.uint8)).save(path / f"s{number}.png")
+        (path / f"s{number}.txt").write_text(captions.get(f"s{number}", f"s{number}"))
     return path
 
 
@@ -889,7 +889,7 @@ def test_a_model_that_does_not_fit_is_refused_before_pictures_become_codes(folde
 def test_the_tokenizer_is_of_the_captions_whose_pictures_are_good(folders, tmp_path, capsys):
     """As all are, unless a picture is bad: then it is trained anew, not on what was read ahead."""
     dvae, _ = folders
-    data = captioned_folder(tmp_path / "data", **{f"p{x}": "ab" * (x + 1) for x in range(60)})
+    data = captioned_folder(tmp_path / "data", **{f"s{x}": "ab" * (x + 1) for x in range(60)})
     flags = ["--data", data, "--examples", "200", "--text-len", "150"]
     trained, train_ = [], Tokenizer.train
     with pytest.MonkeyPatch.context() as patch:

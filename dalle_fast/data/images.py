@@ -163,6 +163,10 @@ def read_caption_text(data: bytes) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def _one_line(caption: str) -> str:
+    return " ".join(caption.splitlines())
+
+
 def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = True) -> list[int]:
     """Which of the pictures belong to a split, in a shuffled order: that of the hashes of their names.
 
@@ -273,7 +277,7 @@ class Pictures:
         """A picture's name and caption, "" where that makes it a bad one. The picture is not looked at: it may be one."""
         number = self._numbers[check_index(index, len(self))]
         try:
-            return self.names[number], self.read_caption(number)
+            return self.names[number], _one_line(self.read_caption(number))
         except BadImage:
             return self.names[number], ""
 
@@ -305,8 +309,8 @@ class Pictures:
                 if self._too_many(len(looked), len(looked)):
                     break
                 continue
-            lines = example.caption.splitlines()
-            return example._replace(caption=" ".join(lines)), [*looked, Look(number, None, len(lines))]
+            lines = len(example.caption.splitlines())
+            return example._replace(caption=_one_line(example.caption)), [*looked, Look(number, None, lines)]
         return None, looked
 
     def note(self, looked: list[Look]) -> None:
