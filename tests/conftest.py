@@ -25,6 +25,7 @@ TOGETHER = (
     "test_codebook_streaming",
     "test_cuda_compile",
     "test_masks_cuda",
+    "test_processes",
     "test_triton_interpreter",
 )
 
