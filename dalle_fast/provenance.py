@@ -98,7 +98,7 @@ def describe_commit() -> str | None:
     """The commit of this checkout; None outside of one, in a repository of something else, or where git cannot say.
 
     Where sources differ from it "+changes-" and a hash of those follow, so that two changed trees are not taken for one
-    another, and "+stale-native" where the native module is older than its sources.
+    another. (A native module of other sources is not loaded.)
     """
     try:
         if Path(_git("rev-parse", "--show-toplevel").rstrip("\n")).resolve() != ROOT:
@@ -114,17 +114,7 @@ def describe_commit() -> str | None:
             path = ROOT / name
             found.update(repr((name, path.read_bytes() if path.is_file() else None)).encode(errors="surrogateescape"))
         commit += f"+changes-{found.hexdigest()[:8]}"
-    return commit + ("+stale-native" if _native_is_stale() else "")
-
-
-def _native_is_stale() -> bool:
-    """Whether a C++ or CUDA source was written after the native module: then it may be of other sources than these."""
-    from dalle_fast import _extension
-
-    if _extension.why_missing():
-        return False
-    built = Path(_extension.native().__file__).stat().st_mtime
-    return any(path.stat().st_mtime > built for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    return commit
 
 
 def _git(*arguments: str) -> str:

@@ -14,12 +14,11 @@ import sys
 import tempfile
 import threading
 import time
-import types
 
 import pytest
 import torch
 
-from dalle_fast import _extension, cli, outputs, provenance
+from dalle_fast import cli, outputs, provenance
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import transformer
 from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
@@ -437,7 +436,6 @@ def checkout(monkeypatch, tmp_path):
     git("add", ".")
     git("commit", "-qm", "first")
     monkeypatch.setattr(provenance, "ROOT", root)
-    monkeypatch.setattr(provenance, "_native_is_stale", lambda: False)
     return git, root
 
 
@@ -467,17 +465,3 @@ def test_a_repository_that_holds_the_package_is_not_its_own(checkout, monkeypatc
     assert provenance.describe_commit() is None
     monkeypatch.setattr(provenance, "ROOT", checkout[1].parent)
     assert provenance.describe_commit() is None
-
-
-def test_a_native_module_that_is_older_than_its_sources_is_told(tmp_path, monkeypatch):
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    source, module = tmp_path / "csrc" / "cpu" / "a.cpp", tmp_path / "_native.so"
-    for path in (source, module):
-        path.touch()
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    monkeypatch.setattr(_extension, "why_missing", lambda: None)
-    monkeypatch.setattr(_extension, "native", lambda: types.SimpleNamespace(__file__=str(module)))
-    monkeypatch.setattr(provenance, "_git", lambda what, *_: f"{tmp_path}\n" if what == "rev-parse" else "")
-    for age, stale in ((-10, False), (10, True)):
-        os.utime(source, (0, module.stat().st_mtime + age))
-        assert provenance.describe_commit().endswith("+stale-native") == stale
