@@ -461,6 +461,15 @@ def test_captions_of_what_is_drawn_are_told_without_drawing(spec):
             source.named_caption(len(source))
 
 
+def test_shards_are_indexed_once_for_both_splits(shard, monkeypatch):
+    read, index_shard = [], tar.index_shard
+    monkeypatch.setattr(tar, "index_shard", lambda path, *rest: read.append(path) or index_shard(path, *rest))
+    for count in (40, 41):
+        path = str(shard(entries(0, count)))
+        assert sum(map(len, both_splits(path))) == count
+    assert read == [path] * 2
+
+
 def test_endings_are_read_in_either_case(either):
     path = either(
         {"a.PNG": encoded(picture(1)), "a.TXT": b"caption", "b.png": encoded(picture(2)), "b.txt": b"caption"}

@@ -11,6 +11,7 @@ its .json entry, as img2dataset has it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -48,11 +49,10 @@ class Tar(Files):
         self, spec: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
     ):
         self.shards = find_shards(spec)
-        self._pairs, names, passed_over = [], [], {}
-        for number, shard in enumerate(self.shards):
-            for key, (image, caption) in index_shard(shard, number, passed_over).items():
-                self._pairs.append((image, caption if captions else None))
-                names.append(f"{os.path.basename(shard)}/{key}")
+        names, self._pairs, passed_over = _index(tuple(map(_version, self.shards)))
+        passed_over = dict(passed_over)
+        if not captions:
+            self._pairs = [(image, None) for image, _ in self._pairs]
         if not names:
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
             looked_for = f"looked for {', '.join(ENDINGS)}{others}"
@@ -147,6 +147,24 @@ def shards_in(folder: str) -> list[str]:
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror}") from error
     return [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
+
+
+def _version(path: str) -> tuple[str, int, int]:
+    found = os.stat(path)
+    return path, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(
+    maxsize=1
+)  # the splits of a source are opened one behind the other: a million headers take a minute
+def _index(shards: tuple) -> tuple[list[str], list[tuple[Entry, Entry | None]], dict[str, int]]:
+    """Name and entries of each picture in these shards, and what was passed over. To be looked at, not changed."""
+    names, pairs, passed_over = [], [], {}
+    for number, (path, *_) in enumerate(shards):
+        found = index_shard(path, number, passed_over)
+        names += [f"{os.path.basename(path)}/{key}" for key in found]
+        pairs += found.values()
+    return names, pairs, passed_over
 
 
 def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
