@@ -268,6 +268,28 @@ MUTANTS = (
         "rounded = bits;",
         ("tests/test_codebook_products.py",),
     ),
+    Mutant(
+        "one code fewer than top-k may be drawn",
+        "csrc/cpu/codebook_kernels.cpp",
+        "return count_from(least, z, K) >= a.top_k;",
+        "return count_from(least, z, K) > a.top_k;",
+        ("tests/test_codebook.py",),
+        "drawn and cpu",
+    ),
+    Mutant(
+        "pixels of a crop that are copied",
+        "dalle_fast/data/crops.py",
+        "        if part:\n",
+        "        if not part:\n",
+        ("tests/test_data_crops.py",),
+    ),
+    Mutant(
+        "a place in a split that depends on other pictures",
+        "dalle_fast/data/images.py",
+        "count = sum(digest < threshold for digest in digests)",
+        "count = round(share * len(names))",
+        ("tests/test_data_sources.py",),
+    ),
 )
 
 
