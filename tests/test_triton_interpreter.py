@@ -49,7 +49,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
     look_once()
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 178  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 168  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -241,13 +241,13 @@ def test_large_and_odd_head_sizes(D, dtype):
 def test_prefixes(rule):
     """The tokens before the end of the text, around it, within a row, and around a row's end."""
     mask = every_mask(17, (5, 7), 3)[rule]
-    for S in (1, 16, 17, 18, 24, 25, 38, 51):
+    for S in (1, 16, 17, 18, 25, 38, 51):
         check(mask, inputs(1, 1, S, 16), tiles=tiny(mask), backward=S in (17, 18, 38))
 
 
 @interpreted
 @pytest.mark.parametrize("edges", ["flat", "clip", "corner"])
-@pytest.mark.parametrize(("grid", "S"), [((9, 12), None), ((8, 16), 100), ((6, 8), None)])
+@pytest.mark.parametrize(("grid", "S"), [((9, 12), None), ((8, 16), 100)])
 def test_patch_walk(edges, grid, S):
     mask = conv_mask(5, grid, 3 if edges == "corner" else 7, edges=edges)
     check(mask, inputs(1, 1, S or mask.seq_len, 16), tiles=tiny(mask, "patch"))
@@ -553,8 +553,9 @@ def test_decode_does_not_depend_on_the_number_of_samples():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", every_mask(0, 1))
+@pytest.mark.parametrize(
+    ("rule", "dtype"), [("row", torch.float16), *((rule, torch.float32) for rule in every_mask(0, 1))], ids=str
+)
 def test_append_writes_one_slot(rule, dtype):
     """Key and value of every position, out of a packed projection: a ring comes around, and nothing else is written."""
     mask, B, H = every_mask(3, (5, 3))[rule], 3, 7  # 21 heads: more than one program, and a part of one
