@@ -130,6 +130,8 @@ def _check(weights, expected):
     for name in expected:
         if name not in weights:
             raise ValueError(f"these are not the weights of OpenAI's encoder and decoder: the {name} is missing")
+        if name.endswith(".w") and getattr(weights[name], "ndim", None) != 4:
+            raise ValueError(f"the {name} must be a convolution's weight, of 4 dimensions")
         if isinstance(expected, dict) and weights[name].shape != expected[name]:
             shapes = f"must have shape {tuple(expected[name])}, got {tuple(weights[name].shape)}"
             raise ValueError(

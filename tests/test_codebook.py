@@ -597,3 +597,8 @@ def test_a_row_that_is_not_finite_is_the_only_one_that_it_changes(serve):
     assert torch.equal(kept[[0, 3]], clean[[0, 3]])
     codes = sample_of_logits(kept, torch.arange(4, device=serve.device), impl=serve.impl)
     assert ((codes >= 0) & (codes < 70)).all()
+    if serve.impl == "cpu":  # a NaN is forbidden, and the others are as without it
+        alone = truncated(torch.arange(70.0).mul(-0.1)[None], 0.7, None, 0.8, impl="cpu").isfinite()
+        logits = torch.arange(70.0).mul(-0.1)[None]
+        logits[0, 60] = torch.nan
+        assert torch.equal(truncated(logits, 0.7, None, 0.8, impl="cpu").isfinite(), alone) and 1 < alone.sum() < 60

@@ -556,7 +556,8 @@ void truncate(const TruncatedRows& a, int64_t begin, int64_t end, float* weights
         for_each_block(K, [&](int64_t block, int valid) DF_INLINE_LAMBDA {
             Vec x[kVecs];
             load_block(z + block * kNoiseBlock, valid, -kInfinity, x);
-            for (int v = 0; v < kVecs; ++v) x[v] = (x[v] - most) / a.temperature;
+            for (int v = 0; v < kVecs; ++v)  // NaN is forbidden: its weight would be all of the sum
+                x[v] = x[v] > -kInfinity ? (x[v] - most) / a.temperature : splat(-kInfinity);
             store_block(x, valid, z + block * kNoiseBlock);
         });
         if (a.top_p >= 1) continue;

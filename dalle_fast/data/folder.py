@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dalle_fast.data.images import (
@@ -30,12 +30,26 @@ class Files(Pictures):
     and `data` of such a file.
 
     Args:
-        image_size, require_captions: as of `open_source`. others: as of `Pictures`.
+        image_size, require_captions: as of `open_source`. captioned: whether each picture has a caption.
+        passed_over, others: as of `Pictures`.
     """
 
-    def __init__(self, name: str, names: Sequence[str], image_size: int, *, require_captions: bool, **others):
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str],
+        image_size: int,
+        *,
+        captioned: Iterable[bool],
+        require_captions: bool,
+        passed_over: dict[str, int],
+        **others,
+    ):
         self.image_size, self.require_captions = image_size, require_captions
-        super().__init__(name, names, **others)
+        without = frozenset(number for number, has_one in enumerate(captioned) if require_captions and not has_one)
+        if not require_captions:
+            passed_over = {ending: count for ending, count in passed_over.items() if ending != ".txt"}
+        super().__init__(name, names, passed_over=passed_over, without_caption=without, **others)
 
     def read(self, number: int) -> Example:
         caption = self.read_caption(number)
@@ -98,19 +112,9 @@ class Folder(Files):
                 f"{path}: none of its {len(names)} pictures has a caption: of a.jpg it is a.txt or a.jpg.txt"
             )
         self._captioned = captioned if captions else {}
-        if not require_captions:
-            passed_over.pop(".txt", None)
-        without = (number for number, name in enumerate(names) if require_captions and name not in captioned)
-        super().__init__(
-            path,
-            names,
-            image_size,
-            require_captions=require_captions,
-            split=split,
-            max_bad_share=max_bad_share,
-            passed_over=passed_over,
-            without_caption=frozenset(without),
-        )
+        options = {"split": split, "require_captions": require_captions, "max_bad_share": max_bad_share}
+        has_one = (name in captioned for name in names)
+        super().__init__(path, names, image_size, captioned=has_one, passed_over=passed_over, **options)
 
     def files(self, number: int) -> list[str]:
         name = self.names[number]

@@ -50,7 +50,6 @@ class Tar(Files):
     ):
         self.shards = find_shards(spec)
         names, self._pairs, passed_over = _index(tuple(map(_version, self.shards)))
-        passed_over = dict(passed_over)
         if not captions:
             self._pairs = [(image, None) for image, _ in self._pairs]
         if not names:
@@ -61,19 +60,9 @@ class Tar(Files):
             raise DataError(
                 f"{spec}: none of its {len(names)} pictures has a caption, an entry .txt or .json of the same key{DOTS}"
             )
-        if not require_captions:
-            passed_over.pop(".txt", None)
-        without = (number for number, (_, caption) in enumerate(self._pairs) if require_captions and not caption)
-        super().__init__(
-            spec,
-            names,
-            image_size,
-            require_captions=require_captions,
-            split=split,
-            max_bad_share=max_bad_share,
-            passed_over=passed_over,
-            without_caption=frozenset(without),
-        )
+        options = {"split": split, "require_captions": require_captions, "max_bad_share": max_bad_share}
+        has_one = (caption is not None for _, caption in self._pairs)
+        super().__init__(spec, names, image_size, captioned=has_one, passed_over=passed_over, **options)
 
     def files(self, number: int) -> list[Entry]:
         return [entry for entry in self._pairs[number] if entry]
