@@ -258,7 +258,6 @@ class Oracle:
     """Dense attention in float64 on some of the heads, and eager attention in the case's dtype on the same ones."""
 
     TENSORS = ("out", "grad_query", "grad_key", "grad_value")
-    judged = "max_abs"
 
     def __init__(self, case: Case, inputs):
         B, H, S, _ = case.shape
@@ -283,13 +282,12 @@ class Oracle:
         return self._compare(self._dense(self._case.mask, self._inputs), causal=False)
 
     def allowed(self) -> dict:
-        """The largest error that is tolerated, per tensor: twice eager attention's, plus one rounding."""
-        epsilon = torch.finfo(DTYPES[self._case.dtype]).eps
+        """The errors that are tolerated, per tensor: twice eager attention's, plus one rounding."""
         eager = self.eager_errors()
-        largest = [float(exact.abs().max()) for exact in self._expected(causal=False)]
+        largest = max(errors["largest"] for errors in eager.values())
         # A gradient that is zero throughout (one visible key) is the difference of terms as large as the others.
-        sizes = [size or max(largest) for size in largest]
-        return {name: 2 * eager[name]["max_abs"] + epsilon * size for name, size in zip(eager, sizes)}
+        sizes = {name: errors["largest"] or largest for name, errors in eager.items()}
+        return harness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps, sizes)
 
     def _select(self, tensors):
         return [tensor.detach().flatten(0, 1)[self.heads] for tensor in tensors]

@@ -314,7 +314,6 @@ class Oracle:
         self._case, self._inputs = case, inputs
         self._device = inputs.hidden.device.type
         self._exact = {}
-        self.judged = "z" if case.op == "sample" else "max_abs"
         self.facts = {"samples": SAMPLE_ROUNDS * case.rows} if case.op == "sample" else {}
         results = {"gumbel": ("embedding", "kl"), "cross_entropy": ("loss",)}.get(case.op, ())
         grads = ("grad_hidden", "grad_weight", "grad_bias", "grad_codebook") if case.pass_ == FORWARD_BACKWARD else ()
@@ -337,21 +336,19 @@ class Oracle:
         return harness.compare(self._names, outputs, self._expected(dtype))
 
     def allowed(self) -> dict:
-        """Of each tensor the largest error that is tolerated: twice that of eager torch, plus one rounding."""
+        """Of each tensor the errors that are tolerated: twice those of eager torch, plus one rounding."""
         case, dtype = self._case, DTYPES[self._case.dtype]
         if case.op == "sample":
-            return dict.fromkeys(self.CONTRASTS, MOST_Z)
+            return {name: {"z": MOST_Z} for name in self.CONTRASTS}
         epsilon = torch.finfo(dtype).eps
         if case.op == "argmax":
             eager = torch.cat([eager_argmax(*product) for product in self._blocks(dtype)])
-            errors, sizes = self._codes_errors(eager), {"codes": float(self._largest_logits().abs().max())}
-        else:
-            exact, eager = self._expected(dtype), self._dense(dtype, dtype)
-            errors = harness.compare(self._names, eager, exact)
-            sizes = {name: float(tensor.abs().max()) for name, tensor in zip(self._names, exact)}
-            if case.op == "gumbel":
-                sizes["kl"] += math.log(case.codes)  # the terms of its sum, log p + log K, have this size
-        return {name: 2 * errors[name]["max_abs"] + epsilon * size for name, size in sizes.items()}
+            rounding = epsilon * float(self._largest_logits().abs().max())
+            return {"codes": {"max_abs": 2 * self._codes_errors(eager)["codes"]["max_abs"] + rounding}}
+        errors = harness.compare(self._names, self._dense(dtype, dtype), self._expected(dtype))
+        # The terms of kl's sum, log p + log K, have this size.
+        sizes = {"kl": errors["kl"]["largest"] + math.log(case.codes)} if case.op == "gumbel" else None
+        return harness.limits(errors, epsilon, sizes)
 
     # Results and gradients
 

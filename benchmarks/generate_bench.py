@@ -334,8 +334,6 @@ class Oracle:
     All samples have the same tokens, so one row stands for them.
     """
 
-    judged = "max_abs"
-
     def __init__(self, case: Case, inputs):
         self._case = case
         self._model, *self._tokens = inputs
@@ -354,10 +352,9 @@ class Oracle:
         return harness.compare(self.names, call.exact(), self._exact)
 
     def allowed(self) -> dict:
-        """The largest error that is tolerated at each position: twice the eager reference's, plus one rounding."""
+        """The errors that are tolerated at each position: twice the eager reference's, plus one rounding."""
         eager = harness.compare(self.names, self._whole(DTYPES[self._case.dtype]), self._exact)
-        epsilon = torch.finfo(DTYPES[self._case.dtype]).eps
-        return {name: 2 * errors["max_abs"] + epsilon * errors["largest"] for name, errors in eager.items()}
+        return harness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps)
 
     @torch.no_grad()
     def _whole(self, dtype):

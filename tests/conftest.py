@@ -23,7 +23,6 @@ TOGETHER = (
     "test_codebook_cuda",
     "test_codebook_cuda_host",
     "test_codebook_streaming",
-    "test_cuda_compile",
     "test_masks_cuda",
     "test_processes",
     "test_triton_interpreter",

@@ -528,6 +528,19 @@ def test_the_oracle_is_the_mask(modules):
         assert all(e["max_abs"] == pytest.approx(1e-3) for e in oracle.errors(off).values())
 
 
+def test_an_error_of_most_elements_is_beyond_the_limits(modules):
+    """A few rows that see little, and so err most, must not be all that is judged."""
+    harness, _ = modules
+    exact = torch.randn(100, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact[0] *= 8
+    allowed = harness.limits(harness.compare(["out"], [exact.bfloat16()], [exact]), torch.finfo(torch.bfloat16).eps)
+    smaller = exact.clone()
+    smaller[1:] *= 0.95
+    for out, judged in ((exact.bfloat16(), set()), (smaller.bfloat16(), {"out"}), (exact * torch.nan, {"out"})):
+        assert harness.beyond(harness.compare(["out"], [out], [exact]), allowed).keys() == judged
+    assert harness.compare(["out"], [smaller], [exact])["out"]["max_abs"] < allowed["out"]["max_abs"]
+
+
 def test_memory_is_what_a_call_takes(modules):
     harness, _ = modules
     found = harness.isolated(take_memory, {size: (size,) for size in (0, 8, 40)}, workers=2)
