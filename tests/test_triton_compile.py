@@ -216,9 +216,24 @@ def shortcomings(compile_for, usages, tmp_path):
             product = {"decode_text": r"\bHMMA\b"}.get(kernel_name, TENSOR_CORE["tf32" if dtype == "tf32" else arch])
             if kernel_name not in WITHOUT_PRODUCTS and dtype != "float32" and not re.search(product, code):
                 wrong.append(f"{kernel_name} has no instruction {product}")
+            if dtype == "float32" and kernel_name in SUMS and not sums_of_sums(kernel, SUMS[kernel_name]):
+                wrong.append(f"{kernel_name} adds products to a sum one by one")
         return wrong
 
     return shortcomings
+
+
+SUMS = {"grad_query": 1, "grad_key_value": 2}
+
+
+def sums_of_sums(kernel, count):
+    """A product that is added to a sum is summed on its own: one chain of 1,280 additions errs several times as much."""
+    text = kernel.asm["ttir"]
+    zeros = set(re.findall(r"(%\S+) = arith.constant dense<0\.0+e\+00> : tensor<\w+xf32>", text))
+    products = re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%[^\s,]+)", text)
+    added = re.findall(r"arith\.addf (%\S+), (%\S+) :", text)
+    summed = {name for name, _ in products if any(name in pair for pair in added)}
+    return bool(products) and {start for _, start in products} <= zeros and len(summed) >= count
 
 
 @pytest.mark.parametrize("case", ALL if EVERYTHING else SUBSET, ids=str)
@@ -229,17 +244,6 @@ def test_compiles_well(shortcomings, case):
 @pytest.mark.parametrize("case", ALL if EVERYTHING else DECODING, ids=str)
 def test_decoding_compiles_well(shortcomings, case):
     assert not shortcomings(case, decode)
-
-
-def test_float32_gradients_are_sums_of_sums(compile_for):
-    """A product that is added to a sum is summed on its own: one chain of 1,280 additions errs several times as much."""
-    kernels = compile_for(90, MASKS["row"], 64, "float32", False, attend)
-    for name, num_sums in (("grad_query", 1), ("grad_key_value", 2)):
-        text = kernels[name].asm["ttir"]
-        zeros = set(re.findall(r"(%\S+) = arith.constant dense<0\.0+e\+00> : tensor<\w+xf32>", text))
-        accumulators = re.findall(r"tt\.dot %\S+, %\S+, (%[^\s,]+)", text)
-        assert accumulators and set(accumulators) <= zeros, name
-        assert len(re.findall(r"arith\.addf %\S+, %\S+ : tensor<32x64xf32>", text)) >= num_sums, name
 
 
 @pytest.mark.parametrize("arch, dtype", NORMS, ids=str)
@@ -260,13 +264,14 @@ def test_add_norm_compiles_well(compile_for, arch, dtype, tmp_path):
 
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
-LAYERS = ((2048, 2048), (6144, 2048), (8192, 2048), (2048, 8192))  # (N, K) of a model of width 2,048
+LAYERS = ((2048, 2048), (8192, 2048), (6144, 2048), (2048, 8192))  # (N, K) of a model of width 2,048
 LINEAR = [
     *(
         (arch, rows, N, K)
         for arch in ARCHITECTURES
         for rows in ((8, 32, 64) if EVERYTHING else (8, 64))
-        for N, K in (LAYERS if EVERYTHING or rows == 64 else LAYERS[:1])
+        # Of those with 64 rows the others have the same tiles as one of these.
+        for N, K in (LAYERS if EVERYTHING else LAYERS[1::2] if rows == 64 else LAYERS[:1])
     ),
     *(
         (arch, rows, *sizes)
