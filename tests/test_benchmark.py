@@ -71,29 +71,54 @@ def codebook_bench(modules):
     return codebook_bench
 
 
-def environment():
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def environment(folders=()):
+    path = os.pathsep.join(filter(None, [*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def report_of(folder, script, *flags, **variables):
-    """Run a benchmark in a process of its own; what it wrote to its results file, and what it printed."""
-    result_file, picture = folder / "result.json", folder / "result.png"
+RUN = """
+import importlib, json, sys
+for name, flags in json.loads(sys.argv[1]).items():
+    sys.argv = [f"benchmarks/{name}.py", *flags]
+    code = importlib.import_module(name).main(None)
+    print("ended with", code, flush=True)
+"""
+
+
+def reports_of(folder, runs, **variables):
+    """Run benchmarks, {name: flags}, in one process, as importing torch takes longer than they do.
+
+    What each wrote to its results file, and what it printed.
+    """
     draws = importlib.util.find_spec("matplotlib") is not None
+    flags = {}
+    for name in runs:
+        flags[name] = [*runs[name], "--json", str(folder / f"{name}.json")]
+        flags[name] += ["--plot", str(folder / f"{name}.png")] if draws else []
     run = subprocess.run(
-        [sys.executable, str(FOLDER / script), *flags, "--json", str(result_file)]
-        + (["--plot", str(picture)] if draws else []),
-        check=False, capture_output=True, text=True, timeout=240, env=environment() | variables,
+        [sys.executable, "-c", RUN, json.dumps(flags)],
+        check=False, capture_output=True, text=True, timeout=600,
+        env=environment([FOLDER]) | variables,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    if draws:
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    report = json.loads(result_file.read_text())
-    assert report["complete"] is True
-    assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
-    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
-    assert str(folder) not in result_file.read_text() and "--json result.json" in report["command"]
-    return report, run.stdout
+    *printed, rest = run.stdout.split("ended with 0\n")
+    assert run.returncode == 0 and not rest and len(printed) == len(runs), run.stdout + run.stderr
+    reports = []
+    for name in runs:
+        if draws:
+            assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        text = (folder / f"{name}.json").read_text()
+        report = json.loads(text)
+        assert report["complete"] is True
+        assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1
+        assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
+        assert str(folder) not in text and f"python benchmarks/{name}.py" in report["command"]
+        assert f"--json {name}.json" in report["command"] and report["environment"] == variables_of_ours()
+        reports.append(report)
+    return list(zip(reports, printed, strict=True))
+
+
+def variables_of_ours():
+    return {name: value for name, value in os.environ.items() if name.startswith("DALLE_FAST_")}
 
 
 def check_timing(entry, ours):
@@ -102,10 +127,16 @@ def check_timing(entry, ours):
     assert entry["extra_bytes"] is None or 0 <= entry["extra_bytes"] < 64 << 20
 
 
-def test_a_run_writes_everything(tmp_path):
-    """One process for the whole promise, since FlexAttention's compilation takes most of its time."""
-    flags = ["--mask", "conv:3:clip", "--dtype", "float32", "--batch", "2"]
-    report, printed = report_of(tmp_path, "attn_bench.py", *TINY, *flags)
+def test_runs_write_everything(tmp_path):
+    attention = [*TINY, "--mask", "conv:3:clip", "--dtype", "float32", "--batch", "2"]
+    runs = {"attn_bench": attention, "generate_bench": GENERATE_TINY, "train_bench": TRAIN_TINY}
+    for check, (report, printed) in zip(
+        (check_attention, check_generation, check_training), reports_of(tmp_path, runs), strict=True
+    ):
+        check(report, printed)
+
+
+def check_attention(report, printed):
     assert report["benchmark"] == "attention"
     assert [case["pass"] for case in report["cases"]] == ["forward", "forward+backward"]
     for case in report["cases"]:
@@ -133,7 +164,7 @@ def check_case(case, printed):
 
 def test_a_codebook_run_writes_everything(tmp_path):
     """Without torch.compile, whose contenders say so: compiling takes ten times as long as all the rest."""
-    report, printed = report_of(tmp_path, "codebook_bench.py", *CODEBOOK_TINY, TORCH_COMPILE_DISABLE="1")
+    ((report, printed),) = reports_of(tmp_path, {"codebook_bench": CODEBOOK_TINY}, TORCH_COMPILE_DISABLE="1")
     assert report["benchmark"] == "codebook"
     found = {(case["op"], case["pass"]): [e["name"] for e in case["contenders"]] for case in report["cases"]}
     assert found == CODEBOOK_CONTENDERS
@@ -197,8 +228,7 @@ def train_bench(modules):
     return train_bench
 
 
-def test_a_generation_run_writes_everything(tmp_path):
-    report, printed = report_of(tmp_path, "generate_bench.py", *GENERATE_TINY)
+def check_generation(report, printed):
     assert report["benchmark"] == "generation"
     (case,) = report["cases"]
     entries = {entry["name"]: entry for entry in case["contenders"]}
@@ -241,8 +271,7 @@ def test_peers_of_generation_are_plain_torch(generate_bench, monkeypatch):
         assert "_step" in served if name == "dalle_fast" else not served
 
 
-def test_a_training_run_writes_everything(tmp_path):
-    report, printed = report_of(tmp_path, "train_bench.py", *TRAIN_TINY)
+def check_training(report, printed):
     assert report["benchmark"] == "training"
     (case,) = report["cases"]
     entries = {entry["name"]: entry for entry in case["contenders"]}
