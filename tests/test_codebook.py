@@ -589,16 +589,30 @@ def test_of_equal_codes_as_many_may_be_drawn_as_are_needed(serve, K):
         assert first[0].nonzero()[:, 0].tolist() == [0, 1, 2] and first[1].nonzero()[:, 0].tolist() == [0, 1, 5]
 
 
-def test_a_row_that_is_not_finite_is_the_only_one_that_it_changes(serve):
+NOT_ALL = [(9, None), (None, 0.8), (9, 0.8), (70, None), (None, 1.0)]
+
+
+@pytest.mark.every_instruction_set
+@pytest.mark.parametrize("top_k, top_p", NOT_ALL)
+def test_a_logit_that_is_nan_is_forbidden_and_the_others_are_as_without_it(serve, top_k, top_p):
+    torch.manual_seed(0)
     logits = torch.randn(4, 70, device=serve.device)
-    clean = truncated(logits.clone(), 0.7, 9, 0.8, impl=serve.impl)
-    logits[1, 3], logits[2] = torch.nan, torch.inf
-    kept = truncated(logits, 0.7, 9, 0.8, impl=serve.impl)
-    assert torch.equal(kept[[0, 3]], clean[[0, 3]])
-    codes = sample_of_logits(kept, torch.arange(4, device=serve.device), impl=serve.impl)
-    assert ((codes >= 0) & (codes < 70)).all()
-    if serve.impl == "cpu":  # a NaN is forbidden, and the others are as without it
-        alone = truncated(torch.arange(70.0).mul(-0.1)[None], 0.7, None, 0.8, impl="cpu").isfinite()
-        logits = torch.arange(70.0).mul(-0.1)[None]
-        logits[0, 60] = torch.nan
-        assert torch.equal(truncated(logits, 0.7, None, 0.8, impl="cpu").isfinite(), alone) and 1 < alone.sum() < 60
+    logits[2] = torch.arange(70, device=serve.device) * -0.1
+    places = [0, 1, 2, 2], [3, int(logits[1].argmax()), 0, 60]
+    logits[places] = -torch.inf
+    without = truncated(logits.clone(), 0.7, top_k, top_p, impl=serve.impl)
+    logits[places] = torch.nan
+    kept = truncated(logits, 0.7, top_k, top_p, impl=serve.impl)
+    assert torch.equal(kept, without) and (kept > -torch.inf).any(-1).all()
+
+
+@pytest.mark.every_instruction_set
+@pytest.mark.parametrize("top_k, top_p", NOT_ALL)
+def test_a_row_that_is_not_finite_is_the_only_one_that_it_changes(serve, top_k, top_p):
+    logits = torch.randn(5, 70, device=serve.device)
+    clean = truncated(logits.clone(), 0.7, top_k, top_p, impl=serve.impl)
+    logits[1], logits[2, [7, 9]], logits[3] = torch.nan, torch.tensor([torch.inf, torch.nan]).to(logits), torch.inf
+    kept = truncated(logits, 0.7, top_k, top_p, impl=serve.impl)
+    assert torch.equal(kept[[0, 4]], clean[[0, 4]])
+    codes = sample_of_logits(kept, torch.arange(5, device=serve.device), impl=serve.impl)
+    assert ((codes >= 0) & (codes < 70)).all() and codes[2] == 7

@@ -243,7 +243,7 @@ def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
 
 
 def truncated(logits, temperature, top_k, top_p):
-    """As `truncation.truncated`, in place of logits (R, K) float32, whose NaN are forbidden."""
+    """As `truncation.truncated`, in place of logits (R, K) float32; a row whose largest is infinite is left as it is."""
     _extension.native().truncate(
         *logits.shape, logits.data_ptr(), temperature, top_k or logits.shape[1], 1 if top_p is None else top_p,
         torch.get_num_threads(),
