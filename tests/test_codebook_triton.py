@@ -15,12 +15,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_rows
 import pytest
 import torch
 from test_codebook_cuda import EPS, assert_exact, assert_near, needs_gpu, on_gpu
-from test_codebook_streaming import HALVES, make_case, true_loss
 
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.codebook import cuda, noise, reference
@@ -35,6 +35,7 @@ from dalle_fast.ops.codebook.streaming_triton import Tiles
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
     look_once()
+HALVES = (torch.float16, torch.bfloat16)
 CASES = 27  # that are interpreted; a change of a parameter list changes it, knowingly
 SIZES = [
     (1, 1, 16),
@@ -54,6 +55,26 @@ TILES = [
 ]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a case of test_in_the_interpreter")
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here, not compiled")
+
+
+def make_case(N, K, I, dtype, *, bias=True, per_row=False):
+    generator = torch.Generator().manual_seed(N + 1000 * K + I)
+    reach = max(1, round(6 / math.sqrt(I)))
+    case = SimpleNamespace(
+        hidden=torch.randint(-reach, reach + 1, (N, I), generator=generator).to(dtype),
+        weight=torch.randint(-1, 2, (K, I), generator=generator).to(dtype),
+        bias=torch.randint(-1, 2, (K,), generator=generator).float() if bias else None,
+        seed=torch.randint(-(2**63), 2**63 - 1, (N if per_row else 1,), generator=generator),
+        per_row=per_row,
+        target=torch.randint(0, K, (N,), generator=generator),
+    )
+    case.logits = (case.hidden.double() @ case.weight.double().T).float()
+    return case
+
+
+def true_loss(case):
+    z = case.logits.double() if case.bias is None else case.logits.double() + case.bias
+    return torch.nn.functional.cross_entropy(z, case.target, reduction="none")
 
 
 def sample(case, temperature, tiles=None):
@@ -226,7 +247,7 @@ def test_what_it_takes():
 def test_a_search_for_the_largest_logit_is_told_from_a_sample(monkeypatch):
     asked = []
     monkeypatch.setattr(cuda, "streams", lambda operation, *_: asked.append(operation) or True)
-    monkeypatch.setattr(cuda, "sample_streaming", lambda *_, **__: None)
+    monkeypatch.setattr(cuda, "_triton", lambda: SimpleNamespace(sample_streaming=lambda *_, **__: None))
     for temperature in (None, torch.ones(1)):
         cuda.sample(torch.zeros(1, 16), torch.zeros(2, 16), None, temperature, None, False)
     assert asked == ["argmax", "sample"] and set(asked) < set(cuda.SMALL_DIN)

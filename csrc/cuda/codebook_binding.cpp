@@ -23,20 +23,6 @@ LogitRows to_logits(const LogitNumbers& n) { return {n[0], n[1], address<float>(
 
 NoiseRows to_noise(const NoiseNumbers& n) { return {address<const int64_t>(n[0]), n[1] != 0, n[2]}; }
 
-using SizeNumbers = std::array<int64_t, 3>;  // N, K, I
-
-StreamingRows to_streaming(const SizeNumbers& sizes, int64_t hidden, int64_t weight, int dtype, int64_t bias) {
-    StreamingRows rows{};
-    rows.N = sizes[0];
-    rows.K = sizes[1];
-    rows.I = sizes[2];
-    rows.hidden = address<const void>(hidden);
-    rows.weight = address<const void>(weight);
-    rows.dtype = CodebookDType(dtype);
-    rows.bias = address<const float>(bias);
-    return rows;
-}
-
 }  // namespace
 
 void bind_cuda_codebook(py::module_& m) {
@@ -109,30 +95,6 @@ void bind_cuda_codebook(py::module_& m) {
                             address<void>(stream));
         },
         py::arg("count"), py::arg("K"), py::arg("totals"), py::arg("out"), py::arg("dtype"), py::arg("stream"), no_gil);
-    m.def(
-        "cuda_codebook_sample_streaming",
-        [](const SizeNumbers& sizes, int64_t hidden, int64_t weight, int dtype, int64_t bias,
-           const NoiseNumbers& noise, int64_t temperature, int64_t codes, int64_t stream) {
-            StreamingRows rows = to_streaming(sizes, hidden, weight, dtype, bias);
-            rows.noise = to_noise(noise);
-            rows.temperature = address<const float>(temperature);
-            rows.codes = address<int64_t>(codes);
-            cuda_codebook_sample_streaming(rows, address<void>(stream));
-        },
-        py::arg("sizes"), py::arg("hidden"), py::arg("weight"), py::arg("dtype"), py::arg("bias"), py::arg("noise"),
-        py::arg("temperature"), py::arg("codes"), py::arg("stream"), no_gil);
-    m.def(
-        "cuda_codebook_cross_entropy_streaming",
-        [](const SizeNumbers& sizes, int64_t hidden, int64_t weight, int dtype, int64_t bias, int64_t target,
-           int64_t ignore_index, int64_t loss, int64_t stream) {
-            StreamingRows rows = to_streaming(sizes, hidden, weight, dtype, bias);
-            rows.target = address<const int64_t>(target);
-            rows.ignore_index = ignore_index;
-            rows.loss = address<float>(loss);
-            cuda_codebook_cross_entropy_streaming(rows, address<void>(stream));
-        },
-        py::arg("sizes"), py::arg("hidden"), py::arg("weight"), py::arg("dtype"), py::arg("bias"), py::arg("target"),
-        py::arg("ignore_index"), py::arg("loss"), py::arg("stream"), no_gil);
 }
 
 }  // namespace dalle_fast

@@ -40,10 +40,6 @@ struct alignas(16) Four {
     float of[kCodes];
 };
 
-__device__ unsigned code_of(unsigned counter, int word) {
-    return counter / kNoiseLanes * kNoiseBlock + word * kNoiseLanes + counter % kNoiseLanes;
-}
-
 // A thread takes 4 neighbouring counters at a time and with them 4 times 4 neighbouring codes, so that each 4 are one
 // load or store of memory and no word of the noise is exchanged or thrown away.
 constexpr int kItemFours = 4, kItemCodes = kItemFours * kCodes, kBlockItems = kNoiseBlock / kItemCodes;
@@ -302,9 +298,7 @@ struct RunningSum {
     float max, sum;
 };
 
-// x: a Four or an Item.
-template <class Values>
-__device__ void add_exponentials(RunningSum& s, const Values& x, float scale) {
+__device__ void add_exponentials(RunningSum& s, const Item& x, float scale) {
     float max = s.max;
 #pragma unroll
     for (float value : x.of) max = fmaxf(max, value);

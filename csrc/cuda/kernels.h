@@ -60,21 +60,4 @@ struct EmbeddingRows {
 };
 void cuda_divide_embeddings(const EmbeddingRows& rows, void* stream);
 
-// hidden @ weight.T + bias that never is in memory. Codes as by cuda_sample, or the loss as by cuda_cross_entropy.
-struct StreamingRows {
-    int64_t N, K, I;      // I: a multiple of 8, at most 512
-    const void* hidden;   // (N, I) contiguous, at a multiple of 16 bytes
-    const void* weight;   // (K, I) likewise
-    CodebookDType dtype;  // of both, float16 or bfloat16
-    const float* bias;    // (K) or null
-    NoiseRows noise;
-    const float* temperature;  // (1), or null for no noise
-    int64_t* codes;            // (N)
-    const int64_t* target;     // (N)
-    int64_t ignore_index;
-    float* loss;  // (N)
-};
-void cuda_codebook_sample_streaming(const StreamingRows& rows, void* stream);
-void cuda_codebook_cross_entropy_streaming(const StreamingRows& rows, void* stream);
-
 }  // namespace dalle_fast

@@ -16,7 +16,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -61,20 +60,20 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 
 namespace simt {
 
-constexpr unsigned kWarp = 32, kWords = 16;
+constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kMaxShared = 48 << 10, kMaxSharedOnRequest = 99 << 10;  // of the smallest GPU that our code runs on
+constexpr size_t kMaxShared = 48 << 10;  // what a launch has without asking for more
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "simt: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
     std::abort();
 }
 
-// Threads that meet: a block, or the lanes of a warp, which exchange words as they do. There are two places for these:
+// Threads that meet: a block, or the lanes of a warp, each of which leaves a word there. There are two places for these:
 // whoever writes to one again has since met everybody who read it.
 struct Meeting {
     unsigned size = 0, arrived = 0, times = 0;
-    uint32_t words[2][kWarp][kWords];
+    uint32_t words[2][kWarp];
 };
 
 struct Fiber {
@@ -99,7 +98,6 @@ inline unsigned threads_begun;
 inline Meeting block_meeting;
 inline std::vector<Meeting> warp_meetings;
 inline char* dynamic_shared;
-inline std::map<void*, size_t> requested_shared;
 
 inline void pause() {
     Fiber& self = *running;
@@ -186,22 +184,15 @@ inline void run_block() {
     }
 }
 
-// Every lane's words, given this lane's.
-inline const uint32_t (*exchange(unsigned mask, const uint32_t* words, unsigned count))[kWords] {
-    if (mask != 0xffffffffu || blockDim.x % kWarp) fail("only whole warps can exchange words here");
-    Meeting& meeting = warp_meetings[threadIdx.x / kWarp];
-    uint32_t(*place)[kWords] = meeting.words[meeting.times % 2];
-    std::memcpy(place[threadIdx.x % kWarp], words, count * sizeof(uint32_t));
-    wait_at(meeting);
-    return place;
-}
-
 template <class T>
 T from_lane(unsigned mask, T x, unsigned lane) {
     static_assert(sizeof(T) == 4, "a word");
-    uint32_t word;
-    std::memcpy(&word, &x, 4);
-    std::memcpy(&x, exchange(mask, &word, 1)[lane], 4);
+    if (mask != 0xffffffffu || blockDim.x % kWarp) fail("only whole warps can exchange words here");
+    Meeting& meeting = warp_meetings[threadIdx.x / kWarp];
+    uint32_t* const words = meeting.words[meeting.times % 2];
+    std::memcpy(words + threadIdx.x % kWarp, &x, 4);
+    wait_at(meeting);
+    std::memcpy(&x, words + lane, 4);
     return x;
 }
 
@@ -215,25 +206,15 @@ void launch(void (*kernel)(Args...), dim3 grid, void** args, std::index_sequence
 }  // namespace simt
 
 inline void __syncthreads() { simt::wait_at(simt::block_meeting); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::exchange(mask, nullptr, 0); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int bits) {
     return simt::from_lane(mask, x, threadIdx.x % simt::kWarp ^ bits);
 }
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-    if (bytes < 0 || size_t(bytes) > simt::kMaxSharedOnRequest) return cudaErrorInvalidValue;
-    simt::requested_shared[reinterpret_cast<void*>(kernel)] = size_t(bytes);
-    return cudaSuccess;
-}
-
 template <class... Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
-    const size_t allowed = std::max(simt::kMaxShared, simt::requested_shared[reinterpret_cast<void*>(kernel)]);
     if (!grid.x || !block.x || block.x > 1024) return cudaErrorInvalidConfiguration;
-    if (shared > allowed) return cudaErrorInvalidValue;
+    if (shared > simt::kMaxShared) return cudaErrorInvalidValue;
     gridDim = grid;
     blockDim = block;
     const std::unique_ptr<char[]> memory(new char[shared]);

@@ -95,7 +95,7 @@ def gumbel_codebook_backward(
 
 def sample(hidden, weight, bias, temperature, seed, seed_per_row):
     if streams("argmax" if temperature is None else "sample", hidden, weight):
-        return sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
+        return _triton().sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
     codes = _row_results(hidden, dtype=torch.int64)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=False))
     _extension.native().cuda_sample_chunks(
@@ -107,7 +107,7 @@ def sample(hidden, weight, bias, temperature, seed, seed_per_row):
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     """A target that is neither a code nor ignore_index gives NaN in its row, where torch stops the whole process."""
     if row_weight is None and streams("cross_entropy", hidden, weight):
-        return cross_entropy_streaming(hidden, weight, _float32(bias), target, ignore_index), None, None, None
+        return _triton().cross_entropy_streaming(hidden, weight, _float32(bias), target, ignore_index), None, None, None
     loss, row_weight = _row_results(hidden), _float32(row_weight)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=row_weight is not None))
     gradients = _Gradients(rows, needs)
@@ -261,23 +261,14 @@ def sample_of_logits(logits, seed):
 
 # -- without logits in memory -----------------------------------------------------------------------------------------
 
-# Who finds the largest logit, samples, and computes a loss without gradients where all could: "chunked" (the vendor's
-# product, then a kernel, as above), "streaming" (below) or "triton" (streaming_triton.py, 16-bit tensors). On an H200,
-# 8,192 rows and codes in bfloat16, Din = 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit
-# 0.25 chunked and 0.11 by Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. By streaming a loss took 0.90 and a
-# sample 1.40, at Din = 128 0.36 and 0.87, where chunked, when Python still launched the chunks, took 0.29 and 0.41.
+# Who finds the largest logit, samples, and computes a loss without gradients where both could: "chunked" (the vendor's
+# product, then a kernel, as above) or "triton" (streaming_triton.py, 16-bit tensors). On an H200, 8,192 rows and codes in
+# bfloat16, Din = 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 chunked and 0.11 by
+# Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. Triton's sample waits for its measurement on a GPU.
 SMALL_DIN = {"argmax": "triton", "sample": "chunked", "cross_entropy": "triton"}
-MAX_STREAMED_DIN = 512
 
 
 def streams(operation, hidden, weight):
-    """Does `operation` run as one of the two functions below?"""
-    if SMALL_DIN[operation] == "streaming":
-        return can_stream(hidden, weight)
-    return _by_triton(operation, hidden, weight)
-
-
-def _by_triton(operation, hidden, weight):
     wanted = SMALL_DIN[operation] == "triton" and hidden.is_cuda and not on_triton.why_not(hidden, "hidden")
     return wanted and _triton().can_stream(hidden, weight)
 
@@ -286,44 +277,6 @@ def _triton():
     from dalle_fast.ops.codebook import streaming_triton
 
     return streaming_triton
-
-
-def can_stream(hidden, weight):
-    """Can the module's kernels take these? 16-bit and contiguous, Din a multiple of 8 and small."""
-    return (
-        hidden.dtype in (torch.float16, torch.bfloat16)
-        and hidden.shape[1] <= MAX_STREAMED_DIN
-        and hidden.shape[1] % 8 == 0
-        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    )
-
-
-def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
-    """Returns codes (N,) as `sample` does."""
-    if _by_triton("argmax" if temperature is None else "sample", hidden, weight):
-        return _triton().sample_streaming(hidden, weight, bias, seed, temperature, seed_per_row=seed_per_row)
-    codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
-    _extension.native().cuda_codebook_sample_streaming(
-        *_streamed(hidden, weight, bias), (*_noise(seed, seed_per_row), 0), _address(temperature), codes.data_ptr(),
-        _stream(),
-    )  # fmt: skip
-    return codes
-
-
-def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
-    """Returns loss (N,) as `cross_entropy` does."""
-    if _by_triton("cross_entropy", hidden, weight):
-        return _triton().cross_entropy_streaming(hidden, weight, bias, target, ignore_index)
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    _extension.native().cuda_codebook_cross_entropy_streaming(
-        *_streamed(hidden, weight, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _stream()
-    )
-    return loss
-
-
-def _streamed(hidden, weight, bias):
-    sizes = (hidden.shape[0], *weight.shape)
-    return sizes, hidden.data_ptr(), weight.data_ptr(), DTYPES[hidden.dtype], _address(bias)
 
 
 def _row_results(hidden, *shape, dtype=torch.float32):
