@@ -1,10 +1,8 @@
-// The mask rule, one text for host and device: the port of AttentionMask.allows in dalle_fast/masks.py, which is its
-// only definition. tests/test_masks.py compares the two exhaustively.
+// The mask rule in C++: the port of AttentionMask.allows in dalle_fast/masks.py, which is its only definition.
+// tests/test_masks.py compares the two exhaustively.
 #pragma once
 
 #include <cstdint>
-
-#include "host_device.h"
 
 namespace dalle_fast {
 
@@ -18,19 +16,19 @@ struct Mask {
 };
 
 // x in {0, d, ..., steps * d}
-DALLE_FAST_HOST_DEVICE inline bool in_steps(int32_t x, int32_t steps, int32_t d) {
+inline bool in_steps(int32_t x, int32_t steps, int32_t d) {
     return x >= 0 && x <= steps * d && x % d == 0;
 }
 
-DALLE_FAST_HOST_DEVICE inline bool in_steps_either_way(int32_t x, int32_t steps, int32_t d) {
+inline bool in_steps_either_way(int32_t x, int32_t steps, int32_t d) {
     return in_steps(x, steps, d) || in_steps(-x, steps, d);
 }
 
 // x modulo size, for |x| < size
-DALLE_FAST_HOST_DEVICE inline int32_t wrap(int32_t x, int32_t size) { return x < 0 ? x + size : x; }
+inline int32_t wrap(int32_t x, int32_t size) { return x < 0 ? x + size : x; }
 
 // May image position i see image position j? Needs 0 <= j <= i.
-DALLE_FAST_HOST_DEVICE inline bool image_allows(const Mask& m, int32_t i, int32_t j) {
+inline bool image_allows(const Mask& m, int32_t i, int32_t j) {
     const int32_t delta = i - j, h = m.K / 2, W = m.W;
     switch (m.rule) {
         case Rule::causal: return true;
@@ -55,7 +53,7 @@ DALLE_FAST_HOST_DEVICE inline bool image_allows(const Mask& m, int32_t i, int32_
 }
 
 // May sequence position q see sequence position k?
-DALLE_FAST_HOST_DEVICE inline bool allows(const Mask& m, int32_t q, int32_t k) {
+inline bool allows(const Mask& m, int32_t q, int32_t k) {
     return k <= q && (k < m.T || image_allows(m, q - m.T, k - m.T));
 }
 

@@ -22,7 +22,6 @@ from dalle_fast.nn import functional as F
 TOGETHER = (
     "test_codebook_cuda",
     "test_codebook_cuda_host",
-    "test_masks_cuda",
     "test_processes",
     "test_triton_interpreter",
 )

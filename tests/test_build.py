@@ -45,7 +45,7 @@ def test_build_info_says_what_was_built():
     if info["cuda"] is None:
         assert info["why_no_cuda"] and info["cuda_architectures"] is None
     else:
-        assert info["why_no_cuda"] is None and hasattr(native, "cuda_dense_mask")
+        assert info["why_no_cuda"] is None and hasattr(native, "cuda_sample_chunks")
         assert info["cuda_architectures"].split() == ["sm_80", "sm_90", "sm_100", "compute_100"]
 
 

@@ -55,7 +55,6 @@ def readable(name):
     flags = ("packed", "noisy" if found[1] == "sample_kernel" else "kept")
     values = re.findall(r"Lb([01])", arguments)
     named += [text if value == "1" else f"not {text}" for text, value in zip(flags, values, strict=False)]
-    named += [text for mark, text in {"6Sample": "sample", "4Loss": "loss"}.items() if mark in name]
     if arguments.startswith("f"):
         named.insert(0, "float32")
     return f"{found[1]} {', '.join(named)}".strip()

@@ -108,10 +108,7 @@ void bind_attention(py::module_& m) {
         .def(py::init([](const MaskNumbers& mask, int32_t seq_len) {
                  return AttentionLayoutStorage(to_mask(mask), seq_len);
              }),
-             py::arg("mask"), py::arg("seq_len"), py::call_guard<py::gil_scoped_release>())
-        .def_property_readonly("num_tiles", &AttentionLayoutStorage::num_tiles)
-        .def_property_readonly("num_bytes", &AttentionLayoutStorage::num_bytes);
-    m.attr("ATTENTION_TILE") = py::make_tuple(kBlock, kPanel);
+             py::arg("mask"), py::arg("seq_len"), py::call_guard<py::gil_scoped_release>());
     m.def("dense_mask", &dense_mask, py::arg("mask"), py::arg("seq_len"));
     // tensors: query, key, value, out, lse and for the backward grad_out, grad_lse, grad_query, grad_key, grad_value
     m.def("attention_forward",
@@ -130,14 +127,6 @@ void bind_attention(py::module_& m) {
                                                                 {tensors.begin(), tensors.end()}), threads);
           },
           py::call_guard<py::gil_scoped_release>());
-    m.def("attention_scratch_bytes",
-          [](const AttentionLayoutStorage& layout, int64_t head_dim, int dtype, bool backward) {
-              const AttentionArgs a = make_args(layout, {1, 1, head_dim}, dtype, 1, 0, {});
-              const AttentionKernels& kernels = attention_kernels();
-              return backward ? kernels.backward_scratch(a) : kernels.forward_scratch(a);
-          },
-          py::arg("layout"), py::arg("head_dim"), py::arg("dtype"), py::arg("backward"),
-          "Bytes of scratch memory that each thread takes.");
 }
 
 }  // namespace dalle_fast

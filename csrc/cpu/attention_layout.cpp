@@ -197,12 +197,4 @@ AttentionLayout AttentionLayoutStorage::view() const {
     return layout;
 }
 
-int64_t AttentionLayoutStorage::num_bytes() const {
-    return int64_t(query_token_.size() + key_token_.size() + block_visits_.size() + panel_visits_.size() +
-                   unit_block_.size() + unit_visits_.size()) * 4 +
-           int64_t(panels_of_block_.size() + blocks_of_panel_.size()) * int64_t(sizeof(Visit)) +
-           int64_t(groups_of_unit_.size() * sizeof(GroupVisit) + group_bits_.size() * sizeof(GroupBits)) +
-           int64_t(bits_.size() * sizeof(bits_[0]));
-}
-
 }  // namespace dalle_fast

@@ -15,8 +15,6 @@ public:
     AttentionLayoutStorage(const Mask& mask, int32_t seq_len);
 
     AttentionLayout view() const;
-    int64_t num_tiles() const { return num_tiles_; }
-    int64_t num_bytes() const;
 
 private:
     void join_units();

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "../codebook.h"
-#include "../mask.h"
 
 namespace dalle_fast {
 
@@ -15,10 +14,6 @@ struct CudaVersions {
     int driver, runtime;
 };
 CudaVersions cuda_versions();
-
-// Evaluates the rule for the first seq_len positions, on the device and in the stream that are given.
-// out: seq_len x seq_len booleans on the current device, true = attends.
-void cuda_dense_mask(const Mask& mask, int32_t seq_len, bool* out, void* stream);
 
 // The codebook's row kernels, see ../codebook.h for what they compute. All pointers are the current device's, seeds,
 // tau, temperature and row weights included: nothing waits for the device, and a CUDA graph can hold the launch.
