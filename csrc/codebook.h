@@ -1,5 +1,5 @@
 // What happens to one chunk of rows of logits, once they are there: the interface that the CPU's and CUDA's kernels
-// have in common. Who computes the products before and after: dalle_fast/ops/codebook/chunked.py on a CPU,
+// have in common. Who computes the products before and after: dalle_fast/ops/codebook/cpu.py on a CPU,
 // cuda/codebook_chunks.cpp.
 //
 // R rows of the chunk, K codes. Plain structures only: this header is compiled once per instruction set.

@@ -261,32 +261,32 @@ def in_another_thread(function):
 
 def test_memory_to_work_in_is_a_threads_own_and_stays_until_it_is_too_small():
     def addresses():
-        return [cpu.scratch(size, torch.device("cpu")).data_ptr() for size in (1000, 10, 1000)]
+        return [cpu.scratch(size).data_ptr() for size in (1000, 10, 1000)]
 
     mine = addresses()
     theirs = in_another_thread(addresses)
     assert len(set(mine)) == len(set(theirs)) == 1 and mine != theirs
-    grown = in_another_thread(lambda: [len(cpu.scratch(size, torch.device("cpu"))) for size in (10, 1000)])
+    grown = in_another_thread(lambda: [len(cpu.scratch(size)) for size in (10, 1000)])
     assert grown == [10, 1000]
 
 
 def test_memory_from_inference_mode_can_be_written_later():
     def write():
         with torch.inference_mode():
-            cpu.scratch(10, torch.device("cpu"))
-        return cpu.scratch(10, torch.device("cpu")).zero_().is_inference()
+            cpu.scratch(10)
+        return cpu.scratch(10).zero_().is_inference()
 
     assert not in_another_thread(write)
 
 
 def test_memory_that_is_too_small_is_gone_before_there_is_larger(monkeypatch):
     def grow():
-        cpu.scratch(10, torch.device("cpu"))
+        cpu.scratch(10)
         small, empty, gone = weakref.ref(cpu._kept.rows), torch.empty, []
         monkeypatch.setattr(
             torch, "empty", lambda *args, **options: gone.append(small() is None) or empty(*args, **options)
         )
-        cpu.scratch(1000, torch.device("cpu"))
+        cpu.scratch(1000)
         return gone
 
     assert in_another_thread(grow) == [True]

@@ -320,14 +320,14 @@ def test_gradients_of_logits_are_rounded_once(K, dtype):
     seed, tau = torch.tensor([7]), torch.tensor([0.7])
     stats, kl, codes = torch.empty(R, 4), torch.empty(R), torch.empty(R, dtype=torch.int64)
     noise = bias, seed, 3, tau
-    cpu.gumbel_forward(logits.clone(), *noise, torch.float32, False, stats, kl, codes, seed_per_row=False)
+    cpu.gumbel_forward(logits.clone(), *noise, False, stats, kl, codes, seed_per_row=False)
     target = torch.arange(R) % K
     target[1] = -100
 
     def in_place(dtype):
         x, y, z = logits.clone(), grad_weights.clone(), logits.clone()
         cpu.gumbel_backward(x, *noise, stats, kl, grad_kl, y, dtype, True, seed_per_row=False)
-        cpu.cross_entropy(z, bias, target, -100, row_weight, dtype, torch.empty(R))
+        cpu.cross_entropy_rows(z, bias, target, -100, row_weight, dtype, torch.empty(R))
         return [cpu.results(floats, dtype) for floats in (x, y, z)]
 
     for rounded, exact in zip(in_place(dtype), in_place(torch.float32), strict=True):
@@ -363,7 +363,7 @@ def test_tiles_say_what_rows_say(monkeypatch, threads, sizes, bias):
 
         with nan_poisoned():
             codes, loss = everything()
-        monkeypatch.setattr(cpu, "streams", lambda *_: False)
+        monkeypatch.setattr(cpu, "_by_tiles", lambda: False)
         expected, expected_loss = everything()
         monkeypatch.undo()
         monkeypatch.setattr(cpu, "PRODUCTS", dict.fromkeys(cpu.PRODUCTS, "ours"))

@@ -145,9 +145,9 @@ MUTANTS = (
     ),
     Mutant(
         "rows numbered anew in every chunk",
-        f"{CODEBOOK}/chunked.py",
-        "logits.floats, bias, seed, first_row, tau, logits.dtype, not hard, stats, kl, codes,",
-        "logits.floats, bias, seed, 0, tau, logits.dtype, not hard, stats, kl, codes,",
+        f"{CODEBOOK}/cpu.py",
+        "logits, bias, seed_here, first_row, tau, not hard, stats_here, kl_here,",
+        "logits, bias, seed_here, 0, tau, not hard, stats_here, kl_here,",
         ("tests/test_codebook.py",),
         "many_rows and cpu",
     ),

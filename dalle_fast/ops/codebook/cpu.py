@@ -1,10 +1,15 @@
-"""Row kernels of the codebook operation on the CPU: `csrc/cpu/codebook_kernels.cpp`. See `chunked` for who calls them.
+"""The codebook operation on the CPU, by chunks of rows.
 
-R rows, K codes, I size of hidden, D size of an embedding.
+Of N rows only as many are worked on at a time as memory is meant for: a matrix product makes the logits of a chunk, one
+kernel (`csrc/cpu/codebook_kernels.cpp`) does to them all there is to do, and further products take the result. Nothing of
+size (N, K) exists. Codes and losses without gradients need not even a chunk's logits where the products are ours.
+
+N rows, R rows of a chunk, K codes, I size of hidden, D size of an embedding.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import torch
@@ -33,6 +38,144 @@ def why_not(tensors) -> list[str]:
     return reasons
 
 
+# -- the operation ----------------------------------------------------------------------------------------------------
+
+
+def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard):
+    """As `reference` has it, and so have the others."""
+    N, D = hidden.shape[0], codebook.shape[1]
+    embedding = hidden.new_empty(N, D)
+    kl, codes, stats = _row_results(hidden), _row_results(hidden, dtype=torch.int64), _row_results(hidden, 4)
+    bias, memory = _float32(bias), _memory(N, weight.shape[0])
+    for first_row, *rows in _parts(len(memory), hidden, embedding, kl, codes, stats, seed):
+        hidden_here, embedding_here, kl_here, codes_here, stats_here, seed_here = rows
+        logits = memory[: len(hidden_here)]
+        product(hidden_here, weight, out=logits)
+        gumbel_forward(
+            logits, bias, seed_here, first_row, tau, not hard, stats_here, kl_here, codes_here,
+            seed_per_row=seed_per_row,
+        )  # fmt: skip
+        if not hard:
+            torch.div(product(logits, codebook.T), stats_here[:, 3:], out=embedding_here)
+    if hard:
+        torch.index_select(codebook, 0, codes, out=embedding)
+    return embedding, kl, codes, stats
+
+
+def gumbel_codebook_backward(
+    grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard, needs
+):
+    N, K = hidden.shape[0], weight.shape[0]
+    gradients = _Gradients(hidden, weight, bias, needs)
+    of_codebook = Sum(codebook, N) if needs[3] and not hard else None
+    bias, grad_kl, dtype = _float32(bias), _float32(grad_kl), gradient_dtype(hidden.dtype)
+    memory, small_memory = _memory(N, K, small_parts=SMALL_PARTS)
+    for first_row, hidden_here, grad_hidden, *others in _parts(
+        len(memory), hidden, gradients.of_hidden, grad_embedding, grad_kl, kl, stats, seed
+    ):
+        logits = memory[: len(hidden_here)]
+        product(hidden_here, weight, out=logits)
+        for start, part, grad_here, grad_kl_here, kl_here, stats_here, seed_here in _parts(
+            len(small_memory), logits, *others
+        ):
+            grad_weights, grad_here = small_memory[: len(part)], grad_here.contiguous()
+            product(grad_here, codebook, out=grad_weights)
+            gumbel_backward(
+                part, bias, seed_here, first_row + start, tau, stats_here, kl_here, grad_kl_here, grad_weights, dtype,
+                of_codebook is not None, seed_per_row=seed_per_row,
+            )  # fmt: skip
+            if of_codebook is not None:
+                of_codebook.add(results(grad_weights, dtype), grad_here)
+        gradients.add(results(logits, dtype), hidden_here, weight, grad_hidden)
+    if not needs[3]:
+        return *gradients.results(), None
+    return *gradients.results(), _sum_by_code(codebook, codes, grad_embedding) if hard else of_codebook.result()
+
+
+def sample(hidden, weight, bias, temperature, seed, seed_per_row):
+    codes, bias = _row_results(hidden, dtype=torch.int64), _float32(bias)
+    if _has_few_rows(hidden, weight):
+        sample_rows(logits(hidden, weight), bias, seed, 0, temperature, codes, seed_per_row=seed_per_row)
+    elif _by_tiles():
+        _extension.native().sample_streaming(
+            _matrix(hidden), _matrix(weight), _address(bias), _address(seed), seed_per_row, _address(temperature),
+            codes.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        memory = _memory(hidden.shape[0], weight.shape[0])
+        for first_row, hidden_here, seed_here, codes_here in _parts(len(memory), hidden, seed, codes):
+            z = product(hidden_here, weight, out=memory[: len(hidden_here)])
+            sample_rows(z, bias, seed_here, first_row, temperature, codes_here, seed_per_row=seed_per_row)
+    return codes
+
+
+def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
+    loss, wants = _row_results(hidden), row_weight is not None
+    gradients = _Gradients(hidden, weight, bias, needs)
+    bias, row_weight = _float32(bias), _float32(row_weight)
+    if not wants and _by_tiles():
+        _extension.native().cross_entropy_streaming(
+            _matrix(hidden), _matrix(weight), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return loss, None, None, None
+    memory, dtype = _memory(hidden.shape[0], weight.shape[0]), gradient_dtype(hidden.dtype)
+    for _, hidden_here, grad_hidden, target_here, row_weight_here, loss_here in _parts(
+        len(memory), hidden, gradients.of_hidden, target, row_weight, loss
+    ):
+        z = product(hidden_here, weight, out=memory[: len(hidden_here)])
+        cross_entropy_rows(z, bias, target_here, ignore_index, row_weight_here, dtype, loss_here)
+        if wants:
+            gradients.add(results(z, dtype), hidden_here, weight, grad_hidden)
+    return loss, *gradients.results()
+
+
+def gumbel_softmax(logits, tau, seed):
+    logits = logits.contiguous()
+    out, codes = torch.empty_like(logits), _row_results(logits, dtype=torch.int64)
+    _extension.native().gumbel_softmax(
+        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], seed.data_ptr(), tau, codes.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, codes
+
+
+def logits(hidden, weight):
+    return linear_product(hidden, weight) if _has_few_rows(hidden, weight) else product(hidden, weight)
+
+
+def truncated(logits, temperature, top_k, top_p):
+    """As `truncation.truncated`, in place of logits (R, K) float32; a row whose largest is infinite is left as it is."""
+    logits = logits.contiguous()
+    _extension.native().truncate(
+        *logits.shape, logits.data_ptr(), temperature, top_k or logits.shape[1], 1 if top_p is None else top_p,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return logits
+
+
+def sample_of_logits(logits, seed):
+    codes = _row_results(logits, dtype=torch.int64)
+    sample_rows(logits, None, seed, 0, logits.new_ones(()), codes, seed_per_row=True)
+    return codes
+
+
+def _has_few_rows(hidden, weight):
+    """Are logits sooner made with weight read where it lies, as a linear layer's, than with weight packed?
+
+    A code every time that a model draws one: 8,192 x 512 in float32 took 2.4 ms packed, and takes 0.9.
+    """
+    return hidden.shape[0] <= few_rows(weight.dtype) and weight.stride(1) == 1
+
+
+def _row_results(hidden, *shape, dtype=torch.float32):
+    return torch.empty((hidden.shape[0], *shape), dtype=dtype, device="cpu")
+
+
+def _float32(x):
+    return None if x is None else x.float().contiguous()
+
+
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 # Bytes of the float32 logits (R, K) of a chunk. Less makes the products slower, which read and pack `weight` once for
@@ -53,22 +196,36 @@ def chunk_rows(num_codes):
     return max(MIN_ROWS, CHUNK_BYTES // (4 * num_codes) // MIN_ROWS * MIN_ROWS)
 
 
+def _parts(step, *tensors):
+    """Yield the first row's number and the rows of all tensors, `step` at a time and a last time what is left.
+
+    The first tensor has all rows. Others may be None, or have one row for all.
+    """
+    N = tensors[0].shape[0]
+    if N <= step:
+        if N:
+            yield 0, *tensors
+        return
+    split = [itertools.repeat(x) if x is None or len(x) != N else x.split(step) for x in tensors]
+    yield from zip(range(0, N, step), *split, strict=False)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 _kept = threading.local()
 
 
-def scratch(size, device):
+def scratch(size):
     """`size` floats to work in until this thread asks again. They are kept: the first touch of 16 MB takes some 4 ms."""
     return _keep("rows", size)
 
 
-def result_dtype(dtype, *, gradients):
-    """What the kernels below leave of tensors in `dtype`: all is computed in float32, and stays so but for AMX.
+def gradient_dtype(dtype):
+    """What the kernels below leave gradients of logits in, of tensors in `dtype`: all is float32 but for AMX.
 
     That multiplies bfloat16 alone, so that exacter gradients of logits cost twice the work. Eager rounds them too.
     """
-    rounds = gradients and dtype == torch.bfloat16 and _extension.native().instruction_set() == "avx512_amx"
+    rounds = dtype == torch.bfloat16 and _extension.native().instruction_set() == "avx512_amx"
     return dtype if rounds else torch.float32
 
 
@@ -88,11 +245,19 @@ def _keep(name, size):
     return memory[:size]
 
 
+def _memory(N, K, *, small_parts=0):
+    """Floats (R, K) for a chunk's logits, of N rows in all; with small_parts also floats (R / small_parts, K)."""
+    step = min(N, chunk_rows(K))
+    small = -(-step // small_parts) if small_parts else 0
+    floats = scratch((step + small) * K).view(-1, K)
+    return (floats[:step], floats[step:]) if small_parts else floats
+
+
 # -- products ---------------------------------------------------------------------------------------------------------
 
 # Who multiplies matrices, by the instruction set in use: "ours" (csrc/cpu/product_kernels.cpp), "vendor" (torch.mm), or
 # "both": torch those of two float32 matrices, we the others. Where some are ours, `sample` and the loss without gradients
-# go tile by tile and have no logits in memory.
+# go tile by tile.
 # On an AMD EPYC of Zen 5, 384 x 512 x 8,192 in float32 with two cores: with AVX-512 ours 7.3 ms, torch's (MKL) 18.8, where
 # their peak is 6.2; with AVX2 20.0 and 20.4, but of few rows torch's is faster. AMD's CPUs with AVX-512 have avx512_bf16.
 # On an Intel Xeon the same product on one core: with AVX-512 ours 23.0 ms, torch's 21.5. With AMX (csrc/cpu/parts.h) and two
@@ -103,6 +268,11 @@ PRODUCTS = {"portable": "vendor", "avx2": "vendor", "avx512": "both", "avx512_bf
 
 def _who():
     return PRODUCTS[_extension.native().instruction_set()]
+
+
+def _by_tiles():
+    """Do codes and losses without gradients go tile by tile, with no logits in memory?"""
+    return _who() != "vendor"
 
 
 def _ours(a, b):
@@ -123,7 +293,7 @@ def rounded_product(a, b, out):
     if out.dtype == torch.float32:
         product(a, b, out=out)
     else:
-        for part in _parts(b.shape[0], a.shape[0], ROUNDED_BYTES):
+        for part in _slices(b.shape[0], a.shape[0], ROUNDED_BYTES):
             out[:, part] = product(a, b[part])
 
 
@@ -165,6 +335,38 @@ class Sum:
         return self._result if self._begun else self._result.zero_()
 
 
+class _Gradients:
+    """Adds up the gradients of hidden, weight and bias over chunks, in float32."""
+
+    def __init__(self, hidden, weight, bias, needs):
+        self.bias, self.needs = bias, needs
+        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.of_weight = Sum(weight, hidden.shape[0]) if needs[1] else None
+        self.of_bias = _floats(*bias.shape).zero_() if needs[2] else None
+
+    def add(self, grad_logits, hidden, weight, grad_hidden):
+        """What a chunk contributes; grad_hidden, its rows of of_hidden, is written."""
+        if self.needs[0]:
+            rounded_product(grad_logits, weight.T, grad_hidden)
+        if self.needs[1]:
+            self.of_weight.add(grad_logits, hidden)
+        if self.needs[2]:
+            add_columns(self.of_bias, grad_logits)
+
+    def results(self):
+        """In the dtype of the tensors they belong to; None for those that are not needed."""
+        return (
+            self.of_hidden,
+            self.of_weight.result() if self.needs[1] else None,
+            self.of_bias.to(self.bias.dtype) if self.needs[2] else None,
+        )
+
+
+def _sum_by_code(codebook, codes, grad_embedding):
+    total = _floats(*codebook.shape).zero_()
+    return total.index_add_(0, codes, grad_embedding.float()).to(codebook.dtype)
+
+
 def add_columns(total, a):
     """total (J,) += the sums of the columns of a (R, J), in float32."""
     if a.dtype == torch.float32:
@@ -192,15 +394,15 @@ def _vendor_product(a, b, out):
         return torch.mm(a, b.T, out=out)
     out = _floats(a.shape[0], b.shape[0]) if out is None else out
     if b.stride(0) >= b.stride(1):  # parts of what lies together in memory: of its rows
-        for part in _parts(*b.shape, CONVERTED_BYTES):
+        for part in _slices(*b.shape, CONVERTED_BYTES):
             torch.mm(a, _converted(b[part]).T, out=out[:, part])
     else:
-        for part in _parts(b.shape[1], b.shape[0], CONVERTED_BYTES):
+        for part in _slices(b.shape[1], b.shape[0], CONVERTED_BYTES):
             torch.addmm(out, a[:, part], _converted(b[:, part].T), beta=0 if part.start == 0 else 1, out=out)
     return out
 
 
-def _parts(count, width, size):
+def _slices(count, width, size):
     """Slices of `count` rows of `width` floats that take `size` bytes each."""
     step = max(1, size // (4 * max(1, width)))
     return [slice(start, min(count, start + step)) for start in range(0, max(1, count), step)]
@@ -213,7 +415,7 @@ def _converted(part):
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def gumbel_forward(logits, bias, seed, first_row, tau, dtype, want_weights, stats, kl, codes, *, seed_per_row):
+def gumbel_forward(logits, bias, seed, first_row, tau, want_weights, stats, kl, codes, *, seed_per_row):
     """Fills stats (R, 4), kl (R,) and codes (R,), and replaces logits by weights (R, K), not normalised."""
     R, K = logits.shape
     _extension.native().gumbel_forward(
@@ -234,7 +436,7 @@ def gumbel_backward(
     )  # fmt: skip
 
 
-def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
+def sample_rows(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
     _extension.native().sample(
         *logits.shape, logits.data_ptr(), _address(bias), _address(seed), seed_per_row, first_row,
@@ -242,16 +444,7 @@ def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     )  # fmt: skip
 
 
-def truncated(logits, temperature, top_k, top_p):
-    """As `truncation.truncated`, in place of logits (R, K) float32; a row whose largest is infinite is left as it is."""
-    _extension.native().truncate(
-        *logits.shape, logits.data_ptr(), temperature, top_k or logits.shape[1], 1 if top_p is None else top_p,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return logits
-
-
-def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
+def cross_entropy_rows(logits, bias, target, ignore_index, row_weight, dtype, loss):
     """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss), in `dtype`."""
     _extension.native().cross_entropy(
         *logits.shape, logits.data_ptr(), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
@@ -260,60 +453,5 @@ def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
     )  # fmt: skip
 
 
-def gumbel_softmax(logits, seed, tau, want_codes):
-    """softmax((logits + noise) / tau) of contiguous logits (R, K), in their dtype, and codes (R,) or None."""
-    out = torch.empty_like(logits)
-    codes = logits.new_empty(logits.shape[0], dtype=torch.int64) if want_codes else None
-    _extension.native().gumbel_softmax(
-        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], seed.data_ptr(), tau, _address(codes),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out, codes
-
-
 def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
-
-
-# -- without logits in memory -----------------------------------------------------------------------------------------
-
-
-def streams(operation, hidden, weight):
-    """Does `operation` run as one of the two functions below?"""
-    return _who() != "vendor" or (operation == "sample" and _has_few_rows(hidden, weight))
-
-
-def _has_few_rows(hidden, weight):
-    """Are logits sooner made with weight read where it lies, as a linear layer's, than with weight packed?
-
-    A code every time that a model draws one: 8,192 x 512 in float32 took 2.4 ms packed, and takes 0.9.
-    """
-    return hidden.shape[0] <= few_rows(weight.dtype) and weight.stride(1) == 1
-
-
-def logits(hidden, weight):
-    """Returns hidden (N, I) @ weight (K, I).T in float32."""
-    return linear_product(hidden, weight) if _has_few_rows(hidden, weight) else product(hidden, weight)
-
-
-def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row):
-    """Returns codes (N,) as `sample` does, of hidden (N, I) and weight (K, I). Few rows have logits, which are small."""
-    codes = hidden.new_empty(hidden.shape[0], dtype=torch.int64)
-    if _has_few_rows(hidden, weight):
-        sample(logits(hidden, weight), bias, seed, 0, temperature, codes, seed_per_row=seed_per_row)
-        return codes
-    _extension.native().sample_streaming(
-        _matrix(hidden), _matrix(weight), _address(bias), _address(seed), seed_per_row, _address(temperature),
-        codes.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return codes
-
-
-def cross_entropy_streaming(hidden, weight, bias, target, ignore_index):
-    """Returns loss (N,) as `cross_entropy` does, of hidden (N, I) and weight (K, I)."""
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    _extension.native().cross_entropy_streaming(
-        _matrix(hidden), _matrix(weight), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return loss

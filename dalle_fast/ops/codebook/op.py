@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent
 from dalle_fast.ops.choice import check_impl, choose
-from dalle_fast.ops.codebook import chunked, reference
+from dalle_fast.ops.codebook import reference
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
@@ -390,8 +390,7 @@ def _implementation(name):
         return reference
     if name == "triton":
         return ['there are no Triton kernels for all of the codebook; impl="cuda" takes those that there are']
-    implementation = importlib.import_module(f"dalle_fast.ops.codebook.{name}")
-    return chunked.Chunked(implementation) if name == "cpu" else implementation
+    return importlib.import_module(f"dalle_fast.ops.codebook.{name}")
 
 
 def _serving(operation, impl, **tensors):
