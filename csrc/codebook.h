@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-namespace dalle_fast {
+#include "dtype.h"
 
-enum class CodebookDType : int32_t { float32, float16, bfloat16 };
+namespace dalle_fast {
 
 // hidden @ weight.T for R rows, to which the kernels add the bias.
 struct LogitRows {
@@ -40,7 +40,7 @@ struct GumbelForward {
     NoiseRows noise;
     const float* tau;      // (1)
     void* weights;         // (R, K) results: exp((t - max_noisy) / tau), not normalised; null: not wanted. May be logits
-    CodebookDType dtype;   // of weights
+    DType dtype;           // of weights
     GumbelStats* stats;    // (R)
     float* kl;             // (R) sum_k p_k (ln p_k + ln K)
     int64_t* codes;        // (R) argmax of t, the first of equals; in [0, K) whatever the logits are
@@ -56,7 +56,7 @@ struct GumbelBackward {
     const void* grad_weights;   // (R, K) contiguous: grad_embedding @ codebook.T; float32 on a CPU, in dtype on CUDA
     void* weights;              // (R, K) y; null: not wanted. May be grad_weights. Contiguous on CUDA, else results
     void* grad_logits;          // (R, K) results. May be x.logits
-    CodebookDType dtype;        // of weights and grad_logits
+    DType dtype;                // of weights and grad_logits
 };
 
 // codes = argmax(logit + bias + temperature * noise); without noise where temperature is null.
@@ -77,15 +77,15 @@ struct CrossEntropyRows {
     const float* row_weight;  // (R), or (1) for all rows
     bool weight_per_row;
     void* grad_logits;        // (R, K) results; null: not wanted. May be x.logits
-    CodebookDType dtype;      // of grad_logits
+    DType dtype;              // of grad_logits
 };
 
-// torch.nn.functional.gumbel_softmax over the last dimension, `rows.x` aside.
+// torch.nn.functional.gumbel_softmax over the last dimension: all of it, as no product comes before or after.
 struct GumbelSoftmaxRows {
     int64_t R, K;
     const void* logits;   // (R, K) contiguous
     void* out;            // (R, K) contiguous
-    CodebookDType dtype;  // of both
+    DType dtype;          // of both
     NoiseRows noise;
     float tau;
     int64_t* codes;       // (R) argmax, or null

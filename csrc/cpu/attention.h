@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace dalle_fast {
 
 constexpr int kBlock = 8;   // queries that one tile holds
@@ -14,8 +16,6 @@ constexpr int kPanel = 16;  // keys that one tile holds
 // For a matrix unit, which wants more at once:
 constexpr int kUnitBlocks = 4;   // blocks of queries in a unit
 constexpr int kGroupPanels = 2;  // panels of keys in a group
-
-enum class DType : int32_t { float32, float16, bfloat16 };
 
 // A run of neighbouring panels (of a block) or blocks (of a panel). `bits` is -1 where every pair of the run attends,
 // else an index into AttentionLayout::bits, and then the run has length 1.

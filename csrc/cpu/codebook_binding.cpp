@@ -33,7 +33,7 @@ NoiseRows noise_rows(int64_t seed, bool seed_per_row, int64_t first_row) {
 typedef std::array<int64_t, 6> Matrix;
 
 Operand operand(const Matrix& x) {
-    return {at<const void>(x[0]), static_cast<CodebookDType>(x[1]), x[2], x[4], x[5]};
+    return {at<const void>(x[0]), static_cast<DType>(x[1]), x[2], x[4], x[5]};
 }
 
 LogitFactors logit_factors(const Matrix& hidden, const Matrix& weight) {
@@ -65,7 +65,7 @@ void bind_codebook(py::module_& m) {
              int64_t tau, int64_t weights, int64_t stats, int64_t kl, int64_t codes, int threads) {
               gumbel_forward(codebook_kernels(),
                              {logit_rows(R, K, logits, bias), noise_rows(seed, seed_per_row, first_row),
-                              at<const float>(tau), at<void>(weights), CodebookDType::float32, at<GumbelStats>(stats),
+                              at<const float>(tau), at<void>(weights), DType::float32, at<GumbelStats>(stats),
                               at<float>(kl), at<int64_t>(codes)},
                              threads);
           }, released);
@@ -77,7 +77,7 @@ void bind_codebook(py::module_& m) {
                               {logit_rows(R, K, logits, bias), noise_rows(seed, seed_per_row, first_row),
                                at<const float>(tau), at<const GumbelStats>(stats), at<const float>(kl),
                                at<const float>(grad_kl), at<const void>(grad_weights), at<void>(weights),
-                               at<void>(grad_logits), static_cast<CodebookDType>(dtype)},
+                               at<void>(grad_logits), static_cast<DType>(dtype)},
                               threads);
           }, released);
     m.def("sample",
@@ -94,7 +94,7 @@ void bind_codebook(py::module_& m) {
               cross_entropy(codebook_kernels(),
                             {logit_rows(R, K, logits, bias), at<const int64_t>(target), ignore_index, at<float>(loss),
                              at<const float>(row_weight), weight_per_row, at<void>(grad_logits),
-                             static_cast<CodebookDType>(dtype)},
+                             static_cast<DType>(dtype)},
                             threads);
           }, released);
     m.def("truncate",
@@ -107,7 +107,7 @@ void bind_codebook(py::module_& m) {
           }, released);
     m.def("product_as_sums",  // (M, N), contiguous
           [](const Matrix& a, const Matrix& b, int64_t upper, int64_t lower, int dtype, bool add, bool last, int threads) {
-              const PackedSums sums{at<uint16_t>(upper), at<uint8_t>(lower), static_cast<CodebookDType>(dtype)};
+              const PackedSums sums{at<uint16_t>(upper), at<uint8_t>(lower), static_cast<DType>(dtype)};
               multiply(product_kernels(), {operand(a), operand(b), a[3], nullptr, b[2], add, sums, last}, threads);
           }, released);
     m.def("sample_streaming",
@@ -123,14 +123,14 @@ void bind_codebook(py::module_& m) {
              int threads) {
               cross_entropy_streaming(codebook_kernels(), product_kernels(),
                                       {logit_rows(hidden[2], weight[2], 0, bias), at<const int64_t>(target),
-                                       ignore_index, at<float>(loss), nullptr, false, nullptr, CodebookDType::float32},
+                                       ignore_index, at<float>(loss), nullptr, false, nullptr, DType::float32},
                                       logit_factors(hidden, weight), threads);
           }, released);
     m.def("gumbel_softmax",
           [](int64_t R, int64_t K, int64_t logits, int64_t out, int dtype, int64_t seed, float tau, int64_t codes,
              int threads) {
               gumbel_softmax(codebook_kernels(),
-                             {R, K, at<const void>(logits), at<void>(out), static_cast<CodebookDType>(dtype),
+                             {R, K, at<const void>(logits), at<void>(out), static_cast<DType>(dtype),
                               noise_rows(seed, false, 0), tau, at<int64_t>(codes)},
                              threads);
           }, released);

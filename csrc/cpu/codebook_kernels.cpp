@@ -349,9 +349,9 @@ void gumbel_backward_rows(const GumbelBackward& a, int64_t begin, int64_t end, f
 
 void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float* scratch) {
     switch (a.dtype) {
-        case CodebookDType::float32: return gumbel_backward_rows<float>(a, begin, end, scratch);
-        case CodebookDType::float16: return gumbel_backward_rows<Half>(a, begin, end, scratch);
-        case CodebookDType::bfloat16: return gumbel_backward_rows<BFloat16>(a, begin, end, scratch);
+        case DType::float32: return gumbel_backward_rows<float>(a, begin, end, scratch);
+        case DType::float16: return gumbel_backward_rows<Half>(a, begin, end, scratch);
+        case DType::bfloat16: return gumbel_backward_rows<BFloat16>(a, begin, end, scratch);
     }
 }
 
@@ -443,9 +443,9 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end, f
 
 void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* scratch) {
     switch (a.dtype) {
-        case CodebookDType::float32: return cross_entropy_rows<float>(a, begin, end, scratch);
-        case CodebookDType::float16: return cross_entropy_rows<Half>(a, begin, end, scratch);
-        case CodebookDType::bfloat16: return cross_entropy_rows<BFloat16>(a, begin, end, scratch);
+        case DType::float32: return cross_entropy_rows<float>(a, begin, end, scratch);
+        case DType::float16: return cross_entropy_rows<Half>(a, begin, end, scratch);
+        case DType::bfloat16: return cross_entropy_rows<BFloat16>(a, begin, end, scratch);
     }
 }
 
@@ -477,9 +477,9 @@ void gumbel_softmax_rows(const GumbelSoftmaxRows& a, int64_t begin, int64_t end,
 
 void gumbel_softmax(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, float* scratch) {
     switch (a.dtype) {
-        case CodebookDType::float32: return gumbel_softmax_rows<float>(a, begin, end, scratch);
-        case CodebookDType::float16: return gumbel_softmax_rows<Half>(a, begin, end, scratch);
-        case CodebookDType::bfloat16: return gumbel_softmax_rows<BFloat16>(a, begin, end, scratch);
+        case DType::float32: return gumbel_softmax_rows<float>(a, begin, end, scratch);
+        case DType::float16: return gumbel_softmax_rows<Half>(a, begin, end, scratch);
+        case DType::bfloat16: return gumbel_softmax_rows<BFloat16>(a, begin, end, scratch);
     }
 }
 

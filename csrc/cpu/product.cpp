@@ -37,7 +37,7 @@ bool is_small(int64_t M, int64_t N, int64_t depth) {
 }
 
 Operand part(const Operand& x, int64_t lane, int64_t end_lane) {
-    const int64_t bytes = x.dtype == CodebookDType::float32 ? 4 : 2;
+    const int64_t bytes = x.dtype == DType::float32 ? 4 : 2;
     return {static_cast<const char*>(x.data) + lane * x.stride_lane * bytes, x.dtype, end_lane - lane, x.stride_lane,
             x.stride_depth};
 }

@@ -12,7 +12,7 @@ namespace dalle_fast {
 // (lanes, depth): a lane for every row of the result, or for every column. Strides in elements.
 struct Operand {
     const void* data;
-    CodebookDType dtype;
+    DType dtype;
     int64_t lanes, stride_lane, stride_depth;
 };
 
@@ -21,7 +21,7 @@ struct Operand {
 struct PackedSums {
     uint16_t* upper;
     uint8_t* lower;
-    CodebookDType dtype;
+    DType dtype;
 
     PackedSums from(int64_t x) const { return {upper + x, lower + x, dtype}; }
 };

@@ -49,7 +49,7 @@ struct Format {
 
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 bool are_pairs(const Operand& a, const Operand& b) {  // of bfloat16, neighbours in the depth side by side
-    return a.dtype == CodebookDType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1;
+    return a.dtype == DType::bfloat16 && b.dtype == a.dtype && a.stride_depth == 1 && b.stride_depth == 1;
 }
 
 // A panel's words from depth d on -> (depth / 2, 16), each of two neighbours; lanes that the operand does not have are 0.

@@ -98,10 +98,10 @@ struct PairDot {
 };
 #endif
 
-Pack pack_as_floats(CodebookDType dtype) {
+Pack pack_as_floats(DType dtype) {
     switch (dtype) {
-        case CodebookDType::float16: return pack_words<Half>;
-        case CodebookDType::bfloat16: return pack_words<BFloat16>;
+        case DType::float16: return pack_words<Half>;
+        case DType::bfloat16: return pack_words<BFloat16>;
         default: return pack_words<float>;
     }
 }
@@ -153,7 +153,7 @@ DF_INLINE void finish_sums(const float* x, int64_t count, uint16_t* upper, const
 template <bool add>
 DF_INLINE void put_sums(const float* x, int64_t count, const PackedSums& sums, bool last) {
     if (!last) keep_sums<add>(x, count, sums.upper, sums.lower);
-    else if (sums.dtype == CodebookDType::bfloat16) finish_sums<add, BFloat16>(x, count, sums.upper, sums.lower);
+    else if (sums.dtype == DType::bfloat16) finish_sums<add, BFloat16>(x, count, sums.upper, sums.lower);
     else finish_sums<add, Half>(x, count, sums.upper, sums.lower);
 }
 

@@ -143,10 +143,10 @@ DF_NOINLINE void unit_product(const Word* a, const Word* b, int64_t words, float
 template <int count, class T>
 constexpr Pack kPack[2] = {pack_a<count, T>, pack_b<count, T>};
 
-Pack pack_parts(CodebookDType dtype, int count, bool of_b) {
+Pack pack_parts(DType dtype, int count, bool of_b) {
     switch (dtype) {
-        case CodebookDType::bfloat16: return kPack<1, BFloat16>[of_b];
-        case CodebookDType::float16: return kPack<2, Half>[of_b];
+        case DType::bfloat16: return kPack<1, BFloat16>[of_b];
+        case DType::float16: return kPack<2, Half>[of_b];
         default: return count == 2 ? kPack<2, float>[of_b] : kPack<3, float>[of_b];
     }
 }
@@ -157,9 +157,9 @@ constexpr TileProduct kUnitProducts[3][3] = {
     {nullptr, unit_product<3, 2>, unit_product<3, 3>},
 };
 
-int parts_of(CodebookDType dtype, CodebookDType other) {
-    if (dtype == CodebookDType::bfloat16) return 1;
-    return dtype == CodebookDType::float16 || other == CodebookDType::bfloat16 ? 2 : 3;
+int parts_of(DType dtype, DType other) {
+    if (dtype == DType::bfloat16) return 1;
+    return dtype == DType::float16 || other == DType::bfloat16 ? 2 : 3;
 }
 
 Format unit_format(const Operand& a, const Operand& b) {

@@ -45,9 +45,9 @@ void check(int status, const char* what) {
 
 int type_of(const Matrix& x) {
     switch (x.dtype) {
-        case CodebookDType::float32: return kFloat32;
-        case CodebookDType::float16: return kFloat16;
-        case CodebookDType::bfloat16: return kBFloat16;
+        case DType::float32: return kFloat32;
+        case DType::float16: return kFloat16;
+        case DType::bfloat16: return kBFloat16;
     }
     throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(int32_t(x.dtype)));
 }
@@ -61,7 +61,7 @@ int to_int(int64_t size) {
 }  // namespace
 
 Matrix Matrix::from_row(int64_t row) const {
-    const int64_t bytes = dtype == CodebookDType::float32 ? 4 : 2;
+    const int64_t bytes = dtype == DType::float32 ? 4 : 2;
     return {static_cast<char*>(data) + row * bytes * (transposed ? 1 : stride), dtype, stride, transposed};
 }
 

@@ -10,7 +10,7 @@ namespace dalle_fast {
 // A matrix on the device: neighbours in a row are neighbours in memory or, where it is transposed, those in a column.
 struct Matrix {
     void* data;
-    CodebookDType dtype;
+    DType dtype;
     int64_t stride;  // numbers from one row to the next; where it is transposed, from one column to the next
     bool transposed;
 

@@ -388,18 +388,18 @@ void with_flag(bool flag, Run run) {
 
 // run(a value of the type)
 template <class Run>
-void with_type(CodebookDType dtype, Run run) {
+void with_type(DType dtype, Run run) {
     switch (dtype) {
-        case CodebookDType::float32: return run(float());
-        case CodebookDType::float16: return run(__half());
-        case CodebookDType::bfloat16: return run(__nv_bfloat16());
+        case DType::float32: return run(float());
+        case DType::float16: return run(__half());
+        case DType::bfloat16: return run(__nv_bfloat16());
     }
     throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(int32_t(dtype)));
 }
 
 // run(a value of the type, is_packed)
 template <class Run>
-void with_type(CodebookDType dtype, bool packed, Run run) {
+void with_type(DType dtype, bool packed, Run run) {
     with_flag(packed, [&](auto is_packed) { with_type(dtype, [&](auto type) { run(type, is_packed); }); });
 }
 

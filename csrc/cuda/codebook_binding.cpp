@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "kernels.h"
+#include "numbers.h"
 
 namespace py = pybind11;
 
@@ -12,16 +12,8 @@ namespace dalle_fast {
 namespace {
 
 using LogitNumbers = std::array<int64_t, 4>;  // R, K, address of logits, address of bias
-using NoiseNumbers = std::array<int64_t, 3>;  // address of seed, one seed a row?, first row
-
-template <class T>
-T* address(int64_t number) {
-    return reinterpret_cast<T*>(number);
-}
 
 LogitRows to_logits(const LogitNumbers& n) { return {n[0], n[1], address<float>(n[2]), address<const float>(n[3])}; }
-
-NoiseRows to_noise(const NoiseNumbers& n) { return {address<const int64_t>(n[0]), n[1] != 0, n[2]}; }
 
 }  // namespace
 
@@ -32,7 +24,7 @@ void bind_cuda_codebook(py::module_& m) {
         [](const LogitNumbers& x, const NoiseNumbers& noise, int64_t tau, int64_t weights, int dtype, int64_t stats,
            int64_t kl, int64_t codes, int64_t stream) {
             cuda_gumbel_forward({to_logits(x), to_noise(noise), address<const float>(tau), address<void>(weights),
-                                 CodebookDType(dtype), address<GumbelStats>(stats), address<float>(kl),
+                                 DType(dtype), address<GumbelStats>(stats), address<float>(kl),
                                  address<int64_t>(codes)},
                                 address<void>(stream));
         },
@@ -45,7 +37,7 @@ void bind_cuda_codebook(py::module_& m) {
             cuda_gumbel_backward({to_logits(x), to_noise(noise), address<const float>(tau),
                                   address<const GumbelStats>(stats), address<const float>(kl),
                                   address<const float>(grad_kl), address<const void>(grad_weights), address<void>(weights),
-                                  address<void>(grad_logits), CodebookDType(dtype)},
+                                  address<void>(grad_logits), DType(dtype)},
                                  address<void>(stream));
         },
         py::arg("x"), py::arg("noise"), py::arg("tau"), py::arg("stats"), py::arg("kl"), py::arg("grad_kl"),
@@ -64,7 +56,7 @@ void bind_cuda_codebook(py::module_& m) {
            bool weight_per_row, int64_t grad_logits, int dtype, int64_t stream) {
             cuda_cross_entropy({to_logits(x), address<const int64_t>(target), ignore_index, address<float>(loss),
                                 address<const float>(row_weight), weight_per_row, address<void>(grad_logits),
-                                CodebookDType(dtype)},
+                                DType(dtype)},
                                address<void>(stream));
         },
         py::arg("x"), py::arg("target"), py::arg("ignore_index"), py::arg("loss"), py::arg("row_weight"),
@@ -73,7 +65,7 @@ void bind_cuda_codebook(py::module_& m) {
         "cuda_gumbel_softmax",
         [](int64_t R, int64_t K, int64_t logits, int64_t out, int dtype, const NoiseNumbers& noise, float tau,
            int64_t codes, int64_t stream) {
-            cuda_gumbel_softmax({R, K, address<const void>(logits), address<void>(out), CodebookDType(dtype),
+            cuda_gumbel_softmax({R, K, address<const void>(logits), address<void>(out), DType(dtype),
                                  to_noise(noise), tau, address<int64_t>(codes)},
                                 address<void>(stream));
         },
@@ -83,7 +75,7 @@ void bind_cuda_codebook(py::module_& m) {
         "cuda_add_columns",
         [](int64_t R, int64_t K, int64_t rows, int dtype, int64_t count, int64_t totals, bool begun, int64_t stream) {
             cuda_add_columns(
-                {R, K, address<void>(rows), CodebookDType(dtype), count, address<float>(totals), begun},
+                {R, K, address<void>(rows), DType(dtype), count, address<float>(totals), begun},
                 address<void>(stream));
         },
         py::arg("R"), py::arg("K"), py::arg("rows"), py::arg("dtype"), py::arg("count"), py::arg("totals"),
@@ -91,7 +83,7 @@ void bind_cuda_codebook(py::module_& m) {
     m.def(
         "cuda_sum_totals",
         [](int64_t count, int64_t K, int64_t totals, int64_t out, int dtype, int64_t stream) {
-            cuda_sum_totals({count, K, address<const float>(totals), address<void>(out), CodebookDType(dtype)},
+            cuda_sum_totals({count, K, address<const float>(totals), address<void>(out), DType(dtype)},
                             address<void>(stream));
         },
         py::arg("count"), py::arg("K"), py::arg("totals"), py::arg("out"), py::arg("dtype"), py::arg("stream"), no_gil);

@@ -12,7 +12,7 @@ T* offset(T* rows, int64_t count) {
     return rows ? rows + count : nullptr;
 }
 
-void* offset(void* rows, CodebookDType dtype, int64_t count) {
+void* offset(void* rows, DType dtype, int64_t count) {
     return rows ? Matrix{rows, dtype, 1, false}.from_row(count).data : nullptr;
 }
 
@@ -22,17 +22,17 @@ struct Chunk {
     const Blas& blas;
     int64_t first_row, R;
 
-    CodebookDType dtype() const { return x.hidden.dtype; }
+    DType dtype() const { return x.hidden.dtype; }
     Matrix hidden() const { return x.hidden.from_row(first_row); }
     LogitRows logits() const { return {R, x.K, x.logits, x.bias}; }
 
     // What a kernel leaves where the logits were.
     Matrix results() const {
-        return {x.logits, dtype(), dtype() == CodebookDType::float32 ? x.K : 2 * x.K, false};
+        return {x.logits, dtype(), dtype() == DType::float32 ? x.K : 2 * x.K, false};
     }
 
     void make_logits() const {
-        blas.product(R, x.K, x.I, hidden(), x.weight.t(), {x.logits, CodebookDType::float32, x.K, false});
+        blas.product(R, x.K, x.I, hidden(), x.weight.t(), {x.logits, DType::float32, x.K, false});
     }
 
     NoiseRows noise(const NoiseRows& all) const {
@@ -41,7 +41,7 @@ struct Chunk {
 
     // Adds a.T @ b to a total, or is the first to.
     void accumulate(float* total, int64_t rows, int64_t columns, const Matrix& a, const Matrix& b) const {
-        blas.product(rows, columns, R, a.t(), b, {total, CodebookDType::float32, columns, false}, first_row > 0);
+        blas.product(rows, columns, R, a.t(), b, {total, DType::float32, columns, false}, first_row > 0);
     }
 
     // What the chunk, whose results are gradients of logits, contributes.
@@ -79,7 +79,7 @@ void cuda_gumbel_chunks(const GumbelChunks& all) {
                              chunk.dtype(), all.stats + n, all.kl + n, all.codes + n},
                             all.x.stream);
         if (!all.embeddings) return;
-        const Matrix sums{all.sums, CodebookDType::float32, all.D, false};
+        const Matrix sums{all.sums, DType::float32, all.D, false};
         chunk.blas.product(chunk.R, all.D, all.x.K, chunk.results(), all.codebook, sums);
         cuda_divide_embeddings(
             {chunk.R, all.D, all.sums, stats, offset(all.embeddings, chunk.dtype(), n * all.D), chunk.dtype()},

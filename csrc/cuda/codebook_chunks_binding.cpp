@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "codebook_chunks.h"
+#include "numbers.h"
 
 namespace py = pybind11;
 
@@ -14,17 +15,9 @@ namespace dalle_fast {
 namespace {
 
 using MatrixNumbers = std::array<int64_t, 3>;    // address, stride, transposed?
-using NoiseNumbers = std::array<int64_t, 2>;     // address of seed, one seed a row?
 using GradientNumbers = std::array<int64_t, 5>;  // addresses of those of hidden, weight, bias; count, bias totals
 
-template <class T>
-T* address(int64_t number) {
-    return reinterpret_cast<T*>(number);
-}
-
-NoiseRows to_noise(const NoiseNumbers& n) { return {address<const int64_t>(n[0]), n[1] != 0, 0}; }
-
-Matrix to_matrix(const MatrixNumbers& n, CodebookDType dtype) { return {address<void>(n[0]), dtype, n[1], n[2] != 0}; }
+Matrix to_matrix(const MatrixNumbers& n, DType dtype) { return {address<void>(n[0]), dtype, n[1], n[2] != 0}; }
 
 ProductGradients to_gradients(const GradientNumbers& n) {
     return {address<void>(n[0]), address<float>(n[1]), address<void>(n[2]), n[3], address<float>(n[4])};
@@ -35,7 +28,7 @@ using RowNumbers = std::tuple<std::array<int64_t, 4>, MatrixNumbers, MatrixNumbe
 
 ChunkedRows to_rows(const RowNumbers& numbers) {
     const auto& [sizes, hidden, weight, rest] = numbers;
-    const CodebookDType dtype = CodebookDType(rest[0]);
+    const DType dtype = DType(rest[0]);
     return {sizes[0], sizes[1], sizes[2], sizes[3], to_matrix(hidden, dtype), to_matrix(weight, dtype),
             address<const float>(rest[1]), address<float>(rest[2]), address<void>(rest[3]), address<void>(rest[4])};
 }
@@ -61,7 +54,7 @@ void bind_cuda_codebook_chunks(py::module_& m) {
            const MatrixNumbers& grad_embedding, int64_t stats, int64_t kl, int64_t grad_kl, int64_t grad_weights,
            int64_t of_codebook, const GradientNumbers& gradients) {
             const ChunkedRows rows = to_rows(x);
-            const CodebookDType dtype = rows.hidden.dtype;
+            const DType dtype = rows.hidden.dtype;
             cuda_gumbel_backward_chunks({rows, to_noise(noise), address<const float>(tau), D,
                                          to_matrix(codebook, dtype), to_matrix(grad_embedding, dtype),
                                          address<const GumbelStats>(stats), address<const float>(kl),

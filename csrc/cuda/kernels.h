@@ -29,7 +29,7 @@ void cuda_gumbel_softmax(const GumbelSoftmaxRows& rows, void* stream);
 struct ColumnSums {
     int64_t R, K;
     void* rows;  // (R, K) results
-    CodebookDType dtype;
+    DType dtype;
     int64_t count;
     float* totals;  // (count, K)
     bool begun;     // are there totals to add to?
@@ -41,7 +41,7 @@ struct SumOfTotals {
     int64_t count, K;
     const float* totals;  // (count, K)
     void* out;            // (K)
-    CodebookDType dtype;  // of out
+    DType dtype;          // of out
 };
 void cuda_sum_totals(const SumOfTotals& totals, void* stream);
 
@@ -51,7 +51,7 @@ struct EmbeddingRows {
     const float* sums;  // (R, D) contiguous
     const GumbelStats* stats;
     void* embeddings;     // (R, D) contiguous
-    CodebookDType dtype;  // of embeddings
+    DType dtype;          // of embeddings
 };
 void cuda_divide_embeddings(const EmbeddingRows& rows, void* stream);
 

@@ -18,10 +18,10 @@ from torch.overrides import has_torch_function
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.calls import autocast_dtype, needs_grad
+from dalle_fast.ops.dtypes import DTYPES
 
 IMPLS = ("auto", "reference", "cpu", "triton")
 ACTIVATIONS = (None, "gelu")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of DType in csrc/cpu/attention.h
 
 # Numbers of rows for which ours is faster than torch's, by the instruction set in use, in the dtypes' order: in float32, where
 # MKL does not pack for one or two, and in 16 bits, which oneDNN multiplies with instructions of their own, as ours does

@@ -8,7 +8,7 @@ using serve::number;
 
 namespace {
 
-CodebookDType dtype() { return CodebookDType(number()); }
+DType dtype() { return DType(number()); }
 LogitRows logit_rows() {
     const int64_t R = number(), K = number();
     float* logits = buffer<float>();

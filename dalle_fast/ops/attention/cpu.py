@@ -10,8 +10,8 @@ import functools
 import torch
 
 from dalle_fast import _extension
+from dalle_fast.ops.dtypes import DTYPES
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of DType in csrc/cpu/attention.h
 MAX_HEAD_DIM = 128
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # DLPack's, by which C reads a tensor's numbers

@@ -29,10 +29,10 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention import reference
 from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
+from dalle_fast.ops.dtypes import check_dense, check_tensor
 
 MAX_HEAD_DIM = 128
 _LARGEST = sys.float_info.max
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
@@ -97,21 +97,6 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     return check_scale(scale, D)
 
 
-def check_tensor(name, tensor):
-    """Raise TypeError where `tensor` is no dense tensor of floating-point numbers that an operation takes."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    _check_dense(name, tensor)
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-
-
-def _check_dense(name, tensor):
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-
-
 def check_scale(scale, D) -> float:
     """The factor of the logits as a float; D ** -0.5 for None. Raises TypeError or ValueError."""
     if scale is None:
@@ -132,7 +117,7 @@ def check_text_lengths(text_lengths, B, device):
     """Raise for all but the range, which only a look at the numbers can tell: see `canonical_lengths`."""
     if not isinstance(text_lengths, torch.Tensor):
         raise TypeError(f"text_lengths must be an integer tensor or None, got {type(text_lengths).__name__}")
-    _check_dense("text_lengths", text_lengths)
+    check_dense("text_lengths", text_lengths)
     if text_lengths.dtype not in LENGTH_DTYPES:
         raise TypeError(f"text_lengths must be an integer tensor (int32 or int64), got {text_lengths.dtype}")
     if text_lengths.shape != (B,):

@@ -15,9 +15,9 @@ import threading
 import torch
 
 from dalle_fast import _extension
+from dalle_fast.ops.dtypes import DTYPES
 from dalle_fast.ops.linear import few_rows, linear_product
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
 ROUNDED_BYTES = 2 << 20  # of a part of a product before it is rounded to 16 bits
 

@@ -18,8 +18,8 @@ import torch
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.codebook.truncation import truncated  # noqa: F401 (part of the interface)
+from dalle_fast.ops.dtypes import DTYPES
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the order of CodebookDType in csrc/codebook.h
 MAX_DIN, MAX_D = 4096, 1024  # what was promised and is tested, not what the kernels could do
 OLDEST_GPU = (8, 0)  # compute capability of the oldest machine code in the module
 
@@ -123,7 +123,7 @@ def gumbel_softmax(logits, tau, seed):
     logits = logits.contiguous()
     out, codes = torch.empty_like(logits), _row_results(logits, dtype=torch.int64)
     _extension.native().cuda_gumbel_softmax(
-        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], (*_noise(seed, False), 0), tau,
+        *logits.shape, logits.data_ptr(), out.data_ptr(), DTYPES[logits.dtype], _noise(seed, False), tau,
         codes.data_ptr(), _stream(),
     )  # fmt: skip
     return out, codes
@@ -251,7 +251,7 @@ def sample_of_logits(logits, seed):
     codes, temperature = _row_results(logits, dtype=torch.int64), logits.new_ones(())
     _extension.native().cuda_sample(
         (*logits.shape, logits.data_ptr(), 0),
-        (*_noise(seed, True), 0),
+        _noise(seed, True),
         temperature.data_ptr(),
         codes.data_ptr(),
         _stream(),
@@ -288,7 +288,8 @@ def _float32(x):
 
 
 def _noise(seed, seed_per_row):
-    return _address(seed), int(seed_per_row)
+    """Of rows from number 0 on."""
+    return _address(seed), int(seed_per_row), 0
 
 
 def _address(tensor):

@@ -23,8 +23,8 @@ from torch.autograd import forward_ad
 from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.codebook import reference
+from dalle_fast.ops.dtypes import check_tensor
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda",)}
 _IGNORED = -2  # the target of a row that is not counted
 _COST = "holds logits of every row and code in memory"
@@ -123,7 +123,7 @@ def codebook_cross_entropy(
 def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
     """See `dalle_fast.nn.functional.gumbel_softmax`."""
     check_impl(impl)
-    _check_tensor("logits", logits)
+    check_tensor("logits", logits)
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
@@ -157,23 +157,13 @@ def noise_seed(seed, *, step=0, rank=0):
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_tensor(name, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-
-
 def _check_product(hidden, weight, bias, impl, **codebook):
     """What hidden @ weight.T + bias needs, and the codebook where there is one."""
     check_impl(impl)
-    _check_tensor("hidden", hidden)
+    check_tensor("hidden", hidden)
     others = {"weight": weight, **codebook} if bias is None else {"weight": weight, "bias": bias, **codebook}
     for name, tensor in others.items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
         if tensor.dtype != hidden.dtype and (tensor.dtype == torch.float64 or autocast_dtype(hidden) is None):
