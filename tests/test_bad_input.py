@@ -77,7 +77,7 @@ CASES = {
     "impl": (
         {"impl": "flash"},
         ValueError,
-        ["impl must be one of auto, reference, cpu, triton, cuda, got 'flash'"],
+        ["impl must be one of auto, reference, cpu, triton, got 'flash'"],
     ),
     "impl None": ({"impl": None}, ValueError, ["impl must be one of", "got None"]),
     "impl list": ({"impl": ["cpu"]}, ValueError, ["impl must be one of", "got ['cpu']"]),
@@ -137,7 +137,7 @@ CASES = {
         ValueError,
         ["impl='cpu' cannot serve", "got torch.float64"],
     ),
-    "cuda": ({"impl": "cuda"}, ValueError, ["impl='cuda' cannot serve"]),
+    "cuda": ({"impl": "cuda"}, ValueError, ["impl must be one of", "got 'cuda'"]),
 }
 
 

@@ -425,7 +425,11 @@ def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--pass", "backward"], "argument --pass: invalid choice: 'backward'"),
         (["--impl", "fast"], "argument --impl: invalid choice: 'fast'"),
-        (["--impl", "cuda", "--device", "cpu"], "argument --impl: impl='cuda' cannot serve this call: "),
+        (
+            ["--impl", "cuda", "--device", "cpu"],
+            "argument --impl: impl must be one of auto, reference, cpu, triton, got",
+        ),
+        (["--impl", "triton", "--device", "cpu"], "argument --impl: impl='triton' cannot serve this call: "),
         (["--seconds", "0"], "argument --seconds: expected a positive number of seconds, got '0'"),
         (["--json", "no/such/folder/a.json"], "argument --json: expected a writable file in an existing folder"),
         (["--json", "/proc/a.json"], "argument --json: expected a writable file in an existing folder"),

@@ -74,15 +74,20 @@ PRODUCT_CASES = {
     ),
     "bias device": ({"bias": torch.randn(K, device="meta")}, ValueError, ["bias must be on hidden's device cpu"]),
     "bias number": ({"bias": 1.0}, TypeError, ["bias must be a tensor, got float"]),
-    "impl unknown": (
-        {"impl": "fast"},
-        ValueError,
-        ["impl must be one of auto, reference, cpu, triton, cuda, got 'fast'"],
-    ),
+    "impl unknown": ({"impl": "fast"}, ValueError, ["impl must be one of auto, reference, cpu, ", "got 'fast'"]),
     "impl None": ({"impl": None}, ValueError, ["impl must be one of", "got None"]),
     "impl list": ({"impl": ["cpu"]}, ValueError, ["impl must be one of", "got ['cpu']"]),
     "impl cuda": ({"impl": "cuda"}, ValueError, ["impl='cuda' cannot serve", "got hidden on cpu"]),
-    "impl triton": ({"impl": "triton"}, ValueError, ["impl='triton' cannot serve", "no Triton kernels", 'impl="cuda"']),
+}
+NO_TRITON = {
+    "impl triton": ({"impl": "triton"}, ValueError, ["impl must be one of auto, reference, cpu, cuda, got 'triton'"]),
+}
+TRITON = {
+    "impl triton": (
+        {"impl": "triton"},
+        ValueError,
+        ["impl='triton' cannot serve", "hidden is on cpu", "float16 or bfloat16", "multiple of 16"],
+    ),
 }
 CODEBOOK_CASES = {
     "codebook K": ({"codebook": torch.randn(K - 1, D)}, ValueError, ["codebook must have shape (10, D), got (9, 3)"]),
@@ -215,13 +220,19 @@ def number_cases(name, positive):
 
 
 CASES = [
-    *(("gumbel_codebook", case) for case in (PRODUCT_CASES | CODEBOOK_CASES | SEED_CASES | ROW_SEED_CASES).items()),
+    *(
+        ("gumbel_codebook", case)
+        for case in (PRODUCT_CASES | NO_TRITON | CODEBOOK_CASES | SEED_CASES | ROW_SEED_CASES).items()
+    ),
     *(("gumbel_codebook", case) for case in number_cases("tau", True).items()),
-    *(("codebook_argmax", case) for case in (PRODUCT_CASES | RANGE_CASES).items()),
-    *(("codebook_sample", case) for case in (PRODUCT_CASES | RANGE_CASES | SEED_CASES | ROW_SEED_CASES).items()),
+    *(("codebook_argmax", case) for case in (PRODUCT_CASES | TRITON | RANGE_CASES).items()),
+    *(
+        ("codebook_sample", case)
+        for case in (PRODUCT_CASES | TRITON | RANGE_CASES | SEED_CASES | ROW_SEED_CASES).items()
+    ),
     *(("codebook_sample", case) for case in number_cases("temperature", False).items()),
-    *(("codebook_cross_entropy", case) for case in (PRODUCT_CASES | RANGE_CASES | TARGET_CASES).items()),
-    *(("gumbel_softmax", case) for case in (SOFTMAX_CASES | SEED_CASES | SOFTMAX_SEED_CASES).items()),
+    *(("codebook_cross_entropy", case) for case in (PRODUCT_CASES | TRITON | RANGE_CASES | TARGET_CASES).items()),
+    *(("gumbel_softmax", case) for case in (SOFTMAX_CASES | NO_TRITON | SEED_CASES | SOFTMAX_SEED_CASES).items()),
     *(("gumbel_softmax", case) for case in number_cases("tau", True).items()),
 ]
 

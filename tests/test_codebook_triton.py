@@ -22,8 +22,11 @@ import pytest
 import torch
 from test_codebook_cuda import EPS, assert_exact, assert_near, needs_gpu, on_gpu
 
+import dalle_fast.nn.functional as F
 from dalle_fast.ops import on_triton
-from dalle_fast.ops.codebook import cuda, noise, reference
+from dalle_fast.ops.choice import choose
+from dalle_fast.ops.codebook import cuda, noise, op, reference
+from dalle_fast.ops.codebook import triton as streaming
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
@@ -36,7 +39,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
     look_once()
 HALVES = (torch.float16, torch.bfloat16)
-CASES = 27  # that are interpreted; a change of a parameter list changes it, knowingly
+CASES = 28  # that are interpreted; a change of a parameter list changes it, knowingly
 SIZES = [
     (1, 1, 16),
     (3, 2, 16),
@@ -232,11 +235,35 @@ def test_no_rows():
 # -- who serves, and how it is cut -------------------------------------------------------------------------------------
 
 
+@interpreted
+def test_it_is_an_implementation_that_can_be_asked_for():
+    case = make_case(70, 100, 32, torch.float16)
+    product, target = (case.hidden, case.weight, case.bias.half()), case.target
+    for name, options in (("codebook_argmax", {}), ("codebook_sample", {"seed": 7})):
+        codes = [getattr(F, name)(*product, **options, impl=impl) for impl in ("triton", "reference")]
+        assert_exact(*codes)
+    exact = true_loss(case)
+    for reduction in ("none", "sum", "mean"):
+        loss = F.codebook_cross_entropy(*product, target, reduction=reduction, impl="triton")
+        torch.testing.assert_close(loss.double(), getattr(exact, reduction, lambda: exact)(), rtol=1e-5, atol=0)
+    product[0].requires_grad_()
+    for reduction in ("none", "mean"):
+        with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it computes no gradients"):
+            F.codebook_cross_entropy(*product, target, reduction=reduction, impl="triton").sum().backward()
+
+
+def kernels_take(I, dtype=torch.bfloat16, columns=None):
+    hidden, weight = (torch.zeros(2, columns or I, dtype=dtype)[:, :I] for _ in range(2))
+    return {"hidden": hidden, "weight": weight}
+
+
 @compiled
-def test_what_it_takes():
-    def takes(I, dtype=torch.bfloat16, columns=None):
-        hidden, weight = (torch.zeros(2, columns or I, dtype=dtype)[:, :I] for _ in range(2))
-        return streaming_triton.can_stream(hidden, weight)
+def test_what_it_takes(monkeypatch):
+    assert "hidden is on cpu" in streaming.why_not(kernels_take(16))[0]
+    monkeypatch.setattr(on_triton, "why_not", lambda *_: [])
+
+    def takes(*arguments, **options):
+        return not streaming.why_not(kernels_take(*arguments, **options))
 
     assert takes(16) and takes(4096) and takes(48, torch.float16)
     assert not any(takes(I) for I in (0, 8, 24, 4112))
@@ -244,13 +271,21 @@ def test_what_it_takes():
 
 
 @compiled
-def test_a_search_for_the_largest_logit_is_told_from_a_sample(monkeypatch):
-    asked = []
-    monkeypatch.setattr(cuda, "streams", lambda operation, *_: asked.append(operation) or True)
-    monkeypatch.setattr(cuda, "_triton", lambda: SimpleNamespace(sample_streaming=lambda *_, **__: None))
-    for temperature in (None, torch.ones(1)):
-        cuda.sample(torch.zeros(1, 16), torch.zeros(2, 16), None, temperature, None, False)
-    assert asked == ["argmax", "sample"] and set(asked) < set(cuda.SMALL_DIN)
+def test_whom_auto_chooses_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(on_triton, "why_not", lambda *_: [])
+    monkeypatch.setattr(cuda, "why_not", lambda *_: [])
+
+    def chosen(operation, dtype, **more):
+        tensors = kernels_take(64, dtype) | more
+        return choose((operation, ""), "auto", "cuda", op._implementation, op.AUTO[operation], tensors)
+
+    for dtype in HALVES:
+        assert chosen("codebook_argmax", dtype) is chosen("codebook_cross_entropy", dtype) is streaming
+        assert chosen("codebook_cross_entropy", dtype, row_weight=torch.ones(1)) is cuda
+    for operation in op.IMPLS:
+        assert chosen(operation, torch.float32) is cuda
+        if operation not in ("codebook_argmax", "codebook_cross_entropy"):
+            assert chosen(operation, torch.bfloat16) is cuda
 
 
 @compiled
@@ -313,7 +348,10 @@ def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
     for options in ({}, {"bias": False, "per_row": True}):
         case = make_case(N, K, I, dtype, **options)
         exact, case = true_loss(case), on_gpu(case)
-        assert streaming_triton.can_stream(case.hidden, case.weight)
+        product = case.hidden, case.weight, None if case.bias is None else case.bias.to(dtype)
+        codes = [F.codebook_argmax(*product, impl=impl) for impl in ("cuda", "triton", "auto")]
+        assert_exact(codes[1], codes[0])
+        assert_exact(codes[2], codes[0])
         for tiles in (None, *TILES[:2]):
             for temperature in (None, torch.ones(1, device="cuda")):
                 seed = None if temperature is None else case.seed

@@ -11,7 +11,7 @@ import torch.nn.functional as torch_F
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
-from dalle_fast.ops.attention.op import MAX_HEAD_DIM, check_tensor
+from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM, check_tensor
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 
@@ -61,7 +61,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             check_size(name, size)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        check_impl(impl)
+        check_impl(impl, IMPLS)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )

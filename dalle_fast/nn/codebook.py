@@ -14,7 +14,7 @@ from dalle_fast.nn.checks import check_size
 from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
-from dalle_fast.ops.codebook.op import check_tau
+from dalle_fast.ops.codebook.op import IMPLS, check_tau
 
 
 class GumbelCodebook(torch.nn.Module):
@@ -56,7 +56,7 @@ class GumbelCodebook(torch.nn.Module):
         for name, size in (("in_channels", in_channels), ("num_codes", num_codes), ("embedding_dim", embedding_dim)):
             check_size(name, size)
         check_tau(tau)
-        check_impl(impl)
+        check_impl(impl, IMPLS["gumbel_codebook"])
         options = {"device": device, "dtype": dtype}
         self.tau, self.hard, self.impl = tau, hard, impl
         self.weight = torch.nn.Parameter(torch.empty(num_codes, in_channels, **options))

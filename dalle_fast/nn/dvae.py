@@ -21,6 +21,7 @@ from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import bounds, check_integers, check_range
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
+from dalle_fast.ops.codebook.op import IMPLS
 
 LIKELIHOODS = ("logit_laplace", "l1", "l2")
 PIXEL_MARGIN = 0.1  # the paper's epsilon: the logit-Laplace distribution lives on (0, 1), pixels go to (0.1, 0.9)
@@ -266,7 +267,7 @@ class DiscreteVAE(nn.Module):
             config = PRESETS.get(config, config)
         if not isinstance(config, DVAEConfig):
             raise ValueError(f"config must be a DVAEConfig or one of {', '.join(PRESETS)}, got {config!r}")  # noqa: TRY004
-        check_impl(impl)
+        check_impl(impl, IMPLS["gumbel_codebook"])
         self.config, self.impl = config, impl
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

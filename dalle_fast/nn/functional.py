@@ -53,7 +53,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
             the device, the range is not checked and values are clamped to it.
         return_lse: also return the log-sum-exp of each query's logits.
         impl: "auto" takes the fastest implementation that serves the call and warns once when that is the dense
-            reference; "reference", "cpu", "triton" or "cuda" take that one or raise.
+            reference; "reference", "cpu" or "triton" take that one or raise.
 
     Returns:
         out (B, H, S, D), contiguous, in the inputs' dtype; with `return_lse` the pair (out, lse), lse (B, H, S) in
@@ -269,7 +269,7 @@ def codebook_argmax(hidden, weight, bias=None, *, code_range=None, impl="auto"):
     """The largest logit's code: argmax(hidden @ weight.T + bias), the first of equals. Not differentiable.
 
     Args:
-        hidden, weight, bias, impl: as in `gumbel_codebook`.
+        hidden, weight, bias, impl: as in `gumbel_codebook`. Here `impl` may be "triton" too, of 16-bit tensors on a GPU.
         code_range: (start, stop) restricts it to these codes, as if the others did not exist; None means all K.
 
     Returns:
@@ -287,7 +287,7 @@ def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, co
     It is argmax(logits + temperature * noise) with the noise of 32 random bits in float32. Not differentiable.
 
     Args:
-        hidden, weight, bias, seed, impl: as in `gumbel_codebook`.
+        hidden, weight, bias, seed, impl: as in `gumbel_codebook`, and `impl` as in `codebook_argmax`.
         temperature: a number from 0, which means argmax, or a tensor without dimensions.
         code_range: (start, stop) restricts it to these codes, as if the others did not exist: the code `start` has the
             noise of code 0. None means all K.
@@ -313,7 +313,7 @@ def codebook_cross_entropy(
     factor keeps them in range).
 
     Args:
-        hidden, weight, bias, impl: as in `gumbel_codebook`.
+        hidden, weight, bias, impl: as in `codebook_argmax`, where "triton" makes no gradients.
         target: (...) int64, codes from 0 to K - 1 or ignore_index. On a CPU others raise; elsewhere, where a look would
             wait for the device, they give NaN in the loss.
         reduction: "none", "mean" (over the targets that are not ignored; NaN if there are none) or "sum".

@@ -17,6 +17,7 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.nn.kv_cache import KVCache
+from dalle_fast.ops.attention.op import IMPLS
 from dalle_fast.ops.blocks import blocks_step
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.norm import add_norm
@@ -175,7 +176,7 @@ class Transformer(nn.Module):
         impl="auto",
     ):
         super().__init__()
-        check_impl(impl)
+        check_impl(impl, IMPLS)
         masks = tuple(masks)
         for mask in masks:
             if not isinstance(mask, AttentionMask):

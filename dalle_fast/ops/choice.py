@@ -6,13 +6,13 @@ import functools
 import sys
 import warnings
 
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")  # of all operations together
 
 
-def check_impl(impl):
-    """Raise ValueError where `impl` is no name of an implementation."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+def check_impl(impl, names):
+    """Raise ValueError where `impl` is none of an operation's `names`."""
+    if impl not in names:
+        raise ValueError(f"impl must be one of {', '.join(names)}, got {impl!r}")
 
 
 def choose(operation, impl, device_type, load, automatic, *tensors):
@@ -20,35 +20,27 @@ def choose(operation, impl, device_type, load, automatic, *tensors):
 
     Args:
         operation: the operation's name and what it costs on the reference, for the warning when "auto" lands there.
-        impl: one of IMPLS.
+        impl: "auto", or the name of one.
         device_type: of the tensors' device.
-        load: from a name to the implementation, whose `why_not(*tensors)` lists every reason why it cannot serve; or
-            to a list of reasons, where there is no such implementation.
+        load: from a name to the implementation, whose `why_not(*tensors)` lists every reason why it cannot serve.
         automatic: by device type, the names that "auto" tries, the fastest first. The reference comes after them.
 
     Raises:
         ValueError: the named implementation cannot serve, with every reason.
     """
     if impl != "auto":
-        serving, reasons = _try(load, impl, tensors)
-        if reasons:
+        serving = load(impl)
+        if reasons := serving.why_not(*tensors):
             raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons)}")
         return serving
     refusals = []
     for name in automatic.get(device_type, ()):
-        serving, reasons = _try(load, name, tensors)
-        if not reasons:
+        serving = load(name)
+        if not (reasons := serving.why_not(*tensors)):
             return serving
         refusals.append(f"{name}: {'; '.join(reasons)}")
     _warn_once(*operation, " | ".join(refusals) or f"no faster implementation for {device_type} tensors")
     return load("reference")
-
-
-def _try(load, name, tensors):
-    implementation = load(name)
-    if isinstance(implementation, list):
-        return None, implementation
-    return implementation, implementation.why_not(*tensors)
 
 
 @functools.cache

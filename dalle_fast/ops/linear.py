@@ -18,6 +18,7 @@ from torch.overrides import has_torch_function
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.calls import autocast_dtype, needs_grad
+from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.dtypes import DTYPES
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -43,8 +44,7 @@ LEAST_COLUMNS, LEAST_WEIGHTS = 512, 1 << 20
 
 def linear(x, weight, bias=None, *, activation=None, impl="auto"):
     """See `dalle_fast.nn.functional.linear`, the public name of this function."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    check_impl(impl, IMPLS)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
     if impl == "auto":

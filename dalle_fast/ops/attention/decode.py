@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.op import (
     AUTO,
+    IMPLS,
     MAX_HEAD_DIM,
     TAGS,
     canonical_lengths,
@@ -67,7 +68,7 @@ def _check(query, text_key, text_value, image_key, image_value, mask, text_lengt
     """Raise TypeError or ValueError for what no implementation takes; returns the scale."""
     if not isinstance(mask, AttentionMask):
         raise TypeError(f"mask must be an AttentionMask (see dalle_fast.masks), got {type(mask).__name__}")
-    check_impl(impl)
+    check_impl(impl, IMPLS)
     check_tensor("query", query)
     if query.dim() != 3:
         raise ValueError(f"query must have 3 dimensions (batch, heads, head size), got {tuple(query.shape)}")

@@ -35,6 +35,7 @@ MAX_HEAD_DIM = 128
 _LARGEST = sys.float_info.max
 LENGTH_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
+IMPLS = ("auto", "reference", "cpu", "triton")
 AUTO = {"cpu": ("cpu",), "cuda": ("triton",)}
 _NAME_AND_COST = ("sparse_attention", "holds S x S logits in memory")
 
@@ -75,7 +76,7 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
     """Raise TypeError or ValueError for what no implementation takes; returns the scale."""
     if not isinstance(mask, AttentionMask):
         raise TypeError(f"mask must be an AttentionMask (see dalle_fast.masks), got {type(mask).__name__}")
-    check_impl(impl)
+    check_impl(impl, IMPLS)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
     if query.dim() != 4:
@@ -145,8 +146,6 @@ def canonical_lengths(text_lengths, T):
 @functools.cache
 def implementation(name):
     """The module that is called `name`; those but the reference are imported when first asked for."""
-    if name == "cuda":
-        return ['there are no CUDA C++ kernels for attention; impl="triton" serves CUDA tensors']
     return reference if name == "reference" else importlib.import_module(f"dalle_fast.ops.attention.{name}")
 
 

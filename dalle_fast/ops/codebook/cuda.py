@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 
 from dalle_fast import _extension
-from dalle_fast.ops import on_triton
 from dalle_fast.ops.codebook.truncation import truncated  # noqa: F401 (part of the interface)
 from dalle_fast.ops.dtypes import DTYPES
 
@@ -94,8 +93,6 @@ def gumbel_codebook_backward(
 
 
 def sample(hidden, weight, bias, temperature, seed, seed_per_row):
-    if streams("argmax" if temperature is None else "sample", hidden, weight):
-        return _triton().sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
     codes = _row_results(hidden, dtype=torch.int64)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=False))
     _extension.native().cuda_sample_chunks(
@@ -106,8 +103,6 @@ def sample(hidden, weight, bias, temperature, seed, seed_per_row):
 
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     """A target that is neither a code nor ignore_index gives NaN in its row, where torch stops the whole process."""
-    if row_weight is None and streams("cross_entropy", hidden, weight):
-        return _triton().cross_entropy_streaming(hidden, weight, _float32(bias), target, ignore_index), None, None, None
     loss, row_weight = _row_results(hidden), _float32(row_weight)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=row_weight is not None))
     gradients = _Gradients(rows, needs)
@@ -257,26 +252,6 @@ def sample_of_logits(logits, seed):
         _stream(),
     )
     return codes
-
-
-# -- without logits in memory -----------------------------------------------------------------------------------------
-
-# Who finds the largest logit, samples, and computes a loss without gradients where both could: "chunked" (the vendor's
-# product, then a kernel, as above) or "triton" (streaming_triton.py, 16-bit tensors). On an H200, 8,192 rows and codes in
-# bfloat16, Din = 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 chunked and 0.11 by
-# Triton, a loss 0.28 and 0.14, a sample 0.33 chunked. Triton's sample waits for its measurement on a GPU.
-SMALL_DIN = {"argmax": "triton", "sample": "chunked", "cross_entropy": "triton"}
-
-
-def streams(operation, hidden, weight):
-    wanted = SMALL_DIN[operation] == "triton" and hidden.is_cuda and not on_triton.why_not(hidden, "hidden")
-    return wanted and _triton().can_stream(hidden, weight)
-
-
-def _triton():
-    from dalle_fast.ops.codebook import streaming_triton
-
-    return streaming_triton
 
 
 def _row_results(hidden, *shape, dtype=torch.float32):

@@ -3,7 +3,7 @@
 A program has a tile of rows and a range of the codes, of which it multiplies a tile at a time. What becomes of a tile's
 logits happens in the product's registers and needs no other thread: of a sample the largest is kept for each of 16
 classes of codes, which are compared once at the end; of a loss a row's largest logit and sum. A second kernel merges
-the ranges. `triton` is loaded when a call gets here.
+the ranges. `triton.py` beside this file says what it takes, and loads it when a call gets here.
 
 N rows, K codes, I size of hidden, S ranges of codes.
 """
@@ -24,8 +24,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 NOISE_BLOCK = tl.constexpr(64)  # as in noise.py: the codes that 16 counters of 4 words serve
 CLASSES = tl.constexpr(16)  # a code's class is its number modulo these; NOISE_LANES, so that a counter has one class
 NO_CODE = tl.constexpr(0x7FFFFFFF)
-MAX_DIN = 4096
-MAX_SIZE = 1 << 30  # of N and K: rows and codes are numbered with 32 bits, tiles that are not full included
 MERGED_ROWS = 128  # of a program of the second kernel
 
 
@@ -328,17 +326,6 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, N, K, S, ignore_index
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
-
-
-def can_stream(hidden, weight):
-    """Can the functions below take these? 16-bit and contiguous, Din a multiple of 16."""
-    return (
-        hidden.dtype in (torch.float16, torch.bfloat16)
-        and 0 < hidden.shape[1] <= MAX_DIN
-        and hidden.shape[1] % 16 == 0
-        and max(hidden.shape[0], weight.shape[0]) <= MAX_SIZE
-        and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    )
 
 
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row, tiles=None):
