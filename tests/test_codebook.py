@@ -192,6 +192,14 @@ def test_gumbel_softmax(serve, K, dtype):
         check_codes(hard.argmax(-1), logits.double() + noise, sizes, K)
 
 
+def test_gumbel_softmax_says_as_torch_does_that_eps_has_no_effect():
+    for softmax in (torch.nn.functional.gumbel_softmax, F.gumbel_softmax):
+        with pytest.warns(UserWarning) as said:
+            softmax(torch.zeros(2, 3), eps=1e-5)
+        assert [str(x.message) for x in said] == ["`eps` parameter is deprecated and has no effect."]
+        assert said[0].filename == __file__
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
 def test_gumbel_softmax_along_any_dimension(serve, dim):
     logits = inputs(3, 5 * 7, 4, 1)[1].T.reshape(4, 5, 7).to(serve.device)

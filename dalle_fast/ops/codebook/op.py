@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import numbers
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -141,6 +142,8 @@ def codebook_cross_entropy(
 def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
     """See `dalle_fast.nn.functional.gumbel_softmax`."""
     check_impl(impl, IMPLS["gumbel_softmax"])
+    if eps != 1e-10:  # as torch's does; at the line that called the public function
+        warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=3)
     check_tensor("logits", logits)
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"dim must be an integer, got {dim!r}")
