@@ -15,12 +15,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # masks load neither torch nor matplotlib before one is asked for what needs them
+    import os
+
+    import torch
+    from matplotlib.figure import Figure
 
 __all__ = ["AttentionMask", "causal_mask", "column_mask", "conv_mask", "row_mask"]
 
 # The order is part of the ABI: csrc/mask.h and triton/primitives.py use the same numbers.
 RULES = ("causal", "row", "axial_row", "column", "conv_flat", "conv_clip", "conv_torus", "conv_corner")
 CONV_EDGES = ("flat", "clip", "torus", "corner")
+_Grid = int | tuple[int, int]
+_Integers = TypeVar("_Integers")  # a tensor or an array of integers, or a Python integer
 _COUNT_CHUNK = 1 << 22  # pairs looked at together when counting; bounds the memory of num_pairs
 
 
@@ -93,7 +103,7 @@ class AttentionMask:
 
     # -- the rule ------------------------------------------------------------------------------------------------
 
-    def allows(self, q_idx, k_idx):
+    def allows(self, q_idx: Any, k_idx: Any) -> Any:
         """THE rule: may query position `q_idx` see key position `k_idx`?
 
         Args:
@@ -177,7 +187,7 @@ class AttentionMask:
         """
         return self.image_len if self.rule == "column" else self.kv_reach
 
-    def cache_slot(self, j):
+    def cache_slot(self, j: _Integers) -> _Integers:
         """The slot of image token `j` in a decoding cache of `cache_slots` slots.
 
         A ring, j % cache_slots, which never wraps where the reach is the whole image; for column the transposed grid,
@@ -194,7 +204,7 @@ class AttentionMask:
         j = _wide(j)
         return j % W * H + j // W if self.rule == "column" else j % self.cache_slots
 
-    def visible_slots(self, device="cpu"):
+    def visible_slots(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Which slots of a decoding cache each image token sees, `allows` and `cache_slot` as tables for kernels.
 
         Args:
@@ -213,7 +223,7 @@ class AttentionMask:
         return _num_pairs(self)
 
     @property
-    def token_order(self):
+    def token_order(self) -> torch.Tensor:
         """(S,) int64 tensor: the order in which kernels walk the tokens.
 
         The sequence's own order, but for `column` text first and then the image column by column, so that the keys
@@ -227,11 +237,11 @@ class AttentionMask:
         return order
 
     @property
-    def mask_mod(self):
+    def mask_mod(self) -> Callable[..., torch.Tensor]:
         """The rule in FlexAttention's form: a callable of (batch, head, q_idx, kv_idx)."""
         return functools.partial(_mask_mod, self)
 
-    def to_dense(self, device=None, *, seq_len: int | None = None):
+    def to_dense(self, device: torch.device | str | int | None = None, *, seq_len: int | None = None) -> torch.Tensor:
         """The mask as a matrix, by evaluating `allows` everywhere.
 
         Args:
@@ -255,7 +265,7 @@ class AttentionMask:
             raise ValueError(f"{name} must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
         return seq_len
 
-    def plot(self, path=None, *, max_size: int = 1024):
+    def plot(self, path: str | os.PathLike | None = None, *, max_size: int = 1024) -> Figure:
         """Draw the mask: the (S, S) matrix beside what one image query sees on the grid.
 
         Args:
@@ -287,7 +297,7 @@ class AttentionMask:
         return AttentionMask(RULES[rule], text_len, (rows, columns), kernel_size, dilation)
 
     @staticmethod
-    def decode(numbers) -> AttentionMask:
+    def decode(numbers: Iterable[int]) -> AttentionMask:
         """The mask that `encode` turned into six integers."""
         return AttentionMask._decode(tuple(numbers))
 
@@ -303,19 +313,21 @@ class AttentionMask:
         return f"conv_mask({size}, kernel_size={self.kernel_size}, dilation={self.dilation}, edges={edges!r})"
 
 
-def row_mask(text_len: int, grid, *, wrap: bool = True) -> AttentionMask:
+def row_mask(text_len: int, grid: _Grid, *, wrap: bool = True) -> AttentionMask:
     """Row attention: the W + 1 latest image keys (`wrap=True`, the paper's), or only those of the query's own row."""
     if not isinstance(wrap, bool):
         raise TypeError(f"wrap must be True or False, got {wrap!r}")
     return AttentionMask("row" if wrap else "axial_row", text_len, grid)
 
 
-def column_mask(text_len: int, grid) -> AttentionMask:
+def column_mask(text_len: int, grid: _Grid) -> AttentionMask:
     """Column attention: the image keys above the query in its column, itself included."""
     return AttentionMask("column", text_len, grid)
 
 
-def conv_mask(text_len: int, grid, kernel_size: int = 11, dilation: int = 1, edges: str = "flat") -> AttentionMask:
+def conv_mask(
+    text_len: int, grid: _Grid, kernel_size: int = 11, dilation: int = 1, edges: str = "flat"
+) -> AttentionMask:
     """Convolutional attention: a causal K x K window around the query.
 
     Args:
@@ -331,7 +343,7 @@ def conv_mask(text_len: int, grid, kernel_size: int = 11, dilation: int = 1, edg
     return AttentionMask(f"conv_{edges}", text_len, grid, kernel_size, dilation)
 
 
-def causal_mask(text_len: int, grid) -> AttentionMask:
+def causal_mask(text_len: int, grid: _Grid) -> AttentionMask:
     """Ordinary causal attention over the whole stream."""
     return AttentionMask("causal", text_len, grid)
 

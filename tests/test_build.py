@@ -378,3 +378,7 @@ def test_a_source_distribution_has_what_its_tests_and_benchmarks_need(tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert sorted(set(tracked) - names) == [".gitignore"]
+    subprocess.run([*command[:3], "build_py", "-d", "built"], cwd=copy, check=True, capture_output=True)
+    packaged = {path for path in tracked if path.startswith("dalle_fast/")}
+    built = {f"dalle_fast/{path.relative_to(copy / 'built/dalle_fast')}" for path in (copy / "built").rglob("*.*")}
+    assert sorted(packaged - built) == []  # what a wheel holds: modules, and `py.typed`

@@ -7,8 +7,10 @@ B batch, H heads, S sequence, D head size, T text. Of codebooks: K codes, Din si
 from __future__ import annotations
 
 import numbers
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dalle_fast.masks import AttentionMask
@@ -35,7 +37,45 @@ __all__ = [
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention  # kept, as ours may be put in its place
 
 
-def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, return_lse=False, impl="auto"):
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T where `mask` allows it) @ value, computing little more than the allowed pairs.
 
     The keys of a query are text and image keys together in one softmax (Ramesh et al. 2021, appendix B). Differentiable
@@ -78,18 +118,18 @@ def _is_foreign(*tensors):
 
 
 def sparse_attention_decode(
-    query,
-    text_key,
-    text_value,
-    image_key,
-    image_value,
-    mask,
-    position,
+    query: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    mask: AttentionMask,
+    position: int | Tensor,
     *,
-    text_lengths=None,
-    scale=None,
-    impl="auto",
-):
+    text_lengths: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """One step of decoding: what `sparse_attention` gives at image position `position`, from cached keys and values.
 
     The text is stored once for all samples of a caption, which is most of what a step reads, and an image cache keeps
@@ -139,8 +179,15 @@ def sparse_attention_decode(
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | AttentionMask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, where `attn_mask` may also be an `AttentionMask`.
 
     Without an `AttentionMask` the call goes to torch unchanged. With one it is `sparse_attention`, which takes less than
@@ -231,7 +278,17 @@ def _to_4d(x, leading):
     return x.expand(-1, heads, -1, -1)
 
 
-def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=None, impl="auto"):
+def gumbel_codebook(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor,
+    tau: float | Tensor,
+    *,
+    hard: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> GumbelCodebookOutput:
     """Gumbel-softmax over a codebook: softmax((hidden @ weight.T + bias + gumbel) / tau) @ codebook.
 
     What a discrete VAE does between encoder and decoder (Ramesh et al. 2021, section 2.1; Jang et al. 2016), without a
@@ -265,7 +322,14 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, *, hard=False, seed=Non
     return codebook_ops.gumbel_codebook(hidden, weight, bias, codebook, tau, hard=hard, seed=seed, impl=impl)
 
 
-def codebook_argmax(hidden, weight, bias=None, *, code_range=None, impl="auto"):
+def codebook_argmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    code_range: tuple[int, int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """The largest logit's code: argmax(hidden @ weight.T + bias), the first of equals. Not differentiable.
 
     Args:
@@ -281,7 +345,16 @@ def codebook_argmax(hidden, weight, bias=None, *, code_range=None, impl="auto"):
     return codebook_ops.codebook_argmax(hidden, weight, bias, code_range=code_range, impl=impl)
 
 
-def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, code_range=None, impl="auto"):
+def codebook_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    seed: int | Tensor | None = None,
+    code_range: tuple[int, int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """An exact sample of softmax((hidden @ weight.T + bias) / temperature), by the Gumbel-max method (Gumbel 1954).
 
     It is argmax(logits + temperature * noise) with the noise of 32 random bits in float32. Not differentiable.
@@ -304,8 +377,16 @@ def codebook_sample(hidden, weight, bias=None, *, temperature=1.0, seed=None, co
 
 
 def codebook_cross_entropy(
-    hidden, weight, bias, target, *, reduction="mean", ignore_index=-100, code_range=None, impl="auto"
-):
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    code_range: tuple[int, int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """`torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target)` without the logits in memory.
 
     Differentiable once, in hidden, weight and bias, by autograd, not by torch.func's transforms. With reduction "mean" or
@@ -332,7 +413,16 @@ def codebook_cross_entropy(
     )
 
 
-def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None, impl="auto"):
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float | Tensor = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """`torch.nn.functional.gumbel_softmax` in one pass over memory, with float32 noise whatever the logits' dtype.
 
     Differentiable once, in logits, by autograd, not by torch.func's transforms.
@@ -357,7 +447,9 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     return codebook_ops.gumbel_softmax(logits, tau, hard, eps, dim, seed=seed, impl=impl)
 
 
-def linear(x, weight, bias=None, *, activation=None, impl="auto"):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, impl: str = "auto"
+) -> Tensor:
     """`torch.nn.functional.linear`, faster where x has few rows, as it does when tokens come one after another.
 
     Weights are read once and where they lie; on a CPU libraries pack them for every product. Sums are float32, and a
@@ -382,7 +474,7 @@ def linear(x, weight, bias=None, *, activation=None, impl="auto"):
     return linear_ops.linear(x, weight, bias, activation=activation, impl=impl)
 
 
-def noise_seed(seed, *, step=0, rank=0):
+def noise_seed(seed: int, *, step: int = 0, rank: int = 0) -> int:
     """One integer for `seed=` from a run's seed, a step and a rank: no two triples give the same, nor the same noise.
 
     Args:
