@@ -3,7 +3,11 @@
 B batch, H heads, S sequence, D head size.
 """
 
+import ast
 import contextlib
+import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_fast.masks import row_mask
+from dalle_fast.nn.checks import bounds
 from dalle_fast.nn.functional import sparse_attention, sparse_attention_decode
+from dalle_fast.ops import calls
 from dalle_fast.ops.attention import cpu
 from dalle_fast.ops.calls import is_plain
 
@@ -253,3 +259,142 @@ def test_a_step_of_decoding_is_the_same_on_both_ways(make, impl):
     for mode in (contextlib.nullcontext(), _Operations()):
         with mode, pytest.raises(ValueError, match="impl='cpu' cannot serve this call: it computes in float32"):
             sparse_attention_decode(*doubles, MASK, 12, impl="cpu", **options)
+
+
+# -- torch's private names ---------------------------------------------------------------------------------------------
+
+# Those that calls.py asks for. Elsewhere there are operations of torch's that have no public name.
+OF_CALLS = {
+    "torch._C",
+    "torch._C.DispatchKey",
+    "torch._C.DispatchKeySet",
+    "torch._C.DispatchKey.Undefined",
+    "torch._C._AutoDispatchBelowAutograd",
+    "torch._C._are_functorch_transforms_active",
+    "torch._C._autograd",
+    "torch._C._dispatch_keys",
+    "torch._C._dispatch_tls_local_include_set",
+    "torch._C._functorch",
+    "torch._C._is_any_autocast_enabled",
+    "torch._functorch.autograd_function.enable_single_level_autograd_function",
+    "torch.autograd.forward_ad._current_level",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.autograd.function._SingleLevelFunction",
+    "torch.autograd.profiler._is_profiler_enabled",
+    "torch.nn.modules.module._has_any_global_hook",
+}
+ELSEWHERE = {"dalle_fast/ops/codebook/op.py": {"torch._softmax_backward_data"}}
+
+
+def private_names(source):
+    """The private ones among the names of torch that a program's text uses, getattr's included."""
+    tree, homes, names = ast.parse(source), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            homes.update(
+                {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names}
+            )
+            names.update(a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            homes.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+
+    def name_of(node):
+        if isinstance(node, ast.Name):
+            return homes.get(node.id)
+        if isinstance(node, ast.Attribute) and (home := name_of(node.value)):
+            return f"{home}.{node.attr}"
+        return None
+
+    names.update(filter(None, (name_of(node) for node in ast.walk(tree))))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(args=[owner, ast.Constant(value=name), *_]) if home := name_of(owner):
+                names.add(f"{home}.{name}")
+    return {name for name in names if re.fullmatch(r"torch\.(.+\.)?_[^_].*", name)}
+
+
+def test_private_names_are_found():
+    text = """
+import torch, torch.nn as nn, torch._a
+from torch import _C
+from torch.autograd import forward_ad as f
+torch._C.x, nn._b.c, f._d, getattr(torch.nn, "_e", None), torch.__version__, torch.nn.x, other._y
+"""
+    assert private_names(text) == {
+        "torch._a", "torch._C", "torch._C.x", "torch.nn._b", "torch.nn._b.c", "torch.autograd.forward_ad._d", "torch.nn._e"
+    }  # fmt: skip
+
+
+def test_private_names_of_torch_are_in_one_place():
+    root = Path(calls.__file__).parents[2]
+    used = {str(p.relative_to(root)): private_names(p.read_text()) for p in (root / "dalle_fast").rglob("*.py")}
+    assert used.pop("dalle_fast/ops/calls.py") == OF_CALLS
+    assert {path: names for path, names in used.items() if names} == ELSEWHERE
+
+
+def _calls_without(monkeypatch, owner, name):
+    """calls.py as it is under a torch that has no such name."""
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, name)
+        spec = importlib.util.spec_from_file_location("calls_without", calls.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch._C, "DispatchKeySet"),
+        (torch._C, "_dispatch_keys"),
+        (torch._C, "_dispatch_tls_local_include_set"),
+        (torch.autograd.forward_ad, "_current_level"),
+        (torch.autograd.profiler, "_is_profiler_enabled"),
+    ],
+)
+def test_without_a_private_name_no_call_is_plain(monkeypatch, owner, name):
+    module, x = _calls_without(monkeypatch, owner, name), torch.zeros(2)
+    assert is_plain((x,)) and not module.is_plain((x,))
+    assert module.is_forward_mode() == (name == "_current_level") and not module.has_tangent((x, None))
+    with forward_ad.dual_level():
+        assert module.has_tangent((x, forward_ad.make_dual(x, x)))
+
+
+@pytest.mark.parametrize(
+    "owner, name, answers",
+    [
+        (torch._C, "_are_functorch_transforms_active", {"has_transforms": True, "is_transformed": True}),
+        (torch._C, "_is_any_autocast_enabled", {"is_any_autocast_on": True}),
+        (torch._C, "_functorch", {"has_transforms": False}),
+        (torch._C._functorch, "is_legacy_batchedtensor", {}),
+        (torch._C, "_autograd", {"is_graph_kept": True}),
+        (torch.nn.modules.module, "_has_any_global_hook", {"has_global_hooks": True}),
+        (torch.autograd.function, "_SingleLevelFunction", {}),
+        (torch._C, "_AutoDispatchBelowAutograd", {}),
+    ],
+)
+def test_without_a_private_name_the_answer_is_safe(monkeypatch, owner, name, answers):
+    module, x = _calls_without(monkeypatch, owner, name), torch.zeros(2)
+    assert {question: getattr(module, question)() for question in answers} == answers
+    assert module.has_values(x) == ("has_transforms" not in answers or not answers["has_transforms"])
+    assert module.autocast_dtype(x) is None and not module.is_differentiated_by_transform(x)
+    assert issubclass(module.SingleLevelFunction, torch.autograd.function._SingleLevelFunction)
+
+
+@pytest.mark.parametrize("answer", [calls.has_values, lambda x: bounds(x) is not None])
+def test_what_another_computes_with_is_not_looked_at(answer):
+    """Neither by modules nor by operations: one rule."""
+    x, answers = torch.zeros(2), []
+
+    def function(x):
+        answers.append(answer(x))
+        return x * x
+
+    function(x), function(torch.nn.Parameter(x)), function(x.as_subclass(_Subclass))
+    torch.vmap(function)(x[None]), torch.func.grad(lambda x: function(x).sum())(x)
+    assert answers == [True, True, False, False, False]
+    y = function(x := x.clone().requires_grad_())
+    x.register_hook(lambda grad: answers.append(answer(grad)))
+    torch.autograd.grad(y, x, torch.ones(3, 2), is_grads_batched=True)
+    assert answers[5:] == [True, False]

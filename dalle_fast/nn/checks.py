@@ -6,6 +6,8 @@ import numbers
 
 import torch
 
+from dalle_fast.ops.calls import has_values
+
 
 def check_size(name, size) -> None:
     """Raise TypeError where `size` is no integer, of Python's or of NumPy's, and ValueError where it is below 1."""
@@ -54,5 +56,4 @@ def is_looked_at(tensor, look=None) -> bool:
     What a compiler, an exporter, a fake mode or a transform as vmap hands over has no values.
     """
     look = tensor.device.type == "cpu" if look is None else look
-    has_values = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return look and has_values and not torch._C._are_functorch_transforms_active()
+    return look and has_values(tensor)

@@ -10,7 +10,6 @@ import warnings
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from dalle_fast.masks import AttentionMask
@@ -19,6 +18,7 @@ from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.attention.op import IMPLS
 from dalle_fast.ops.blocks import blocks_step
+from dalle_fast.ops.calls import has_global_hooks
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.norm import add_norm
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
         up, gelu, _ = mlp._modules.values()
         if type(gelu) is not nn.GELU or gelu.approximate != "none" or type(up).forward is not Linear.forward:
             return False
-        return not (_has_any_global_hook() or _is_hooked(mlp) or _is_hooked(up) or _is_hooked(gelu))
+        return not (has_global_hooks() or _is_hooked(mlp) or _is_hooked(up) or _is_hooked(gelu))
 
     def parts_of_step(self):
         """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters.
@@ -300,7 +300,7 @@ class Transformer(nn.Module):
 
     def _operands_of_step(self, x, cache):
         """The arguments of `blocks_step`; None where something is not as it was made, and may do something else."""
-        if not x.is_cpu or type(cache) is not KVCache or _has_any_global_hook():
+        if not x.is_cpu or type(cache) is not KVCache or has_global_hooks():
             return None
         parts = []
         for block in self.blocks:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import _C
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.overrides import has_torch_function
 
@@ -23,7 +21,7 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.cpu import DTYPES, MAX_HEAD_DIM, numbers_of
 from dalle_fast.ops.attention.decode import check_position
 from dalle_fast.ops.attention.op import TAGS, canonical_lengths, check_text_lengths, library
-from dalle_fast.ops.calls import is_plain, needs_grad
+from dalle_fast.ops.calls import is_any_autocast_on, is_plain, is_transformed, needs_grad
 
 PER_BLOCK = 12  # parameters: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and down
 
@@ -103,7 +101,7 @@ def blocks_step(x, parameters, epsilons, caches, position, text_lengths):
 def _is_served(x, parameters, caches):
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in DTYPES or x.dim() != 2:
         return False
-    if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active() or _C._is_any_autocast_enabled():
+    if is_transformed() or is_any_autocast_on():
         return False
     if x.shape[0] > _most_samples()[DTYPES[x.dtype]] or has_torch_function((x,)) or needs_grad((x, *parameters)):
         return False

@@ -12,12 +12,11 @@ import functools
 import math
 
 import torch
-from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from dalle_fast import _extension
 from dalle_fast.ops import on_triton
-from dalle_fast.ops.calls import autocast_dtype, needs_grad
+from dalle_fast.ops.calls import autocast_dtype, is_transformed, needs_grad
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.dtypes import DTYPES
 
@@ -131,7 +130,7 @@ def _why_not(impl, x, weight, bias) -> list[str]:
         reasons.append(f"it needs a contiguous bias ({weight.shape[0]},), got {tuple(bias.shape)}")
     if needs_grad(tensors):
         reasons.append("a gradient is needed")
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if is_transformed():
         reasons.append("a transformation of functions is active")
     if impl == "cpu" and (missing := _extension.why_missing()):
         reasons.append(missing)

@@ -9,10 +9,9 @@ R rows, W width.
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
 from dalle_fast.ops import on_triton
-from dalle_fast.ops.calls import needs_grad
+from dalle_fast.ops.calls import is_transformed, needs_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is in the registers of one program
@@ -33,7 +32,7 @@ def add_norm(x, update, norm, *, impl="auto"):
 
 
 def _is_served(x, update, norm):
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     if torch.is_autocast_enabled("cuda") or x.dtype not in DTYPES or x.dim() != 2 or not 1 <= x.shape[1] <= MAX_WIDTH:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -36,6 +37,7 @@ class EMA:
             return
         n = -(-updates // self.every)
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        follow = get_ema_multi_avg_fn(decay)
+        follow(list(self.model.parameters()), [p.detach() for p in model.parameters()], None)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numbers
 
 import torch
-from torch.autograd import forward_ad
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.op import (
@@ -51,7 +50,7 @@ def sparse_attention_decode(
     scale = _check(*tensors, mask, text_lengths, scale, impl)
     position = _as_tensor(position, mask, query.device)
     # torch would take an operation that has no forward-mode derivative for one whose derivative is 0.
-    if needs_grad(tensors) or (forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors)):
+    if needs_grad(tensors) or has_tangent(tensors):
         raise RuntimeError(
             "sparse_attention_decode has no gradient: call it under torch.no_grad(), or sparse_attention to train"
         )

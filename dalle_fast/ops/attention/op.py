@@ -21,13 +21,22 @@ import sys
 
 import numpy as np
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention import reference
-from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent, is_plain, needs_grad
+from dalle_fast.ops.calls import (
+    SingleLevelFunction,
+    autocast_dtype,
+    below_autograd,
+    device_type,
+    has_tangent,
+    has_transforms,
+    is_forward_mode,
+    is_plain,
+    needs_grad,
+    single_level,
+    with_forward_mode,
+)
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.dtypes import check_dense, check_tensor
 
@@ -49,7 +58,7 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
     scale = _check(query, key, value, mask, scale, text_lengths, impl)
     if dtype := autocast_dtype(query):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if impl == "reference" and forward_ad._current_level >= 0:  # plain torch, which has forward-mode derivatives
+    if impl == "reference" and is_forward_mode():  # plain torch, which has forward-mode derivatives
         out, lse = reference.forward(query, key, value, canonical_lengths(text_lengths, mask.text_len), mask, scale)
     else:
         out, lse = _forward(query, key, value, text_lengths, mask.encode(), scale, bool(return_lse), impl)
@@ -215,15 +224,15 @@ def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, text_lengths
 
 def _below_autograd(op, *args):
     """Inside a function's forward: call an operation past this level's autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if not torch._C._are_functorch_transforms_active():
+    with below_autograd():
+        if not has_transforms():
             return op(*args)
         # The function has turned gradients off, for the levels below its own too, whose gradients are still wanted.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.enable_grad(), with_forward_mode():
             return op(*args)
 
 
-class _Attention(_SingleLevelFunction):
+class _Attention(SingleLevelFunction):
     """`compute` is the operation without its autograd, or the kernel alone."""
 
     @staticmethod
@@ -245,7 +254,7 @@ class _Attention(_SingleLevelFunction):
         return None, *grads, *(None,) * 5
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(SingleLevelFunction):
     """The backward operation, itself differentiable: the second derivative goes through the dense reference."""
 
     @staticmethod
@@ -275,16 +284,16 @@ def _with_autograd(op, function, tensors):
     compute = functools.partial(_below_autograd, op)
 
     def autograd_kernel(*args):
-        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in args[:tensors]):
+        if has_tangent(args[:tensors]):
             raise NotImplementedError(
                 f'sparse_attention has forward-mode derivatives with impl="reference" only, got impl={args[-1]!r}'
             )
         if needs_grad(args[:tensors]):
-            if not torch._C._are_functorch_transforms_active():
+            if not has_transforms():
                 return function.apply(compute, *args)
-            with enable_single_level_autograd_function():
+            with single_level():
                 return function.apply(compute, *args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
     return autograd_kernel
@@ -323,7 +332,7 @@ def _register(op, kernel, alone, fake, function, tensors):
     `alone` is the kernel for plain calls without a gradient: it may leave out what only a backward pass would take.
     Returns the function to call the operation by.
     """
-    name = op._schema.name
+    name = op.name()
     library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
     autograd_kernel = _with_autograd(op, function, tensors - 1)
     library.impl(name, autograd_kernel, "Autograd")

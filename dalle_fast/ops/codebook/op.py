@@ -18,11 +18,17 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
 from dalle_fast.ops import choice
-from dalle_fast.ops.calls import autocast_dtype, device_type, has_tangent
+from dalle_fast.ops.calls import (
+    autocast_dtype,
+    device_type,
+    has_tangent,
+    has_transforms,
+    has_values,
+    is_differentiated_by_transform,
+    is_graph_kept,
+)
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.codebook import reference
 from dalle_fast.ops.dtypes import check_tensor
@@ -204,13 +210,13 @@ def _check_product(operation, hidden, weight, bias, impl, **codebook):
 
 def _check_tangents(*tensors):
     """torch would take an operation that has no forward-mode derivative for one whose derivative is 0."""
-    if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
+    if has_tangent(tensors):
         raise NotImplementedError("the codebook operation has no forward-mode derivatives")
 
 
 def _check_transforms(*tensors):
     """torch would refuse with a message about what it makes of an operation's derivative."""
-    if _is_transformed() and torch.is_grad_enabled() and any(map(_is_differentiated_by_transform, tensors)):
+    if _is_transformed() and torch.is_grad_enabled() and any(map(is_differentiated_by_transform, tensors)):
         raise NotImplementedError(
             "dalle_fast: the codebook operation is differentiated by autograd (backward, torch.autograd.grad), not by "
             "torch.func's grad, vjp and jacrev"
@@ -219,15 +225,7 @@ def _check_transforms(*tensors):
 
 def _is_transformed():
     """Whether a transform of torch.func is at work; what is compiled never asks."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _is_differentiated_by_transform(tensor):
-    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
+    return not torch.compiler.is_compiling() and has_transforms()
 
 
 def _check_target(target, hidden, start, num_codes, ignore_index):
@@ -240,7 +238,7 @@ def _check_target(target, hidden, start, num_codes, ignore_index):
         raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
     if target.device != hidden.device:
         raise ValueError(f"target must be on hidden's device {hidden.device}, got {target.device}")
-    if target.device.type != "cpu" or _is_traced(target):
+    if target.device.type != "cpu" or not has_values(target):
         return
     wrong = _wrong_targets(target, start, num_codes, ignore_index)
     if wrong.any():
@@ -310,7 +308,7 @@ def _number(name, value, like, *, positive, device=None):
     is_tensor = isinstance(value, torch.Tensor)
     if is_tensor:
         _check_scalar(name, value)
-    if is_tensor and (value.device.type != "cpu" or _is_traced(value)):
+    if is_tensor and (value.device.type != "cpu" or not has_values(value)):
         return value.to(device, dtype, non_blocking=True).reshape(1)
     value = _plain_number(name, value, positive=positive)
     # What fills a tensor is a constant of a compiled graph, so that each number would be compiled; a factor is not.
@@ -321,7 +319,7 @@ def _number(name, value, like, *, positive, device=None):
 
 def check_tau(tau):
     """Raise TypeError or ValueError for what no call takes as tau, before there is a call."""
-    if isinstance(tau, torch.Tensor) and (tau.device.type != "cpu" or _is_traced(tau)):
+    if isinstance(tau, torch.Tensor) and (tau.device.type != "cpu" or not has_values(tau)):
         _check_scalar("tau", tau)
     else:
         _plain_number("tau", tau, positive=True)
@@ -341,16 +339,6 @@ def _check_scalar(name, tensor):
         )
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient: none is computed for it; pass {name}.detach()")
-
-
-def _is_traced(tensor):
-    """Whether its values are another's: a compiler's, a subclass's, or a transform's."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad's is_grads_batched
-    )
 
 
 def _seed(seed, hidden, per_row=True):
@@ -613,11 +601,6 @@ def _cross_entropy_reduced_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-def _is_graph_kept():
-    """May this backward pass be run again (retain_graph)? Then what was saved is not given away."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
     # The saved gradients are outputs, so a derivative of what was made from them arrives here and is not lost.
     if any(grad is not None for grad in of_gradients):
@@ -625,7 +608,7 @@ def _cross_entropy_reduced_autograd(ctx, grad_loss, *of_gradients):
     if grad_loss is None:
         return (None,) * 8
     grads = ctx.saved_tensors
-    if _is_traced(grad_loss) or grad_loss.device.type != "cpu" or grad_loss != 1 or _is_graph_kept():
+    if not has_values(grad_loss) or grad_loss.device.type != "cpu" or grad_loss != 1 or is_graph_kept():
         grads = tuple((grad * grad_loss).to(grad.dtype) for grad in grads)  # else a copy as large as the weight
     return *_wanted(grads, ctx.needs), None, None, None, None, None
 
