@@ -261,6 +261,19 @@ def test_a_step_of_decoding_is_the_same_on_both_ways(make, impl):
             sparse_attention_decode(*doubles, MASK, 12, impl="cpu", **options)
 
 
+def test_who_will_see_lse_is_told(qkv, monkeypatch):
+    """The caller, the backward pass alone, or nobody."""
+    told, forward = [], cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *args, lse: told.append(lse) or forward(*args, lse=lse))
+    for want in (False, True):
+        qkv = [x.requires_grad_(want) for x in qkv]
+        sparse_attention(*qkv, MASK, scale=0.3)
+        sparse_attention(*qkv, MASK, return_lse=True)
+    with _Operations():
+        sparse_attention(*qkv, MASK)
+    assert told == ["none", "exact", "rounded", "exact", "rounded"]
+
+
 # -- torch's private names ---------------------------------------------------------------------------------------------
 
 # Those that calls.py asks for. Elsewhere there are operations of torch's that have no public name.

@@ -32,26 +32,25 @@ def why_not(query, key, value, mask) -> list[str]:
     return reasons
 
 
-def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
+def forward(query, key, value, text_lengths, mask, scale, *, lse="exact"):
     """Returns (out, lse): out (B, H, S, D) in query's dtype, lse (B, H, S) float32, both fresh and contiguous.
 
-    Only bfloat16 on Intel's matrix unit has another lse without `exact_lse`: off by up to 3e-3, and sooner made. Where
-    `exact_lse` is None there is none: None.
+    lse: see op.py. "rounded" differs for bfloat16 on Intel's matrix unit only: off by up to 3e-3, and sooner made.
     """
     B, H, S, D = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = None if exact_lse is None else out.new_empty((B, H, S), dtype=torch.float32)
+    lse_out = None if lse == "none" else out.new_empty((B, H, S), dtype=torch.float32)
     _extension.native().attention_forward(
         _layout(mask, S),
         (B, H, D),
         DTYPES[query.dtype],
         scale,
         0 if text_lengths is None else text_lengths.data_ptr(),
-        bool(exact_lse),
-        [numbers_of(x) for x in (query, key, value, out, lse)],
+        lse == "exact",
+        [numbers_of(x) for x in (query, key, value, out, lse_out)],
         torch.get_num_threads(),
     )
-    return out, lse
+    return out, lse_out
 
 
 def forward_at_once(query, key, value, mask):

@@ -4,9 +4,9 @@
 Python. Which implementation serves is decided when real tensors arrive, below autograd and below tracing, so that a
 compiled graph holds one opaque operation. A mask travels as the six integers of `AttentionMask.encode`.
 
-The backward pass takes lse, so that the forward operation makes it in any case; `exact_lse` is for callers who see it.
-Without, it may be the logarithm of the sum that out was divided by: of probabilities as they were rounded. An
-implementation is also given None where nobody sees it: then it may leave it out.
+The operation returns lse in any case, as the backward pass takes it. An implementation is told who will see it:
+lse="exact" for a caller who asked for it; "rounded" for the backward pass alone, to which the logarithm of the sum that
+out was divided by, of probabilities as they were rounded, is as good; "none" where nobody will, and it may return None.
 
 B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 """
@@ -182,16 +182,15 @@ _forward_op = torch.ops.dalle_fast.sparse_attention.default
 _backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
 
 
-def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, impl):
+def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, impl, *, if_unseen="rounded"):
     mask = AttentionMask.decode(mask)
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
-    return serving.forward(query, key, value, text_lengths, mask, scale, exact_lse)
+    lse = "exact" if exact_lse else if_unseen
+    return serving.forward(query, key, value, text_lengths, mask, scale, lse=lse)
 
 
-def _forward_alone(query, key, value, text_lengths, mask, scale, exact_lse, impl):
-    """Without a backward pass."""
-    return _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse or None, impl)
+_forward_alone = functools.partial(_forward_kernel, if_unseen="none")  # without a backward pass
 
 
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):

@@ -26,10 +26,10 @@ def why_not(query, key, value, mask) -> list[str]:
     return []
 
 
-def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
+def forward(query, key, value, text_lengths, mask, scale, *, lse="exact"):
     """Returns (out, lse): out (B, H, S, D) in query's dtype; lse (B, H, S) float32, float64 for float64 inputs.
 
-    `exact_lse` changes nothing: lse always is exact here.
+    `lse` changes nothing: it is made, and exact, whoever will see it.
     """
     with without_autocast(query):
         scores, lse = _scores(_wide(query), _wide(key), text_lengths, mask, scale)

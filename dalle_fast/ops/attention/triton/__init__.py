@@ -33,7 +33,7 @@ def why_not(query, key, value, mask) -> list[str]:
     return reasons
 
 
-def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
+def forward(query, key, value, text_lengths, mask, scale, *, lse="exact"):
     """Attention and its log-sum-exp.
 
     Args:
@@ -41,7 +41,7 @@ def forward(query, key, value, text_lengths, mask, scale, exact_lse=True):
         text_lengths: None or int32 (B,) in [0, T]: text keys at or past it are hidden from every query.
         mask: AttentionMask.
         scale: float, multiplies the scores.
-        exact_lse: changes nothing; lse always is exact here.
+        lse: changes nothing; it is made, and exact, whoever will see it.
 
     Returns:
         out: (B, H, S, D), contiguous, query's dtype; zeros where a query sees no key.
