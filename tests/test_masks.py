@@ -294,6 +294,8 @@ def test_masks_are_values():
     for mask in masks:
         assert pickle.loads(pickle.dumps(mask)) == mask
         assert copy.deepcopy(mask) == mask
+        assert b"hash" not in pickle.dumps(mask)
+        assert hash(pickle.loads(pickle.dumps(mask))) == hash(copy.copy(mask)) == hash(mask)
         assert AttentionMask.decode(mask.encode()) == mask
         assert AttentionMask.decode(torch.tensor(mask.encode()).tolist()) == mask
     assert row_mask(np.int64(3), np.int32(4)) == row_mask(3, (4, 4)) == row_mask(3, [4, 4])
