@@ -8,6 +8,8 @@ B samples, H heads, D head size.
 import pytest
 import torch
 
+from dalle_fast.nn import KVCache, kv_cache
+from dalle_fast.nn.transformer import Attention
 from dalle_fast.ops.attention import append as append_ops
 from dalle_fast.ops.attention import attention_append
 from dalle_fast.testing import every_mask
@@ -70,7 +72,27 @@ def test_what_the_kernel_serves_and_what_is_torchs(monkeypatch):
     attention_append(*(x.clone() for x in caches), *needs, mask, position)
     with pytest.raises((RuntimeError, IndexError)):  # torch's own error: the kernel would read past the end
         attention_append(*caches, key, value[:2], mask, position)
+    attention_append(*caches, key, value, mask, position, impl="reference")
     monkeypatch.setattr(Kernels, "why_not", lambda *arguments: ["compute capability must be at least 8.0"])
     attention_append(*caches, key, value, mask, position)
     assert len(calls) == 1
     assert torch.equal(plain[0][:, :, 0], plain[2])  # 4 of a ring of 4
+
+
+def test_a_models_impl_also_writes_its_caches(monkeypatch):
+    told = []
+
+    class Cache:
+        def append(self, key, value, *, impl):
+            told.append(impl)
+
+        def attend(self, query, *, impl):
+            return query
+
+    mask = every_mask(2, (5, 3))["row"]
+    Attention(H * D, H, D, mask, "reference").step(torch.zeros(B, H * D), Cache())
+    monkeypatch.setattr(kv_cache, "attention_append", lambda *arguments, impl: told.append(impl))
+    sizes = {"num_prompts": B, "num_images": 1, "num_heads": H, "head_dim": D}
+    token = torch.zeros(B, H, D, device="meta")
+    KVCache([mask], **sizes, device="meta").layer(0).append(token, token, impl="reference")
+    assert told == ["reference"] * 2

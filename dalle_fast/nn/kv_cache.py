@@ -47,8 +47,8 @@ class LayerCache:
             text.copy_(new[:, :, :T])
             image[:, :, slots] = new[:, :, T + first :].repeat_interleave(self.cache.num_images, 0).to(image.dtype)
 
-    def append(self, key, value):
-        """Take the next image token, (B, H, D).
+    def append(self, key, value, *, impl="auto"):
+        """Take the next image token, (B, H, D); `impl` as in `attend`: "reference" is torch's way on a GPU too.
 
         Raises:
             ValueError: the image is complete, or the key is of another shape.
@@ -62,7 +62,7 @@ class LayerCache:
             self.image_key.select(2, slot).copy_(key)
             self.image_value.select(2, slot).copy_(value)
             return
-        attention_append(self.image_key, self.image_value, key, value, self.mask, self.cache.position)
+        attention_append(self.image_key, self.image_value, key, value, self.mask, self.cache.position, impl=impl)
 
     def attend(self, query, *, impl="auto"):
         """Attention of the token that was appended last, query (B, H, D) -> (B, H, D)."""

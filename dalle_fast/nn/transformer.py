@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def step(self, x, cache):
         """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it."""
         q, k, v = self._heads(x).unbind(1)  # three views (B, H, D)
-        cache.append(k, v)
+        cache.append(k, v, impl=self.impl)
         return self.out(cache.attend(q, impl=self.impl).flatten(1))
 
     def _heads(self, x):

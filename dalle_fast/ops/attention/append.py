@@ -15,14 +15,15 @@ from dalle_fast.ops.attention.op import TAGS, implementation, library
 from dalle_fast.ops.calls import needs_grad
 
 
-def attention_append(image_key, image_value, key, value, mask, position):
+def attention_append(image_key, image_value, key, value, mask, position, *, impl="auto"):
     """Write key and value (B, H, D) of image token `position` into image_key and image_value (B, H, C, D).
 
     Args:
         position: int64 tensor without dimensions on their device, where it is read: a CUDA graph follows it. On a GPU
             it is clamped to the image.
+        impl: "reference" is torch's; anything else takes one launch on a GPU, where that serves.
     """
-    if _is_served(image_key, image_value, key, value, mask):
+    if impl != "reference" and _is_served(image_key, image_value, key, value, mask):
         _append_op(image_key, image_value, key, value, position, mask.encode())
         return
     slot = mask.cache_slot(position).view(1)
