@@ -255,7 +255,7 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(module, "_of_graphs", {})
     assert not module.can_be_captured(device)
-    module._of_graphs[device] = torch.zeros(module.CAPTURED_CALLS, module.COUNTERS), itertools.count()
+    module._of_graphs[device] = [torch.zeros(128), 0]
     assert module.can_be_captured(device)
     monkeypatch.setattr(module, "_of_stream", {(device, stream): torch.zeros(module.COUNTERS) for stream in (0, 7)})
     places = []
@@ -266,6 +266,12 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch):
     assert len(set(places)) == 5 and places[0] == places[-1]
     with pytest.raises(ValueError, match="at most 512 tiles of the weight's rows are counted, got 513"):
         module._counters(device, 513)
+    # Those of a graph are never another's, however many there are: then zeros are made in the graph.
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: torch.full(shape, 0, dtype=dtype))
+    capturing[0] = True
+    kept = [module._counters(device, 16) for _ in range(3)]
+    assert len({*places, *(counters.data_ptr() for counters in kept)}) == 8
+    assert [len(counters) for counters in kept] == [32, 16, 16] and not any(counters.any() for counters in kept)
 
 
 def test_threads_that_come_first_together_share_the_counters(monkeypatch):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 from typing import NamedTuple
 
@@ -24,9 +23,9 @@ from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
 
-# Counters of one call, one for each BLOCK_N rows of the weight, and calls in CUDA graphs that have some of their own.
+# The most counters of one call, one for each BLOCK_N rows of the weight; and of all captured calls on a device, 8 MiB.
 COUNTERS = 512
-CAPTURED_CALLS = 4096
+CAPTURED_COUNTERS = 1 << 21
 INTERPRETED_DEVICE = (132, 227 << 10)
 
 
@@ -209,21 +208,27 @@ def _sizes_of(device) -> tuple[int, int]:
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 _of_stream = {}  # (device, stream): counters of the calls there, which run one after another
-_of_graphs = {}  # device: (counters of captured calls, a row for each, and the numbers of those calls)
-_making_them = threading.Lock()  # those of graphs
+_of_graphs = {}  # device: [counters of captured calls, how many of them have been given to one]
+_changing_them = threading.Lock()  # those of graphs
 
 
 def _counters(device, count):
     """`count` zeros, which the call leaves zero, and which no call that may run at the same time has.
 
-    A graph is replayed on any stream, beside others, so what it captured has counters of its own; after 4,096 captured
-    calls they are handed out again.
+    A graph is replayed on any stream, beside others, so what it captured has counters of its own for good: nothing says
+    when it is gone. After 65,536 captured calls of up to 2,048 rows of a weight there are none left, and a graph makes
+    the zeros of a call itself, at every replay.
     """
     if count > COUNTERS:
         raise ValueError(f"with splits at most {COUNTERS} tiles of the weight's rows are counted, got {count}")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        counters, calls = _of_graphs[device]
-        return counters[next(calls) % CAPTURED_CALLS]
+        with _changing_them:
+            counters, first = _of_graphs[device]
+            last = first + triton.cdiv(count, 32) * 32  # on a line of their own, as all calls' are
+            if last <= len(counters):
+                _of_graphs[device][1] = last
+                return counters[first:last]
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (device, stream) not in _of_stream:
         _of_stream[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
@@ -234,13 +239,13 @@ def _prepare(device):
     """Make the counters of captured calls, at the first call that is not captured itself."""
     if device.type != "cuda" or device in _of_graphs or torch.cuda.is_current_stream_capturing():
         return
-    with _making_them:
+    with _changing_them:
         if device not in _of_graphs:  # made by another thread, they may be captured already
-            counters = torch.zeros(CAPTURED_CALLS, COUNTERS, dtype=torch.int32, device=device)
+            counters = torch.zeros(CAPTURED_COUNTERS, dtype=torch.int32, device=device)
             torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
-            _of_graphs[device] = counters, itertools.count()
+            _of_graphs[device] = [counters, 0]
 
 
 def can_be_captured(device) -> bool:
-    """Are there counters for a call in a CUDA graph? Zeros that are made in one would be made at every replay."""
+    """Are there counters for a call in a CUDA graph? Zeros that are made in one are made at every replay."""
     return device in _of_graphs
