@@ -18,7 +18,7 @@ def check_size(name, size) -> None:
 
 
 def check_masks(masks) -> None:
-    """Raise ValueError where `masks` are none, or not all over one stream."""
+    """Raise ValueError where there are no masks, or masks of different text_len or grid."""
     if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
         got = tuple(dict.fromkeys(masks))
         raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {got!r}")

@@ -53,8 +53,8 @@ def tiles_for(M, N, K, multiprocessors, shared_bytes) -> Tiles:
     the bits of a sample do not depend on how many there are.
 
     One program of 64 weight rows for each multiprocessor, at most, with 64 KiB of the weight on their way. Tuned on an
-    H200 by a script that was not kept (2026-11-27, Triton 3.6, bfloat16, weights from memory), microseconds of 8 and of
-    64 rows, and torch's:
+    H200 (2026-11-27, Triton 3.6, bfloat16, weights from memory). Not reproducible, as the script is gone: whoever changes
+    them measures these as well. Microseconds of 8 and of 64 rows, and torch's:
     2048 -> 6144 9.2 and 9.9 (9.5, 9.9), 2048 -> 2048 5.3 and 7.0 (6.3, 6.5), 2048 -> 8192 10.9 and 12.3 (11.0, 12.3, and
     about 2 for GELU), 8192 -> 2048 11.5 and 13.5 (13.1, 15.5). Twice as many programs, 128 weight rows or 64 columns at a
     time were slower.

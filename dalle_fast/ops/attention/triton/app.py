@@ -70,7 +70,7 @@ _launch = Launches(_attention_append_kernel)
 
 
 def attention_append(image_key, image_value, key, value, position, mask):
-    """The contract's append."""
+    """See `append` in `__init__.py`."""
     B, H, D = key.shape
     if B * H == 0:
         return

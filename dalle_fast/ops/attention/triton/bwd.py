@@ -407,7 +407,7 @@ _launch_key_value = Launches(_attention_grad_key_value_kernel)
 def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, *, query_tiles=None, key_tiles=None
 ):
-    """The contract's backward; `query_tiles` and `key_tiles` = (Tiles, MaskNumbers) replace the table's (tests)."""
+    """See `backward` in `__init__.py`; `query_tiles` and `key_tiles` = (Tiles, MaskNumbers) replace the table's (tests)."""
     B, H, S, D = query.shape
     grads = [torch.empty((B, H, S, D), dtype=x.dtype, device=x.device) for x in (query, key, value)]
     if B * H * S == 0:

@@ -1,8 +1,8 @@
 """Tile choices of the Triton attention kernels, and the pairs that they make the kernels compute.
 
 For 16 bits at head sizes up to 64 on compute capability 9, TILES was chosen from times of bfloat16 at head size 64 on an
-H200 (2026-11-26, Triton 3.6: benchmarks/results/attention_kernels_h200.json, by a script that was not kept;
-benchmarks/tune_attention.py is to repeat it): what matters most are registers per thread, as few as fit without a spill,
+H200 (2026-11-26, Triton 3.6: benchmarks/results/attention_kernels_h200.json, whose script is gone; retune with
+benchmarks/tune_attention.py): what matters most are registers per thread, as few as fit without a spill,
 so that four programs share a multiprocessor. With 96 (five programs) the forward
 kernel took 5% less, and dK/dV with 32 text queries a step 7%, but both spill 8 bytes for some masks. Everything else has
 NOT been tuned on a GPU: it was chosen from compiled code (shared memory, tensor-core instructions, no spills, see

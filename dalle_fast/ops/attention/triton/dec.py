@@ -21,10 +21,10 @@ from dalle_fast.ops.launches_triton import Launches
 __all__ = ["attention_decode"]
 
 SAMPLES = tl.constexpr(16)
-# Tuned on an H200 (2026-11-27, Triton 3.6; bfloat16, text 256, grid 32, 32 heads of 64) by a script that was not kept.
-# Microseconds of both launches for row masks, for 8 samples and for 64: with these 7.7 and 14.0, with 128 text keys in
-# steps of 32 10.8 and 15.7, with 256 15.2 and 18.8. Of image keys alone, for 64 samples of row and conv 11: with 1 warp
-# 6.9 and 11.1, with 2 8.0 and 12.1, with 4 14.5 and 14.4.
+# Tuned on an H200 (2026-11-27, Triton 3.6; bfloat16, text 256, grid 32, 32 heads of 64). Not reproducible, as the
+# script is gone: whoever changes them measures these as well. Microseconds of both launches for row masks, for 8 samples
+# and for 64: with these 7.7 and 14.0, with 128 text keys in steps of 32 10.8 and 15.7, with 256 15.2 and 18.8. Of image
+# keys alone, for 64 samples of row and conv 11: with 1 warp 6.9 and 11.1, with 2 8.0 and 12.1, with 4 14.5 and 14.4.
 TEXT_PART = 64  # text keys of one program
 TEXT_STEP = 64  # of them at once, at most
 TEXT_BYTES = 8192  # that these keys, and as many values, take at most
@@ -291,7 +291,7 @@ def image_blocks(most, limit):
 
 
 def attention_decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale):
-    """The contract's decode."""
+    """See `decode` in `__init__.py`."""
     B, H, D = query.shape
     out = torch.empty((B, H, D), dtype=query.dtype, device=query.device)
     if B * H == 0:

@@ -130,7 +130,7 @@ _launch = Launches(_attention_fwd_kernel)
 
 
 def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=None):
-    """The contract's forward; `tiles` = (Tiles, MaskNumbers) replaces the table's choice (tests)."""
+    """See `forward` in `__init__.py`; `tiles` = (Tiles, MaskNumbers) replaces the table's choice (tests)."""
     B, H, S, D = query.shape
     out = torch.empty((B, H, S, D), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, H, S), dtype=torch.float32, device=query.device)
