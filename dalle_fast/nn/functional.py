@@ -114,7 +114,10 @@ def sparse_attention(
 
 def _is_foreign(*tensors):
     """Whether one is no tensor but stands for one, as torch.fx's proxies do, and wants to be asked what a call means."""
-    return not all(isinstance(x, torch.Tensor) for x in tensors) and has_torch_function(tensors)
+    for x in tensors:
+        if x is not None and not isinstance(x, torch.Tensor) and has_torch_function((x,)):
+            return True
+    return False
 
 
 def sparse_attention_decode(
@@ -164,6 +167,10 @@ def sparse_attention_decode(
         ValueError: an argument has the wrong shape, device or value, or `impl` cannot serve it (with every reason).
         RuntimeError: gradients are on and an argument needs one.
     """
+    tensors = query, text_key, text_value, image_key, image_value
+    if _is_foreign(*tensors):
+        options = {"text_lengths": text_lengths, "scale": scale, "impl": impl}
+        return handle_torch_function(sparse_attention_decode, tensors, *tensors, mask, position, **options)
     return attention.sparse_attention_decode(
         query,
         text_key,
@@ -319,6 +326,10 @@ def gumbel_codebook(
         TypeError: an argument is not of the right kind or dtype.
         ValueError: an argument has the wrong shape, device or value, or `impl` cannot serve it (with every reason).
     """
+    tensors = hidden, weight, bias, codebook
+    if _is_foreign(*tensors):
+        options = {"hard": hard, "seed": seed, "impl": impl}
+        return handle_torch_function(gumbel_codebook, tensors, *tensors, tau, **options)
     return codebook_ops.gumbel_codebook(hidden, weight, bias, codebook, tau, hard=hard, seed=seed, impl=impl)
 
 
@@ -342,6 +353,9 @@ def codebook_argmax(
     Raises:
         TypeError, ValueError: as `gumbel_codebook`.
     """
+    tensors = hidden, weight, bias
+    if _is_foreign(*tensors):
+        return handle_torch_function(codebook_argmax, tensors, *tensors, code_range=code_range, impl=impl)
     return codebook_ops.codebook_argmax(hidden, weight, bias, code_range=code_range, impl=impl)
 
 
@@ -371,6 +385,10 @@ def codebook_sample(
     Raises:
         TypeError, ValueError: as `gumbel_codebook`.
     """
+    tensors = hidden, weight, bias
+    if _is_foreign(*tensors):
+        options = {"temperature": temperature, "seed": seed, "code_range": code_range, "impl": impl}
+        return handle_torch_function(codebook_sample, tensors, *tensors, **options)
     return codebook_ops.codebook_sample(
         hidden, weight, bias, temperature=temperature, seed=seed, code_range=code_range, impl=impl
     )
@@ -408,6 +426,10 @@ def codebook_cross_entropy(
     Raises:
         TypeError, ValueError: as `gumbel_codebook`.
     """
+    tensors = hidden, weight, bias, target
+    if _is_foreign(*tensors):
+        options = {"reduction": reduction, "ignore_index": ignore_index, "code_range": code_range, "impl": impl}
+        return handle_torch_function(codebook_cross_entropy, tensors, *tensors, **options)
     return codebook_ops.codebook_cross_entropy(
         hidden, weight, bias, target, reduction=reduction, ignore_index=ignore_index, code_range=code_range, impl=impl
     )
@@ -444,6 +466,9 @@ def gumbel_softmax(
     Raises:
         TypeError, ValueError: as `gumbel_codebook`.
     """
+    if _is_foreign(logits):
+        given, options = (logits, tau, hard, eps, dim), {"seed": seed, "impl": impl}
+        return handle_torch_function(gumbel_softmax, (logits,), *given, **options)
     return codebook_ops.gumbel_softmax(logits, tau, hard, eps, dim, seed=seed, impl=impl)
 
 
@@ -471,6 +496,9 @@ def linear(
         ValueError: `activation` or `impl` is none of these, or `impl` cannot serve (with every reason). What torch's
             raises.
     """
+    tensors = x, weight, bias
+    if _is_foreign(*tensors):
+        return handle_torch_function(linear, tensors, *tensors, activation=activation, impl=impl)
     return linear_ops.linear(x, weight, bias, activation=activation, impl=impl)
 
 
