@@ -56,6 +56,11 @@ def served(monkeypatch):
     return calls
 
 
+class Louder(torch.nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def test_what_the_kernel_serves_and_what_is_torchs(make, served, monkeypatch):
     x, update, norm = operands(make, 3, 40)
     x = x.as_subclass(OnGpu)
@@ -66,6 +71,9 @@ def test_what_the_kernel_serves_and_what_is_torchs(make, served, monkeypatch):
     with torch.no_grad():
         add_norm(x, update, parameters)
     assert len(served) == 3
+    hooked, patched = (torch.nn.LayerNorm(40).requires_grad_(False) for _ in range(2))
+    hooked.register_forward_hook(lambda module, arguments, out: 2 * out)
+    patched.forward = torch.neg
     wide = torch.zeros(1, norm_ops.MAX_WIDTH + 1).as_subclass(OnGpu)
     calls = {
         "reference": lambda: add_norm(x, update, norm, impl="reference"),
@@ -77,6 +85,10 @@ def test_what_the_kernel_serves_and_what_is_torchs(make, served, monkeypatch):
         "another shape": lambda: add_norm(x, update[:1], norm),
         "strides": lambda: add_norm(x, update.T.contiguous().T, norm),
         "no bias": lambda: add_norm(x, update, torch.nn.LayerNorm(40, bias=False).requires_grad_(False)),
+        "a hook": lambda: add_norm(x, update, hooked),
+        "a forward of its own": lambda: add_norm(x, update, patched),
+        "a subclass": lambda: add_norm(x, update, Louder(40).requires_grad_(False)),
+        "another norm": lambda: add_norm(x, update, torch.nn.RMSNorm(40).requires_grad_(False)),
         "two dimensions": lambda: add_norm(x, update, torch.nn.LayerNorm((3, 40)).requires_grad_(False)),
         "too wide": lambda: add_norm(wide, None, torch.nn.LayerNorm(wide.shape[1]).requires_grad_(False)),
         "a transformation": lambda: torch.func.vmap(lambda y: add_norm(y, y, norm)[1])(torch.stack((x, x))),
@@ -84,6 +96,11 @@ def test_what_the_kernel_serves_and_what_is_torchs(make, served, monkeypatch):
     for name, call in calls.items():
         call()
         assert len(served) == 3, name
+    assert torch.equal(add_norm(x, update, hooked)[1], 2 * torch.nn.LayerNorm(40)(x + update))
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, arguments, out: 2 * out)
+    add_norm(x, update, norm)
+    hook.remove()
+    assert len(served) == 3
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # refused without a GPU
     add_norm(x, update, norm)
     assert len(served) == 3

@@ -18,7 +18,7 @@ from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.ops.attention.op import IMPLS
 from dalle_fast.ops.blocks import blocks_step
-from dalle_fast.ops.calls import has_global_hooks
+from dalle_fast.ops.calls import has_global_hooks, is_hooked
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.norm import add_norm
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
         up, gelu, _ = mlp._modules.values()
         if type(gelu) is not nn.GELU or gelu.approximate != "none" or type(up).forward is not Linear.forward:
             return False
-        return not (has_global_hooks() or _is_hooked(mlp) or _is_hooked(up) or _is_hooked(gelu))
+        return not (has_global_hooks() or is_hooked(mlp) or is_hooked(up) or is_hooked(gelu))
 
     def parts_of_step(self):
         """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters.
@@ -282,7 +282,7 @@ class Transformer(nn.Module):
             kind = next((kind for kind in (Transformer, Block, Attention) if isinstance(part, kind)), None)
             if kind is None or "step" in part.__dict__ or type(part).step is not kind.step:
                 continue  # no step, or one that was made to fit
-            if _is_hooked(part) or type(part).forward is not kind.forward:
+            if is_hooked(part) or type(part).forward is not kind.forward:
                 name = f"the transformer's {name}" if name else "the transformer"
                 warnings.warn(
                     f"{name} has forward hooks, or a forward of its own, which image tokens that come one by one do "
@@ -365,15 +365,9 @@ def _is_as_made(part):
     elif kind is not nn.LayerNorm:
         return False
     state = part.__dict__
-    if _is_hooked(part) or "_call_impl" in state:
+    if is_hooked(part):
         return False
     return "weight" in state["_parameters"] and "bias" in state["_parameters"]
-
-
-def _is_hooked(part):
-    """Whether calling a module does something before or after its class's `forward`, or instead."""
-    state = part.__dict__
-    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 _FUNCTIONS = [

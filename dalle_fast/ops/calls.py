@@ -174,6 +174,12 @@ def is_plain(tensors) -> bool:
     return True
 
 
+def is_hooked(module) -> bool:
+    """Whether calling a module does something before or after its class's `forward`, or instead."""
+    state = module.__dict__  # attributes of a module take ten times as long
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or "_call_impl" in state)
+
+
 # -- autograd kernels --------------------------------------------------------------------------------------------------
 
 # A function of a single level of functorch's transforms. Where torch has none, it refuses such functions in transforms.

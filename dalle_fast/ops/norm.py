@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from dalle_fast.ops import on_triton
-from dalle_fast.ops.calls import is_transformed, needs_grad
+from dalle_fast.ops.calls import has_global_hooks, is_hooked, is_transformed, needs_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is in the registers of one program
@@ -22,7 +22,7 @@ def add_norm(x, update, norm, *, impl="auto"):
 
     Args:
         x: (R, W). update: (R, W), or None for nothing to add.
-        norm: a torch.nn.LayerNorm.
+        norm: a torch.nn.LayerNorm; another module, or one with hooks, is called.
         impl: "reference" is torch's; anything else takes one launch on a GPU, where that serves.
     """
     if impl != "reference" and x.is_cuda and _is_served(x, update, norm):
@@ -32,6 +32,8 @@ def add_norm(x, update, norm, *, impl="auto"):
 
 
 def _is_served(x, update, norm):
+    if type(norm) is not torch.nn.LayerNorm or is_hooked(norm) or has_global_hooks():
+        return False
     if torch.compiler.is_compiling() or is_transformed():
         return False
     if torch.is_autocast_enabled("cuda") or x.dtype not in DTYPES or x.dim() != 2 or not 1 <= x.shape[1] <= MAX_WIDTH:
