@@ -7,6 +7,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
 import weakref
 
 import pytest
@@ -263,7 +264,10 @@ def test_16_bit(model, text):
 
 def test_progress(model, text, capsys):
     model.generate(text, seed=0, progress=True)
-    assert "14/14" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "image tokens" in shown and "14/14" in shown
+    model.generate(text, seed=0, progress="batch 2 of 3")
+    assert "batch 2 of 3: " in capsys.readouterr().err
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -512,3 +516,108 @@ def test_free_memory_of_a_control_group(tmp_path, monkeypatch, line, folder, nam
     assert left == [520] and not list(memory.left_by_groups(tmp_path / "none", tmp_path))
     monkeypatch.setattr(memory, "left_by_groups", lambda: left)
     assert memory.free_memory(torch.device("cpu")) == 520
+
+
+# -- what a CUDA graph holds ------------------------------------------------------------------------------------------
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU: who does a step is decided before anything is computed."""
+
+    is_cuda = True
+
+
+class Graph:
+    """A stand-in for a captured step, and for the marks behind steps that were launched."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.captures = [], 0
+        monkeypatch.setattr(generation, "_captured", self.capture)
+        monkeypatch.setattr(generation, "_mark", self.mark)
+
+    def capture(self, step, device):
+        self.step, self.captures = step, self.captures + 1
+        return self
+
+    def replay(self):
+        self.log.append("replay")
+        self.step()
+
+    def mark(self, device):
+        at = len(self.log)
+        return types.SimpleNamespace(synchronize=lambda: self.log.append(f"wait for {at}"))
+
+
+def steps_on_gpu(model, text):
+    """The codes that all steps draw, as on a GPU."""
+    cache, seeds = model.new_cache(P), torch.full((P,), F.noise_seed(3))
+    samples = generation.Samples(model, cache, Sampling(), seeds, torch.zeros(P, G, dtype=torch.int64), None)
+    samples.choose(model.hidden(text, text[:, :0], cache=cache)[:, -1])
+    real = samples.step
+
+    def step():
+        samples.codes = samples.codes.as_subclass(torch.Tensor)
+        real()
+        samples.codes = samples.codes.as_subclass(OnGpu)
+
+    samples.step, samples.codes = step, samples.codes.as_subclass(OnGpu)
+    assert len(list(samples.steps(G - 1))) == G - 1
+    return samples.codes.as_subclass(torch.Tensor).view(P, 5, 3)
+
+
+@torch.no_grad()
+def test_a_step_is_captured_where_a_graph_can_hold_it(text, monkeypatch):
+    model, graph = make_model(), Graph(monkeypatch)
+    monkeypatch.setattr(generation, "STEPS_AHEAD", 4)
+    expected = model.generate(text, seed=3)
+    assert torch.equal(steps_on_gpu(model, text), expected)
+    replays = G - 1 - generation.EAGER_STEPS
+    assert graph.captures == 1 and graph.log.count("replay") == replays
+    # The mark before the last: the device always has steps to do while the host waits.
+    assert [entry for entry in graph.log if entry != "replay"] == ["wait for 1", "wait for 5"]
+
+
+def hook(model):
+    model.transformer.blocks[1].mlp.up.register_forward_hook(lambda *arguments: None)
+
+
+def hook_before(model):
+    model.row_embedding.register_forward_pre_hook(lambda *arguments: None)
+
+
+def own_forward(model):
+    model.transformer.norm.forward = torch.nn.LayerNorm.forward.__get__(model.transformer.norm)
+
+
+@torch.no_grad()
+def test_a_step_that_no_graph_holds_is_not_captured(text, monkeypatch):
+    """Reference attention looks at the position, hooks are called for every token, and shards gathered."""
+    reference = "attention of layer 0 runs on the reference, which waits for the device"
+    for impl, change, reason in (
+        ("auto", hook, "transformer.blocks.1.mlp.up has forward hooks, or a forward of its own, which a replay"),
+        ("auto", hook_before, "row_embedding has forward hooks"),
+        ("auto", own_forward, "transformer.norm has forward hooks, or a forward of its own"),
+        ("reference", torch.nn.Module.eval, reference),
+        ("auto", torch.nn.Module.double, reference),
+    ):
+        model = make_model(impl)
+        change(model)
+        assert generation.why_not_captured(model, model.new_cache(P)).startswith(reason)
+    graph, model = Graph(monkeypatch), make_model()
+    hook(model)
+    assert torch.equal(steps_on_gpu(model, text), model.generate(text, seed=3))
+    assert not graph.captures
+
+
+def test_nor_one_with_hooks_on_all_modules_or_shards(monkeypatch):
+    model = make_model()
+    cache = model.new_cache(P)
+    assert generation.why_not_captured(model, cache) is None
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda *arguments: None)
+    assert "hooks on all modules" in generation.why_not_captured(model, cache)
+    handle.remove()
+    modules = {"fsdp": ("FSDPModule", model.transformer), "tensor": ("DTensor", model.head.weight)}
+    for name, (kind, part) in modules.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, f"torch.distributed.{name}", types.SimpleNamespace(**{kind: type(part)}))
+            assert "gathered from several processes" in generation.why_not_captured(model, cache)

@@ -9,18 +9,23 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
 import threading
 import traceback
+from collections import deque
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
+from dalle_fast.ops.calls import is_hooked
 from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes but for a draw from logits in memory, in sizes of its cache
+STEPS_AHEAD = 8  # on a GPU, from one mark that the host waits for to the next: it is at most two of these ahead
 BYTES_PER_LOGIT = 50  # what such a draw takes: 12 to 47 at its peak were measured on a CPU
 
 _CAPTURING = threading.Lock()  # a process captures one CUDA graph at a time
@@ -51,7 +56,8 @@ def generate(
     logits are equal in all digits but the last).
 
     Args:
-        model: a `DALLE`, used as it is: in its dtype, or autocast's where that is on.
+        model: a `DALLE`, used as it is: in its dtype, or autocast's where that is on. On a GPU its step becomes a CUDA
+            graph; with forward hooks, parameters of FSDP or attention on the reference it is slower, without a graph.
         text: (P, T) int64. text_lengths: (P,) int64 or None. As in `DALLE.forward`.
         num_images: N.
         temperature: divides the logits; 0 takes the most likely code.
@@ -66,7 +72,7 @@ def generate(
             `known` those of all positions, not looked at where they are not known.
         known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
             what is drawn should reach to the bottom right.
-        progress: show a bar.
+        progress: show a bar; a string is its text, as the batch's number is for who draws several.
 
     Returns:
         (P * N, h, w) int64, the N images of the first caption first.
@@ -164,16 +170,21 @@ class Samples:
         self.known = None if known is None else known.repeat_interleave(cache.num_images, 0)
 
     def steps(self, count):
-        """Draw `count` more codes of each image, yielding after each. On a GPU one step becomes a graph."""
-        graph = None
+        """Draw `count` more codes of each image, yielding after each. On a GPU one step becomes a graph, where it can.
+
+        A replay returns before the device has done it. The host waits for the mark before the last, so that a bar shows
+        what is drawn and an interrupt is seen: the device, with a mark's steps yet to do, does not wait for the host.
+        """
+        step, marks = self.step, deque()
+        captures = self.codes.is_cuda and why_not_captured(self.model, self.cache) is None
         for done in range(count):
-            if not self.codes.is_cuda or done < EAGER_STEPS:
-                self.step()
-            elif graph is None:
-                graph = _captured(self.step, self.codes.device)
-                graph.replay()
-            else:
-                graph.replay()
+            if captures and done == EAGER_STEPS:
+                step = _captured(self.step, self.codes.device).replay
+            step()
+            if self.codes.is_cuda and (done + 1) % STEPS_AHEAD == 0:
+                marks.append(_mark(self.codes.device))
+                if len(marks) > 1:
+                    marks.popleft().synchronize()
             yield
 
     def step(self):
@@ -195,6 +206,42 @@ class Samples:
                 self.known.index_select(1, position)[:, 0], self.codes.index_select(1, position)[:, 0], codes
             )
         self.codes.index_copy_(1, position, codes[:, None])
+
+
+def why_not_captured(model, cache):
+    """Why a CUDA graph cannot hold a step of `model` with `cache`; None if it can.
+
+    A graph repeats what was launched while it was captured, on one stream, and nothing that Python does.
+    """
+    for name, part in model.named_modules():
+        if is_hooked(part):
+            return f"{name or 'the model'} has forward hooks, or a forward of its own, which a replay would not call"
+    if _has_any_global_hook():
+        return "there are hooks on all modules, which a replay would not call"
+    if _is_sharded(model):
+        return "its parameters are gathered from several processes, on streams that the capture does not see"
+    blocks = model.transformer.blocks
+    for index, block in enumerate(blocks):
+        attention = getattr(block, "attention", None)
+        if cache.layer(index).waits_for_device(impl=getattr(attention, "impl", "auto")):
+            return f"attention of layer {index} runs on the reference, which waits for the device"
+    return None
+
+
+def _is_sharded(model) -> bool:
+    """Whether parameters are those of FSDP, or `DTensor`s. What has not been imported is not in use."""
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    wrappers = tuple(getattr(fsdp, name, ()) for name in ("FSDPModule", "FullyShardedDataParallel"))
+    return any(isinstance(part, wrappers) for part in model.modules()) or any(
+        isinstance(parameter, getattr(tensor, "DTensor", ())) for parameter in model.parameters()
+    )
+
+
+def _mark(device):
+    """An event behind what has been launched on `device`."""
+    event = torch.cuda.Event(blocking=True)  # the host sleeps, where it would keep a core busy
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _captured(step, device):
@@ -313,4 +360,4 @@ def _bar(steps, total, show):
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, total=total, desc="image tokens", unit="token")
+    return tqdm(steps, total=total, desc=show if isinstance(show, str) else "image tokens", unit="token")

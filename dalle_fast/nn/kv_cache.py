@@ -11,6 +11,7 @@ import torch
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_masks
 from dalle_fast.ops.attention import attention_append
+from dalle_fast.ops.attention.decode import waits_for_device
 from dalle_fast.ops.blocks import BlockCaches
 
 
@@ -69,6 +70,10 @@ class LayerCache:
         return F.sparse_attention_decode(
             query, *self.tensors, self.mask, self.cache.position, text_lengths=self.cache.text_lengths, impl=impl
         )
+
+    def waits_for_device(self, *, impl="auto") -> bool:
+        """Whether `attend` off the CPU waits for the device, so that no CUDA graph can hold it."""
+        return waits_for_device(impl, self.text_key, self.text_value, self.mask)
 
 
 class KVCache:

@@ -139,9 +139,19 @@ def _decode(query, text_key, text_value, image_key, image_value, position, text_
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     if position.is_cpu:
         check_position(int(position), mask)
-    serving = choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, text_key, text_value, mask)
+    serving = _serving(impl, query, text_key, text_value, mask)
     with current_device(query):
         return serving.decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale)
+
+
+def _serving(impl, query, text_key, text_value, mask):
+    return choose(_NAME_AND_COST, impl, device_type(query), implementation, AUTO, query, text_key, text_value, mask)
+
+
+def waits_for_device(impl, text_key, text_value, mask) -> bool:
+    """Whether a step against these, off the CPU, waits to see the position: then no CUDA graph can hold it."""
+    # A query has the keys' dtype, device and head size, which is all that a choice asks of one.
+    return _serving(impl, text_key, text_key, text_value, mask) is implementation("reference")
 
 
 def _decode_fake(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
