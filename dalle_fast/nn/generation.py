@@ -16,7 +16,7 @@ from collections import deque
 from typing import NamedTuple
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
+from dalle_fast.ops.calls import has_global_hooks
 
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
@@ -216,7 +216,7 @@ def why_not_captured(model, cache):
     for name, part in model.named_modules():
         if is_hooked(part):
             return f"{name or 'the model'} has forward hooks, or a forward of its own, which a replay would not call"
-    if _has_any_global_hook():
+    if has_global_hooks():
         return "there are hooks on all modules, which a replay would not call"
     if _is_sharded(model):
         return "its parameters are gathered from several processes, on streams that the capture does not see"

@@ -106,7 +106,7 @@ class KVCache:
         is_tensor = isinstance(text_lengths, torch.Tensor)  # attention refuses what is not
         self.text_lengths = text_lengths.clone() if is_tensor else text_lengths  # the caller may change theirs
         self.device, self.dtype = device, dtype
-        self.length, self.has_text = 0, False
+        self.length, self.has_text, self.plan = 0, False, None
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._layers = [(mask, self._allocate(mask)) for mask in masks]
         self.masks, self.of_blocks = masks, BlockCaches(masks, [tensors for _, tensors in self._layers])
@@ -122,6 +122,9 @@ class KVCache:
         if key.device.type == "cpu":  # as its kernel reads them: positions beside each other in memory
             key = key.view(*text[:2], text[3], text[2]).mT
         return key, *others
+
+    def __getstate__(self):
+        return self.__dict__ | {"plan": None}  # a copy's need not hold a copy of the model
 
     def layer(self, index) -> LayerCache:
         return LayerCache(self, *self._layers[index])
@@ -141,7 +144,7 @@ class KVCache:
 
     def reset(self):
         """Hold nothing again, in the same memory: for another text with the same text_lengths."""
-        self.length, self.has_text = 0, False
+        self.length, self.has_text, self.plan = 0, False, None
         self.position.zero_()
 
     @property

@@ -116,26 +116,6 @@ class Block(nn.Module):
             return False
         return not (has_global_hooks() or is_hooked(mlp) or is_hooked(up) or is_hooked(gelu))
 
-    def parts_of_step(self):
-        """The modules that `step` calls, in the order of `dalle_fast.ops.blocks.blocks_step`'s parameters.
-
-        None where this block, or its attention, is not as it was made, and may have a step of its own.
-        """
-        own = self._modules  # attributes of a module take ten times as long
-        attention, mlp = own.get("attention"), own.get("mlp")
-        if (type(self), type(attention), type(mlp)) != (Block, Attention, nn.Sequential):
-            return None
-        if "step" in self.__dict__ or not attention.__dict__.keys().isdisjoint(("step", "_heads")):
-            return None
-        if not self._has_mlp_as_made():
-            return None
-        if attention.impl not in _NATIVE:
-            return None
-        of_attention, of_mlp = attention._modules.get, mlp._modules.get
-        return (
-            own.get("attention_norm"), of_attention("qkv"), of_attention("out"), own.get("mlp_norm"), of_mlp("up"), of_mlp("down")
-        )  # fmt: skip
-
     def residual_blocks(self):
         """The parameters of each residual block."""
         yield [*self.attention_norm.parameters(), *self.attention.parameters()]
@@ -245,6 +225,11 @@ class Transformer(nn.Module):
     def step(self, x, cache):
         """x (B, W) of the image token that comes next -> (B, W), as `forward` gives for it; `cache` takes the token.
 
+        On a CPU one native call computes all blocks, where all modules are as they were made. Whether they are is looked
+        at in a cache's first step: hooks, other modules or methods and another `impl` that come later are not noticed
+        before `cache.reset()`, and functions put into the classes never. Other weights are at once, but for one that lies
+        where it lay in another shape, as after `weight.data = weight.data.T`.
+
         Raises:
             ValueError: the cache was made for another batch, or its image is complete; it was made for other masks, or
                 holds no text yet (which a compiled step does not look at).
@@ -300,29 +285,43 @@ class Transformer(nn.Module):
 
     def _operands_of_step(self, x, cache):
         """The arguments of `blocks_step`; None where something is not as it was made, and may do something else."""
-        if not x.is_cpu or type(cache) is not KVCache or has_global_hooks():
+        if not x.is_cpu or torch.compiler.is_compiling() or type(cache) is not KVCache:
             return None
-        parts = []
-        for block in self.blocks:
-            of_block = block.parts_of_step() if isinstance(block, Block) else None
-            if of_block is None or (block.attention.num_heads, block.attention.head_dim) != (
-                cache.num_heads,
-                cache.head_dim,
-            ):
-                return None
-            parts += of_block
-        parts.append(self.norm)
-        if not all(_is_as_made(part) for part in parts) or not _are_functions_as_made():
+        if cache.plan is None or cache.plan[0] is not self:
+            cache.plan = self, self._parts_as_made(cache)
+        parts = cache.plan[1]
+        if parts is None:
             return None
         cache.check_room()
         return (
             x,
-            [part._parameters[name] for part in parts for name in ("weight", "bias")],
+            [part._parameters.get(name) for part in parts for name in ("weight", "bias")],
             [part.eps for part in parts if type(part) is nn.LayerNorm],
             cache.of_blocks,
             cache.length,
             cache.text_lengths,
         )
+
+    def _parts_as_made(self, cache):
+        """What has the parameters of `blocks_step`, in their order; None where a module does not do what it was made for.
+
+        A hundred modules take longer to look at than a small model's step, so once a text is enough.
+        """
+        parts = []
+        for block in self.blocks:
+            modules = dict(block.named_modules(remove_duplicate=False))
+            if {name: type(module) for name, module in modules.items()} != _MODULES_OF_BLOCK:
+                return None
+            attention = modules["attention"]
+            if (attention.num_heads, attention.head_dim) != (cache.num_heads, cache.head_dim):
+                return None
+            if any(map(_is_changed, modules.values())) or not block._has_mlp_as_made():
+                return None
+            parts += [modules[name] for name in _PARTS_OF_BLOCK]
+        parts.append(self.norm)
+        if type(self.norm) is not nn.LayerNorm or _is_changed(self.norm) or has_global_hooks():
+            return None
+        return parts if all(part._parameters.keys() == {"weight", "bias"} for part in parts) else None
 
     @torch.no_grad()
     def unscale_gradients(self):
@@ -354,34 +353,18 @@ class Transformer(nn.Module):
 
 
 _NATIVE = ("auto", "cpu")  # values of `impl` that allow one native call for all blocks
+_PARTS_OF_BLOCK = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.up", "mlp.down")
+_MODULES_OF_BLOCK = {
+    "": Block, "attention_norm": nn.LayerNorm, "attention": Attention, "attention.qkv": Linear, "attention.out": Linear,
+    "mlp_norm": nn.LayerNorm, "mlp": nn.Sequential, "mlp.up": Linear, "mlp.gelu": nn.GELU, "mlp.down": Linear,
+}  # fmt: skip
 
 
-def _is_as_made(part):
-    """Whether a linear layer or a norm does what it was made for and nothing else; and what it was made of is there."""
-    kind = type(part)
-    if kind is Linear:
-        if part.impl not in _NATIVE:
-            return False
-    elif kind is not nn.LayerNorm:
-        return False
-    state = part.__dict__
-    if is_hooked(part):
-        return False
-    return "weight" in state["_parameters"] and "bias" in state["_parameters"]
-
-
-_FUNCTIONS = [
-    (kind, name, vars(kind)[name])
-    for kind, names in (
-        (nn.LayerNorm, ("forward",)), (Linear, ("forward",)), (Attention, ("step", "_heads")), (Block, ("step",))
-    )
-    for name in names
-]  # fmt: skip
-
-
-def _are_functions_as_made():
-    """Whether nobody has put others in their classes."""
-    return all(vars(kind)[name] is function for kind, name, function in _FUNCTIONS)
+def _is_changed(module):
+    """Whether an instance has more than its class gave it, or leaves its work to the reference."""
+    if is_hooked(module) or not module.__dict__.keys().isdisjoint(("step", "_heads")):
+        return True
+    return type(module) in (Attention, Linear) and module.impl not in _NATIVE
 
 
 class _Scale(torch.autograd.Function):

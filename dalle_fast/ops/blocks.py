@@ -11,6 +11,7 @@ B samples, P prompts, W width, H heads, D head size, T text, C slots of an image
 from __future__ import annotations
 
 import functools
+import operator
 
 import torch
 from torch.autograd.graph import increment_version
@@ -50,10 +51,10 @@ class BlockCaches:
         self.masks, self.tensors = tuple(masks), tuple(tensors)
         self._kinds = tuple(dict.fromkeys(self.masks))
         self._kind_of_block = [self._kinds.index(mask) for mask in self.masks]
-        self._known = None
+        self._known, self._read = None, ((), [], None)
 
     def __getstate__(self):
-        return self.__dict__ | {"_known": None}  # a copy's tensors lie elsewhere
+        return self.__dict__ | {"_known": None, "_read": ((), [], None)}  # a copy's tensors lie elsewhere
 
     def numbers(self):
         """Addresses and strides of the tensors, and the tables of visible slots as `attention/cpu.py` hands them over."""
@@ -67,6 +68,39 @@ class BlockCaches:
                 tables,  # which stay where they are
             )
         return self._known[1:3]
+
+    def addresses(self, parameters, x):
+        """Of parameters that a native call for x (B, W) reads as they are; None where it would misread one.
+
+        Those that were read before and lie where they lay are not looked at again.
+        """
+        read, addresses, kind = self._read
+        kind_of_x = x.shape[1], x.dtype
+        same = kind == kind_of_x and len(read) == len(parameters) and all(map(operator.is_, read, parameters))
+        if same and [parameter.data_ptr() for parameter in parameters] == addresses:
+            return addresses
+        if not self._reads(parameters, *kind_of_x):
+            return None
+        self._read = parameters, [parameter.data_ptr() for parameter in parameters], kind_of_x
+        return self._read[1]
+
+    def _reads(self, parameters, W, dtype):
+        if not {type(parameter) for parameter in parameters} <= _TYPES:  # None, quantized, distributed
+            return False
+        if {parameter.layout for parameter in parameters} != {torch.strided}:
+            return False
+        _, H, _, D = self.tensors[0][0].shape
+        F = parameters[8].shape[0]
+        row, inside, heads = (W,), (F,), (H * D,)
+        of_block = [row, row, (3 * H * D, W), (3 * H * D,), (W, *heads), row, row, row, (F, W), inside, (W, F), row]
+        return (
+            D <= MAX_HEAD_DIM
+            and [parameter.shape for parameter in parameters] == of_block * len(self.masks) + [row, row]
+            and {parameter.dtype for parameter in parameters} == {dtype}
+            and all(
+                parameter.is_cpu and parameter.is_contiguous() and not parameter.is_neg() for parameter in parameters
+            )
+        )
 
     def slots(self, position):
         """Where the token at `position` goes in each block's image cache."""
@@ -86,54 +120,37 @@ def blocks_step(x, parameters, epsilons, caches, position, text_lengths):
         position: an integer, in the image.
         text_lengths: (P,) or None.
     """
-    if not _is_served(x, parameters, caches):
+    addresses = _addresses_if_served(x, parameters, caches)
+    if addresses is None:
         return None
     if text_lengths is not None:
         check_text_lengths(text_lengths, len(caches.tensors[0][0]), x.device)
     text_lengths = canonical_lengths(text_lengths, caches.masks[0].text_len)
-    if _are_plain(x, parameters):
-        return _step(x, parameters, epsilons, caches, position, text_lengths)
+    if is_plain((x,)):
+        return _step(x, parameters, addresses, epsilons, caches, position, text_lengths)
     flat = [tensor for tensors in caches.tensors for tensor in tensors]
     masks = [number for mask in caches.masks for number in mask.encode()]
     return _blocks_op(x, parameters, epsilons, flat, masks, position, text_lengths)
 
 
-def _is_served(x, parameters, caches):
-    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in DTYPES or x.dim() != 2:
-        return False
+def _addresses_if_served(x, parameters, caches):
+    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in DTYPES or x.dim() != 2 or type(x) not in _TYPES:
+        return None
     if is_transformed() or is_any_autocast_on():
-        return False
-    if x.shape[0] > _most_samples()[DTYPES[x.dtype]] or has_torch_function((x,)) or needs_grad((x, *parameters)):
-        return False
-    if not {type(tensor) for tensor in (x, *parameters)} <= _TYPES:  # None, quantized, distributed
-        return False
-    if {parameter.layout for parameter in parameters} != {torch.strided}:
-        return False
-    text_key, _, image_key, _ = caches.tensors[0]
-    _, H, _, D = text_key.shape
-    B, W = x.shape
+        return None
+    if x.shape[0] > _most_samples()[DTYPES[x.dtype]] or has_torch_function((x,)):
+        return None
+    image_key = caches.tensors[0][2]
     if image_key.is_inference() and not torch.is_inference_mode_enabled():
-        return False
-    if image_key.dtype != x.dtype or not image_key.is_cpu or len(image_key) != B or D > MAX_HEAD_DIM:
-        return False
-    F = parameters[8].shape[0]
-    row, inside, heads = (W,), (F,), (H * D,)
-    of_block = [row, row, (3 * H * D, W), (3 * H * D,), (W, *heads), row, row, row, (F, W), inside, (W, F), row]
-    return (
-        [parameter.shape for parameter in parameters] == of_block * len(caches.masks) + [row, row]
-        and {parameter.dtype for parameter in parameters} == {x.dtype}
-        and {parameter.is_cpu and parameter.is_contiguous() for parameter in parameters} == {True}
-    )
+        return None
+    if image_key.dtype != x.dtype or not image_key.is_cpu or len(image_key) != x.shape[0]:
+        return None
+    return None if needs_grad((x, *parameters)) else caches.addresses(parameters, x)
 
 
 @functools.cache
 def _most_samples():
     return (0,) * len(DTYPES) if _extension.why_missing() else MOST_SAMPLES[_extension.native().instruction_set()]
-
-
-def _are_plain(x, parameters):
-    """`is_plain` of all of them, sooner: what is of no other type may still have a sign that is yet to come."""
-    return is_plain((x,)) and True not in {parameter.is_neg() for parameter in parameters}
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------
@@ -150,10 +167,11 @@ def _blocks_kernel(x, parameters, epsilons, caches, masks, position, text_length
     size = len(masks) // (len(caches) // 4)
     masks = [AttentionMask.decode(masks[n : n + size]) for n in range(0, len(masks), size)]
     caches = BlockCaches(masks, [caches[n : n + 4] for n in range(0, len(caches), 4)])
-    return _step(x, parameters, epsilons, caches, position, text_lengths)
+    addresses = [parameter.data_ptr() for parameter in parameters]
+    return _step(x, parameters, addresses, epsilons, caches, position, text_lengths)
 
 
-def _step(x, parameters, epsilons, caches, position, text_lengths):
+def _step(x, parameters, addresses, epsilons, caches, position, text_lengths):
     for mask in caches.masks:
         check_position(position, mask)
     P, H, T, D = caches.tensors[0][0].shape
@@ -168,7 +186,7 @@ def _step(x, parameters, epsilons, caches, position, text_lengths):
         DTYPES[x.dtype],
         D**-0.5,
         0 if text_lengths is None else text_lengths.data_ptr(),
-        [parameter.data_ptr() for parameter in parameters],
+        addresses,
         epsilons,
         numbers,
         tables,
