@@ -223,6 +223,39 @@ def test_embeddings_and_the_output_matrix_begin_small():
         assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fnn.DALLE(dataclasses.replace(SMALL, width=64), gradient_scaling=True),
+        lambda: fnn.DiscreteVAE("tiny"),
+        lambda: fnn.GumbelCodebook(8, 16, 4),
+        lambda: fnn.MultiheadAttention(32, 2, kdim=8, add_bias_kv=True),
+    ],
+)
+@torch.no_grad()
+def test_memory_that_was_empty_is_initialised(make):
+    """As by a constructor; each module's own reset after that draws other numbers of the same spread."""
+    torch.manual_seed(3)
+    expected = make()
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(7)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    assert all(torch.equal(x, expected.state_dict()[name]) for name, x in model.state_dict().items())
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, x in model.state_dict().items():
+        if name == "out_proj.bias":  # torch's attention resets its layer's bias, and then sets it to 0
+            continue
+        spread, mean = (of(expected.state_dict()[name].double()).item() for of in (torch.std, torch.mean))
+        assert x.double().mean().item() == pytest.approx(mean, abs=spread), name
+        assert x.numel() < 200 or x.double().std().item() == pytest.approx(spread, rel=0.2), name
+
+
 def test_matrices_decay_and_nothing_else():
     model = make_model()
     names = {p: name for name, p in model.named_parameters()}

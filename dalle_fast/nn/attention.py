@@ -104,6 +104,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _qkv_same_embed_dim(self, packed):
         self._packed = packed
 
+    def reset_parameters(self):
+        """As of a new module, after `to_empty`: with one seed the same numbers."""
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
+
     def _reset_parameters(self):
         mask, self._mask = self._mask, None  # torch's asks `_qkv_same_embed_dim` which parameters there are
         try:

@@ -23,7 +23,7 @@ from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_integers, check_range
 from dalle_fast.nn.kv_cache import KVCache
-from dalle_fast.nn.transformer import INIT_STD, Transformer
+from dalle_fast.nn.transformer import INIT_STD, Linear, Transformer
 from dalle_fast.ops.attention.op import MAX_HEAD_DIM
 
 
@@ -119,6 +119,13 @@ class DALLEOutput(NamedTuple):
     image_loss: torch.Tensor
 
 
+class Embedding(nn.Embedding):
+    """torch's, initialised as the transformer's weights."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
 class DALLE(nn.Module):
     """The autoregressive model of captions and image codes.
 
@@ -154,12 +161,12 @@ class DALLE(nn.Module):
             raise ValueError(f"config must be a DALLEConfig or one of {', '.join(PRESETS)}, got {config!r}")  # noqa: TRY004
         self.config, self.impl, self.trained_with = config, impl, {}
         V, T, K, W = config.vocab_size, config.text_len, config.num_codes, config.width
-        self.text_embedding = nn.Embedding(V + T, W)  # token V + t is the padding of position t
-        self.text_position = nn.Embedding(T, W)
-        self.start = nn.Embedding(1, W)
-        self.image_embedding = nn.Embedding(K, W)
-        self.row_embedding = nn.Embedding(config.grid[0], W)
-        self.column_embedding = nn.Embedding(config.grid[1], W)
+        self.text_embedding = Embedding(V + T, W)  # token V + t is the padding of position t
+        self.text_position = Embedding(T, W)
+        self.start = Embedding(1, W)
+        self.image_embedding = Embedding(K, W)
+        self.row_embedding = Embedding(config.grid[0], W)
+        self.column_embedding = Embedding(config.grid[1], W)
         self.transformer = Transformer(
             config.masks,
             W,
@@ -169,9 +176,31 @@ class DALLE(nn.Module):
             gradient_scaling=gradient_scaling,
             impl=impl,
         )
-        self.head = nn.Linear(W, V + K, bias=False)  # text tokens, then codes
+        self.head = Linear(W, V + K, impl, bias=False)  # text tokens, then codes
+        self.head.std = INIT_STD
+        self._draw()
+
+    def reset_parameters(self):
+        """Parameters and buffers as of a new model: with one seed the same numbers, which this call alone gives.
+
+        After `to_empty`, of a model made on the device "meta":
+
+            with torch.device("meta"):
+                model = DALLE("12b")
+            model.to_empty(device="cuda").reset_parameters()
+
+        Where each module's own `reset_parameters` is called too, as recipes for `fully_shard` do, the numbers are others,
+        of the same distribution.
+        """
+        for module in self._embeddings():
+            module.reset_parameters()  # as in its constructor; drawn again below
+        self.transformer.reset_parameters()
+        nn.Linear.reset_parameters(self.head)
+        self._draw()
+
+    def _draw(self):
         for module in (*self._embeddings(), self.head):
-            nn.init.normal_(module.weight, std=INIT_STD)
+            module.reset_parameters()
 
     def forward(self, text, codes, *, text_lengths=None) -> DALLEOutput:
         """The training objective.

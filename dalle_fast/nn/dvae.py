@@ -151,8 +151,12 @@ class Conv2d(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
         self.w = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
-        self.b = nn.Parameter(torch.zeros(out_channels))
-        nn.init.normal_(self.w, std=(in_channels * kernel_size**2) ** -0.5)
+        self.b = nn.Parameter(torch.empty(out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.w, std=math.prod(self.w.shape[1:]) ** -0.5)
+        nn.init.zeros_(self.b)
 
     def forward(self, x):
         return torch_F.conv2d(x, self.w, self.b, padding=(self.w.shape[-1] - 1) // 2)
@@ -203,6 +207,14 @@ def _groups(config, widths, in_channels, kernel_sizes, *, pool=False, upsample=F
     return groups
 
 
+def _reset(blocks):
+    """The convolutions of an encoder or a decoder, in the order in which they are made: the output first."""
+    for part in (blocks.output, blocks[:-1]):
+        for module in part.modules():
+            if isinstance(module, Conv2d):
+                module.reset_parameters()
+
+
 class Encoder(nn.Module):
     """(B, C, H, W) -> features (B, Din, h, w), of which the output convolution makes the logits of K codes."""
 
@@ -217,6 +229,10 @@ class Encoder(nn.Module):
                 output=nn.Sequential(output),
             )
         )
+
+    def reset_parameters(self):
+        """As of a new one; see `DiscreteVAE.reset_parameters`."""
+        _reset(self.blocks)
 
     def features(self, images):
         """What the 1x1 output convolution takes."""
@@ -241,6 +257,10 @@ class Decoder(nn.Module):
                 output=nn.Sequential(output),
             )
         )
+
+    def reset_parameters(self):
+        """As of a new one; see `DiscreteVAE.reset_parameters`."""
+        _reset(self.blocks)
 
     def forward(self, embeddings):
         """From the codes' embeddings with the input convolution's bias: its product with one-hot vectors is a lookup."""
@@ -271,6 +291,12 @@ class DiscreteVAE(nn.Module):
         self.config, self.impl = config, impl
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    def reset_parameters(self):
+        """As of a new model: with one seed the same numbers, which this call alone gives. After `to_empty`; where each
+        module's own `reset_parameters` is called too the numbers are others, of the same distribution."""
+        self.encoder.reset_parameters()
+        self.decoder.reset_parameters()
 
     def encode(self, images):
         """The most likely code of every position: (B, h, w) int64 of images (B, C, H, W) with pixels from 0 to 1.

@@ -32,12 +32,23 @@ UPDATES_TO_DOUBLE = 1000
 class Linear(nn.Linear):
     """torch's, through `dalle_fast.nn.functional.linear`: faster where one token comes after another.
 
-    impl: as of the attention beside it, but only "reference" means something here.
+    impl: as of the attention beside it, but only "reference" means something here. std: of the weights when they are
+    reset, with biases of 0; None, as while torch's constructor runs, means torch's initialisation.
     """
 
-    def __init__(self, in_features, out_features, impl):
-        super().__init__(in_features, out_features)
+    std = None
+
+    def __init__(self, in_features, out_features, impl, bias=True):
+        super().__init__(in_features, out_features, bias)
         self.impl = impl
+
+    def reset_parameters(self):
+        if self.std is None:
+            super().reset_parameters()
+            return
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x, activation=None):
         impl = "reference" if self.impl == "reference" else "auto"
@@ -173,7 +184,10 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.register_buffer("gradient_scale", torch.full((len(masks), 2), FIRST_SCALE))
         self.register_buffer("updates_at_scale", torch.zeros(len(masks), 2, dtype=torch.int64))
-        self.reset_parameters()
+        last = INIT_STD / math.sqrt(2 * len(masks))  # the sum over blocks does not grow with their number
+        for linear, std in zip(self._linears(), (INIT_STD, last) * 2 * len(masks), strict=True):
+            linear.std = std
+        self._draw()
 
     @property
     def masks(self):
@@ -181,16 +195,30 @@ class Transformer(nn.Module):
         return tuple(block.attention.mask for block in self.blocks)
 
     def reset_parameters(self):
-        last = INIT_STD / math.sqrt(2 * len(self.blocks))  # the sum over blocks does not grow with their number
-        for block in self.blocks:
-            for linear, std in (
-                (block.attention.qkv, INIT_STD),
-                (block.attention.out, last),
-                (block.mlp.up, INIT_STD),
-                (block.mlp.down, last),
-            ):
-                nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
+        """Parameters and buffers as of a new transformer: with one seed the same numbers, which this call alone gives.
+
+        For `to_empty`. Where each module's own `reset_parameters` is called too the numbers are others, as right.
+        """
+        for linear in self._linears():
+            nn.Linear.reset_parameters(linear)  # drawn over below: torch's constructor takes as many random numbers
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        self.gradient_scale.fill_(FIRST_SCALE)
+        self.updates_at_scale.zero_()
+        self._draw()
+
+    def _linears(self):
+        """In the order in which they are made."""
+        return [
+            linear
+            for block in self.blocks
+            for linear in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down)
+        ]
+
+    def _draw(self):
+        for linear in self._linears():
+            linear.reset_parameters()
 
     def forward(self, x, text_lengths=None, cache=None):
         """x (B, S, W) -> (B, S, W).
