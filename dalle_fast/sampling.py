@@ -177,7 +177,9 @@ def best_of(images, score, keep=1):
 
 def check_fit(dalle, dvae, tokenizer=None):
     """Raise ValueError where the parts were not made for each other, with what each of them has."""
-    grid = (dvae.config.grid, dvae.config.grid)
+    grid, devices = (dvae.config.grid, dvae.config.grid), [next(part.parameters()).device for part in (dvae, dalle)]
+    if devices[0] != devices[1]:
+        raise ValueError("the dVAE is on {}, the transformer on {}: both must be on one device".format(*devices))
     if dvae.config.num_codes != dalle.config.num_codes:
         raise ValueError(f"the dVAE has {dvae.config.num_codes} codes, the transformer takes {dalle.config.num_codes}")
     if grid != dalle.config.grid:

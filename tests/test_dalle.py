@@ -423,6 +423,8 @@ def test_unknown_presets_are_refused():
         ("text", lambda x: x.int(), TypeError, "text must be an int64 tensor, got torch.int32"),
         ("text", lambda x: x[:, 1:], ValueError, r"text must have shape \(B, 5\), the model's text_len, got \(3, 4\)"),
         ("text", lambda x: x + V, ValueError, "text must be from 0 to 22, the last of the model's 23 text tokens, got"),
+        ("text", lambda x: x.to("meta"), ValueError, "text must be on the model's device cpu, got meta"),
+        ("codes", lambda x: x.to("meta"), ValueError, "codes must be on the model's device cpu, got meta"),
         ("codes", lambda x: x.tolist(), TypeError, "codes must be an int64 tensor, got list"),
         ("codes", lambda x: x.mT, ValueError, r"codes must have shape \(3, 12\) or \(3, 4, 3\) .* got \(3, 3, 4\)"),
         ("codes", lambda x: x[:2], ValueError, r"codes must have shape \(3, 12\) .* got \(2, 4, 3\)"),

@@ -244,6 +244,8 @@ def test_parts_of_different_models_are_refused_with_both_sides(parts, dvae, voca
     dvae = fnn.DiscreteVAE(dataclasses.replace(DVAE, **dvae))
     with pytest.raises(ValueError, match=message):
         sampling.draw(parts[0], dvae, types.SimpleNamespace(vocab_size=vocab_size), CAPTIONS)
+    with pytest.raises(ValueError, match="the dVAE is on meta, the transformer on cpu: both must be on one device"):
+        sampling.draw(parts[0], dvae.to("meta"), parts[2], CAPTIONS)
 
 
 def test_a_grid_is_saved_row_by_row(tmp_path):

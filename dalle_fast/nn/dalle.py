@@ -361,6 +361,7 @@ class DALLE(nn.Module):
         """Raise TypeError or ValueError where this model cannot take a caption. `look`: see `bounds` in checks.py."""
         T, V = self.config.text_len, self.config.vocab_size
         check_integers("text", text)
+        self._check_device("text", text)
         if text.dim() != 2 or text.shape[1] != T:
             raise ValueError(f"text must have shape (B, {T}), the model's text_len, got {tuple(text.shape)}")
         if text_lengths is not None:
@@ -378,6 +379,7 @@ class DALLE(nn.Module):
         Of a batch's size always shape[0], never len, which an exporter makes one number.
         """
         check_integers("codes", codes)
+        self._check_device("codes", codes)
         (h, w), G = self.config.grid, self.config.image_len
         flat = codes.flatten(1) if codes.dim() == 3 and codes.shape[2] == w else codes
         if flat.dim() != 2 or flat.shape[0] != batch or not least <= flat.shape[1] <= G:
@@ -387,6 +389,10 @@ class DALLE(nn.Module):
             raise ValueError(f"codes must have shape {shapes} for the model's grid {h} x {w}, got {tuple(codes.shape)}")
         self._check_codes_range(flat, look)
         return flat
+
+    def _check_device(self, name, tensor):
+        if tensor.device != self.start.weight.device:
+            raise ValueError(f"{name} must be on the model's device {self.start.weight.device}, got {tensor.device}")
 
     def _check_codes_range(self, codes, look=None):
         K = self.config.num_codes

@@ -79,7 +79,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
-        torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
+        TooManyImages: a torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
     """
     model.check_text(text, text_lengths, look=True)
     G, P = model.config.image_len, len(text)
@@ -89,13 +89,14 @@ def generate(
     codes, known, n = _completion(model, codes, known, text)
     if n == G or P == 0:
         return codes.repeat_interleave(num_images, 0).view(-1, *model.config.grid)
+    drawing = P * sampling.bytes_of_draw(model.config.num_codes)
+    memory = Memory(model, P, num_images, text.device, guided=guidance is not None, drawing=drawing)
+    memory.check()
     given = codes[:, :n]
     if guidance is not None:  # a second half of prompts without captions
         lengths = text.new_full((P,), model.config.text_len) if text_lengths is None else text_lengths
         text_lengths = torch.cat((lengths, torch.zeros_like(lengths)))
         text, given = text.repeat(2, 1), given.repeat(2, 1)
-    memory = Memory(model, len(text), num_images, text.device, P * sampling.bytes_of_draw(model.config.num_codes))
-    memory.check()
 
     def run():
         seeds = first_seed + torch.arange(num_images, device=text.device) * G  # of each image; a position is added
@@ -262,33 +263,51 @@ def _capture_stream(device):
     return torch.cuda.Stream(device)
 
 
-class Memory:
-    """What the cache takes, and how many images would fit; `drawing`: what the draws take, of one image of each caption."""
+class TooManyImages(torch.OutOfMemoryError):
+    """Images that memory does not hold.
 
-    def __init__(self, model, num_prompts, num_images, device, drawing=0):
-        self.model, self.num_prompts, self.num_images, self.device = model, num_prompts, num_images, device
-        self.drawing = drawing
-        one, two = (model.new_cache(num_prompts, count, device="meta").nbytes for count in (1, 2))
-        self.per_image, self.text = two - one, 2 * one - two
-        self.needed = self.text + num_images * self.per_image
+    Attributes:
+        num_prompts: captions of the call. num_images: of each. fits: how many of each would fit, 0 where not one does;
+            None where the free memory is not known.
+    """
+
+    def __init__(self, message, num_prompts, num_images, fits):
+        super().__init__(message)
+        self.num_prompts, self.num_images, self.fits = num_prompts, num_images, fits
+
+
+class Memory:
+    """What generating takes, and how many images of a caption would fit.
+
+    Args:
+        guided: a second half of prompts without captions is there too.
+        drawing: what the draws take, of one image of each caption.
+    """
+
+    def __init__(self, model, num_prompts, num_images, device, *, guided=False, drawing=0):
+        self.num_prompts, self.num_images, self.guided, self.device = num_prompts, num_images, guided, device
+        one, two = (model.new_cache(num_prompts * (1 + guided), count, device="meta").nbytes for count in (1, 2))
+        self.cache = 2 * one - two + num_images * (two - one)
+        self.text, self.per_image = WORKING_SPACE * (2 * one - two), WORKING_SPACE * (two - one) + drawing
 
     def check(self):
-        """Raise where the cache alone is larger than the free memory: a CPU would begin to swap, or end the process."""
+        """Raise where it is more than the free memory: a CPU would begin to swap, or end the process."""
         free = free_memory(self.device)
-        if free is not None and self.needed > free:
+        if free is not None and self.text + self.num_images * self.per_image > free:
             raise self.error()
 
     def error(self, reason=""):
         """The error that names the batch that would fit."""
-        free = free_memory(self.device)
-        what = f"{self.num_images} images of each of {self.num_prompts} prompts (with guidance two for a caption)"
-        message = f"generating {what} needs {self.needed / 1e9:.3g} GB of cache"
+        free, fits = free_memory(self.device), None
+        what = f"{self.num_images} images of each of {self.num_prompts} captions{', guided,' if self.guided else ''}"
+        message = f"generating {what} needs {self.cache / 1e9:.3g} GB of cache"
         if free is not None:
-            left, per_image = free - WORKING_SPACE * self.text, WORKING_SPACE * self.per_image + self.drawing
-            fits = min(int(left // per_image), self.num_images - 1)
-            advice = f"num_images={fits} would fit" if fits > 0 else "not even one of each fits; pass fewer captions"
+            fits = max(0, min(int((free - self.text) // self.per_image), self.num_images - 1))
+            fewer = "; pass fewer captions" if self.num_prompts > 1 else ""
+            advice = f"num_images={fits} would fit" if fits else f"not even one of each fits{fewer}"
             message += f", {free / 1e9:.3g} GB are free on {self.device}: {advice}"
-        return torch.OutOfMemoryError(f"{message} ({reason})" if reason else message)
+        message = f"{message} ({reason})" if reason else message
+        return TooManyImages(message, self.num_prompts, self.num_images, fits)
 
 
 def random_seed():
@@ -321,8 +340,6 @@ def _completion(model, codes, known, text):
             raise ValueError("known needs codes, got none")
         return text.new_zeros(P, G), None, 0
     codes = model.check_codes(codes, P, least=0 if known is None else G, look=False)
-    if codes.device != text.device:
-        raise ValueError(f"codes must be on text's device {text.device}, got {codes.device}")
     if known is None:
         n = codes.shape[1]
         known = (torch.arange(G, device=codes.device) < n).expand(P, G)

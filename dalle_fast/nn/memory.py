@@ -7,6 +7,14 @@ from pathlib import Path
 
 import torch
 
+OUT_OF_MEMORY = (  # said by torch's allocator of a CPU; by the driver past torch's of a GPU; by cuBLAS; by Triton
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
 
 def free_memory(device):
     """Bytes that can still be allocated on `device`, or None where that is not known."""
@@ -20,8 +28,8 @@ def free_memory(device):
 
 
 def is_out_of_memory(error) -> bool:
-    """Whether an exception says that memory has run out: torch has no type for that on a CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
+    """Whether an exception says that memory has run out: only torch's allocator of a GPU has a type for that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def left_by_process():
