@@ -289,6 +289,9 @@ def test_a_cache_of_another_size_is_refused():
     [
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
         ({"num_prompts": 0}, "num_prompts must be at least 1, got 0"),
+        ({"num_prompts": "1"}, "num_prompts must be an integer, got '1'"),
+        ({"head_dim": True}, "head_dim must be an integer, got True"),
+        ({"masks": [1]}, "masks must hold AttentionMasks, got int"),
         ({"masks": []}, r"masks must hold at least one, all of one text_len and grid, got \(\)"),
         (
             {"masks": [row_mask(3, 4), row_mask(4, 4)]},
@@ -299,5 +302,5 @@ def test_a_cache_of_another_size_is_refused():
 )
 def test_bad_sizes_are_refused(options, message):
     options = {"masks": [row_mask(3, 4)], "num_prompts": 1, "num_images": 1, "num_heads": 1, "head_dim": 8, **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fnn.KVCache(**options)

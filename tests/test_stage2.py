@@ -847,7 +847,7 @@ def test_what_the_user_can_put_right_is_one_line(folders, tmp_path, capsys):
         (dvae, tmp_path / "out", "--examples", "0"): ["--examples must be at least 1, got 0"],
         (dvae, tmp_path / "out", "--workers", "-1"): ["--workers must be at least 0, got -1"],
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "text.json"): ["text.json: not a BPE tokenizer"],
-        (dvae, tmp_path / "out", "--width", "0"): ["width must be a positive integer, got 0"],
+        (dvae, tmp_path / "out", "--width", "0"): ["width must be at least 1, got 0"],
     }
     for arguments, words in cases.items():
         assert command(*arguments) == 2, arguments

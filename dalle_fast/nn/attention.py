@@ -68,7 +68,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self.mask, self.impl = mask, impl
 
     _mask = None  # what torch's constructor sees before ours has set it
-    impl = "auto"  # of modules that were pickled before there was one
 
     @property
     def mask(self) -> AttentionMask | None:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
 
+from dalle_fast.masks import AttentionMask, _integer
 from dalle_fast.ops.calls import has_values
 
 
-def check_size(name, size) -> None:
-    """Raise TypeError where `size` is no integer, of Python's or of NumPy's, and ValueError where it is below 1."""
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {size!r}")
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+def check_size(name, size, least=1) -> int:
+    """`size` as Python's integer; TypeError where it is none, of NumPy's neither, and ValueError where it is too small."""
+    return _integer(name, size, minimum=least)
+
+
+def check_number(name, value) -> float:
+    """`value` as a float; TypeError where it is no finite number."""
+    try:
+        if not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer that no float holds
+        pass
+    raise TypeError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_masks(masks) -> None:
-    """Raise ValueError where there are no masks, or masks of different text_len or grid."""
+    """Raise TypeError where one of `masks` is none, ValueError where there are none, or masks of different text_len or grid."""
+    for mask in masks:
+        if not isinstance(mask, AttentionMask):
+            raise TypeError(f"masks must hold AttentionMasks, got {type(mask).__name__}")
     if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
         got = tuple(dict.fromkeys(masks))
         raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {got!r}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import generation
-from dalle_fast.nn.checks import check_integers, check_range
+from dalle_fast.nn.checks import check_integers, check_number, check_range, check_size
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.nn.transformer import INIT_STD, Linear, Transformer
 from dalle_fast.ops.attention.op import MAX_HEAD_DIM
@@ -57,10 +56,8 @@ class DALLEConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "text_len", "num_codes", "layers", "width", "num_heads", "head_dim", "kernel_size")
         for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-            object.__setattr__(self, name, int(value))  # NumPy's are none for JSON
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))  # NumPy's are none for JSON
+        object.__setattr__(self, "text_weight", check_number("text_weight", self.text_weight))
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {self.head_dim}")
         if not 0 <= self.text_weight <= 1:
@@ -138,7 +135,7 @@ class DALLE(nn.Module):
     Parametrizations of the weights are noticed; `text_embedding` and `image_embedding` are called.
 
     Args:
-        config: a `DALLEConfig` or the name of one of PRESETS.
+        config: a `DALLEConfig` or the name of one of PRESETS: "12b", "1b", "medium", "small", "tiny".
         activation_checkpointing, gradient_scaling: as of `Transformer`.
         impl: of attention, as in `dalle_fast.nn.functional.sparse_attention`. Losses and samples, and all other layers,
             choose for themselves, but that "reference" is for them too.
@@ -301,7 +298,68 @@ class DALLE(nn.Module):
         x = self.image_embedding(codes) + self.row_embedding(row) + self.column_embedding(column)
         return self.transformer.step(x, cache)
 
-    generate = generation.generate
+    def generate(
+        self,
+        text,
+        *,
+        num_images=1,
+        text_lengths=None,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        guidance=None,
+        seed=None,
+        first_image=0,
+        codes=None,
+        known=None,
+        progress=False,
+    ):
+        """Sample image codes for captions.
+
+        The model is used as it is: in its dtype, or autocast's where that is on. On a GPU its step becomes a CUDA graph;
+        with forward hooks, parameters of FSDP or attention on the reference it is slower, without a graph.
+
+        A caption goes through the whole model once for all its images, then one code after another. The noise of a code is
+        a function of (seed, number of the image among its caption's, position) alone, so an image does not depend on what
+        else is in the batch (matrix products of another size may round otherwise, which decides between codes whose noisy
+        logits are equal in all digits but the last).
+
+        Args:
+            text: (P, T) int64. text_lengths: (P,) int64 or None. As in `DALLE.forward`.
+            num_images: N.
+            temperature: divides the logits; 0 takes the most likely code.
+            top_k: sample among the k most likely codes. top_p: among the fewest most likely ones whose probabilities add up
+                to top_p, in (0, 1]. With both, top_p is taken of the k.
+            guidance: g of classifier-free guidance (Ho and Salimans 2022): logits are u + g * (c - u), c with the caption
+                and u with an empty one. For models that have seen empty captions (text_lengths 0); twice the work. None
+                means 1, without that work.
+            seed: from 0 to 2^20 - 1, or (seed, rank) as of `noise_seed`; None draws such a pair from torch's generator.
+            first_image: number of the first image, to make the N images of a caption in several calls.
+            codes: complete images: (P, n) or (P, rows, w) int64, the codes of the first n positions, or of whole rows. With
+                `known` those of all positions, not looked at where they are not known.
+            known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
+                what is drawn should reach to the bottom right.
+            progress: show a bar; a string is its text, as the batch's number is for who draws several.
+
+        Returns:
+            (P * N, h, w) int64, the N images of the first caption first.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
+            TooManyImages: a torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
+        """
+        return generation.generate(
+            self,
+            text,
+            generation.Sampling(temperature, top_k, top_p, guidance),
+            num_images=num_images,
+            text_lengths=text_lengths,
+            seed=seed,
+            first_image=first_image,
+            codes=codes,
+            known=known,
+            progress=progress,
+        )
 
     def decay_groups(self, weight_decay):
         """Parameter groups for an optimizer: matrices decay; gains, biases and embeddings do not."""
@@ -321,7 +379,7 @@ class DALLE(nn.Module):
 
     @property
     def codebook_impl(self):
-        """Who computes losses and samples: not all that serve attention have them."""
+        """`impl` of losses and samples, in a loop of one's own too: not all that serve attention have them."""
         return "reference" if self.impl == "reference" else "auto"
 
     @property
@@ -347,7 +405,7 @@ class DALLE(nn.Module):
         return torch.arange(self.config.text_len, device=text.device) >= text_lengths[:, None]
 
     def attention_lengths(self, text_lengths):
-        """The text_lengths of attention: the start token counts."""
+        """The text_lengths of attention, and of a `KVCache` that is not made by `new_cache`: the start token counts."""
         return text_lengths + 1 if self.config.hide_padding and text_lengths is not None else None
 
     def _mean_loss(self, hidden, weight, target):

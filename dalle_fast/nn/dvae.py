@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch.nn.functional as torch_F
 from torch import nn
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import bounds, check_integers, check_range
+from dalle_fast.nn.checks import bounds, check_integers, check_number, check_range, check_size
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.codebook.op import IMPLS
@@ -80,8 +79,7 @@ class DVAEConfig:
             "blocks_per_group",
             "channels",
         ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
         if self.downsampling & (self.downsampling - 1):
             raise ValueError(f"downsampling must be a power of two, got {self.downsampling}")
         if self.image_size % self.downsampling:
@@ -91,8 +89,12 @@ class DVAEConfig:
         if self.hidden % 4:
             raise ValueError(f"hidden must be a multiple of 4, got {self.hidden}")
         gain = self.residual_gain
-        if gain is not None and not (isinstance(gain, numbers.Real) and 0 < gain < math.inf):
-            raise ValueError(f"residual_gain must be a positive number or None, got {gain!r}")
+        if gain is not None:
+            object.__setattr__(self, "residual_gain", check_number("residual_gain", gain))
+            if self.residual_gain <= 0:
+                raise ValueError(f"residual_gain must be a positive number or None, got {gain!r}")
+        if self.min_log_scale != -math.inf:
+            object.__setattr__(self, "min_log_scale", check_number("min_log_scale", self.min_log_scale))
         if self.likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}")
 
@@ -274,7 +276,7 @@ class DiscreteVAE(nn.Module):
     `gumbel_codebook`, and encoding as one `codebook_argmax`: no logits of all codes are made.
 
     Args:
-        config: a `DVAEConfig` or the name of one of PRESETS.
+        config: a `DVAEConfig` or the name of one of PRESETS: "openai", "medium", "small", "tiny".
         impl: as in `dalle_fast.nn.functional.gumbel_codebook`.
 
     Raises:

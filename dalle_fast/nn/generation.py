@@ -7,8 +7,6 @@ W width, n codes that are known at the start.
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 import sys
 import threading
 import traceback
@@ -16,15 +14,16 @@ from collections import deque
 from typing import NamedTuple
 
 import torch
-from dalle_fast.ops.calls import has_global_hooks
 
 from dalle_fast.nn import functional as F
+from dalle_fast.nn.checks import check_number, check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
-from dalle_fast.ops.calls import is_hooked
+from dalle_fast.ops.calls import has_global_hooks, is_hooked
 from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes but for a draw from logits in memory, in sizes of its cache
+MOST_GUIDANCE = 2.0**24  # the digits of a float32
 STEPS_AHEAD = 8  # on a GPU, from one mark that the host waits for to the next: it is at most two of these ahead
 BYTES_PER_LOGIT = 50  # what such a draw takes: 12 to 47 at its peak were measured on a CPU
 
@@ -35,56 +34,21 @@ _CAPTURING = threading.Lock()  # a process captures one CUDA graph at a time
 def generate(
     model,
     text,
+    sampling,
     *,
     num_images=1,
     text_lengths=None,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    guidance=None,
     seed=None,
     first_image=0,
     codes=None,
     known=None,
     progress=False,
 ):
-    """Sample image codes for captions.
-
-    A caption goes through the whole model once for all its images, then one code after another. The noise of a code is
-    a function of (seed, number of the image among its caption's, position) alone, so an image does not depend on what
-    else is in the batch (matrix products of another size may round otherwise, which decides between codes whose noisy
-    logits are equal in all digits but the last).
-
-    Args:
-        model: a `DALLE`, used as it is: in its dtype, or autocast's where that is on. On a GPU its step becomes a CUDA
-            graph; with forward hooks, parameters of FSDP or attention on the reference it is slower, without a graph.
-        text: (P, T) int64. text_lengths: (P,) int64 or None. As in `DALLE.forward`.
-        num_images: N.
-        temperature: divides the logits; 0 takes the most likely code.
-        top_k: sample among the k most likely codes. top_p: among the fewest most likely ones whose probabilities add up
-            to top_p, in (0, 1]. With both, top_p is taken of the k.
-        guidance: g of classifier-free guidance (Ho and Salimans 2022): logits are u + g * (c - u), c with the caption
-            and u with an empty one. For models that have seen empty captions (text_lengths 0); twice the work. None
-            means 1, without that work.
-        seed: from 0 to 2^20 - 1, or (seed, rank) as of `noise_seed`; None draws such a pair from torch's generator.
-        first_image: number of the first image, to make the N images of a caption in several calls.
-        codes: complete images: (P, n) or (P, rows, w) int64, the codes of the first n positions, or of whole rows. With
-            `known` those of all positions, not looked at where they are not known.
-        known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
-            what is drawn should reach to the bottom right.
-        progress: show a bar; a string is its text, as the batch's number is for who draws several.
-
-    Returns:
-        (P * N, h, w) int64, the N images of the first caption first.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
-        TooManyImages: a torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
-    """
+    """`DALLE.generate` of a model, which says what it takes and returns; sampling: a `Sampling`."""
     model.check_text(text, text_lengths, look=True)
     G, P = model.config.image_len, len(text)
-    sampling = Sampling(temperature, top_k, top_p, guidance)
-    sampling.check(model.config.num_codes)
+    sampling, guidance = sampling.check(model.config.num_codes), sampling.guidance
+    num_images = check_size("num_images", num_images)
     first_seed = _first_seed(seed, first_image, num_images, G)
     codes, known, n = _completion(model, codes, known, text)
     if n == G or P == 0:
@@ -118,7 +82,7 @@ def generate(
 
 
 class Sampling(NamedTuple):
-    """How a code is drawn; see `generate`."""
+    """How a code is drawn; see `DALLE.generate`."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -126,17 +90,23 @@ class Sampling(NamedTuple):
     guidance: float | None = None
 
     def check(self, num_codes):
-        for name in ("temperature", "top_p", "guidance"):
-            value = getattr(self, name)
-            if (value is None and name != "temperature") or _is_finite(value):
-                continue
-            raise TypeError(f"{name} must be a finite number, got {value!r}")
-        if self.temperature < 0:
+        """As torch takes it: floats and an int; or TypeError or ValueError."""
+        top_p, guidance = (
+            None if value is None else check_number(name, value)
+            for name, value in (("top_p", self.top_p), ("guidance", self.guidance))
+        )
+        top_k = None if self.top_k is None else check_size("top_k", self.top_k)
+        checked = Sampling(check_number("temperature", self.temperature), top_k, top_p, guidance)
+        if checked.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if checked.top_p is not None and not 0 < checked.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k is not None and not (_is(self.top_k, numbers.Integral) and 1 <= self.top_k <= num_codes):
-            raise ValueError(f"top_k must be an integer from 1 to {num_codes}, the model's codes, got {self.top_k!r}")
+        if checked.top_k is not None and checked.top_k > num_codes:
+            raise ValueError(f"top_k must be an integer from 1 to {num_codes}, the model's codes, got {self.top_k}")
+        if checked.guidance is not None and abs(checked.guidance) > MOST_GUIDANCE:
+            most = f"{-MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}"
+            raise ValueError(f"guidance must be from {most}, beyond which float32 knows no u, got {self.guidance}")
+        return checked
 
     def draw(self, hidden, weight, seeds, impl="auto"):
         """One code for each row of hidden (B, W), weight (K, W), with the noise of seeds (B,): codes (B,) int64."""
@@ -320,16 +290,15 @@ def random_seed():
 
 def _first_seed(seed, first_image, num_images, image_len):
     """The first image's, to which G for each other one and a code's position are added: all differ below 2^32 of them."""
-    if not _is(num_images, numbers.Integral) or num_images < 1:
-        raise ValueError(f"num_images must be an integer of at least 1, got {num_images!r}")
     last = (1 << 32) // image_len - num_images
     if last < 0:
         raise ValueError(f"num_images must be at most {(1 << 32) // image_len} images of a caption, got {num_images}")
-    if not _is(first_image, numbers.Integral) or not 0 <= first_image <= last:
-        raise ValueError(f"first_image must be an integer from 0 to {last}, got {first_image!r}")
+    first_image = check_size("first_image", first_image, least=0)
+    if first_image > last:
+        raise ValueError(f"first_image must be from 0 to {last}, got {first_image}")
     seed = random_seed() if seed is None else seed
     seed, rank = seed if isinstance(seed, tuple) and len(seed) == 2 else (seed, 0)
-    return F.noise_seed(seed, rank=rank) + int(first_image) * image_len
+    return F.noise_seed(seed, rank=rank) + first_image * image_len
 
 
 def _completion(model, codes, known, text):
@@ -359,17 +328,6 @@ def _known(model, known, P, device):
     if tuple(known.shape) not in ((h, w), (P, h, w)):
         raise ValueError(f"known must have shape ({h}, {w}) or ({P}, {h}, {w}), got {tuple(known.shape)}")
     return known.expand(P, h, w).flatten(1)
-
-
-def _is(value, kind):
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _is_finite(value):
-    try:
-        return _is(value, numbers.Real) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
 
 
 def _bar(steps, total, show):

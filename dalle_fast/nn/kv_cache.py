@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import check_masks
+from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.ops.attention import attention_append
 from dalle_fast.ops.attention.decode import waits_for_device
 from dalle_fast.ops.blocks import BlockCaches
@@ -97,16 +97,15 @@ class KVCache:
         self, masks, *, num_prompts, num_images, num_heads, head_dim, text_lengths=None, device=None, dtype=None
     ):
         sizes = {"num_prompts": num_prompts, "num_images": num_images, "num_heads": num_heads, "head_dim": head_dim}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        sizes = {name: check_size(name, size) for name, size in sizes.items()}
         masks = tuple(masks)
         check_masks(masks)
-        self.num_prompts, self.num_images, self.num_heads, self.head_dim = num_prompts, num_images, num_heads, head_dim
+        self.num_prompts, self.num_images, self.num_heads, self.head_dim = sizes.values()
         is_tensor = isinstance(text_lengths, torch.Tensor)  # attention refuses what is not
         self.text_lengths = text_lengths.clone() if is_tensor else text_lengths  # the caller may change theirs
         self.device, self.dtype = device, dtype
-        self.length, self.has_text, self.plan = 0, False, None
+        self.length, self.has_text = 0, False
+        self.plan = None  # of `Transformer.step`: what it need not look at again
         self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._layers = [(mask, self._allocate(mask)) for mask in masks]
         self.masks, self.of_blocks = masks, BlockCaches(masks, [tensors for _, tensors in self._layers])
@@ -127,6 +126,7 @@ class KVCache:
         return self.__dict__ | {"plan": None}  # a copy's need not hold a copy of the model
 
     def layer(self, index) -> LayerCache:
+        """What attention of that layer fills and reads."""
         return LayerCache(self, *self._layers[index])
 
     def check_room(self):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_fast.masks import AttentionMask
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.nn.kv_cache import KVCache
@@ -169,9 +168,6 @@ class Transformer(nn.Module):
         super().__init__()
         check_impl(impl, IMPLS)
         masks = tuple(masks)
-        for mask in masks:
-            if not isinstance(mask, AttentionMask):
-                raise TypeError(f"masks must hold AttentionMasks, got {type(mask).__name__}")
         check_masks(masks)
         for name, size in (("width", width), ("num_heads", num_heads), ("head_dim", head_dim)):
             if size is not None or name != "head_dim":
