@@ -45,6 +45,7 @@ IN_BOTH = """
 import copy, torch
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import dalle_fast.nn as fnn
+from dalle_fast.nn.generation import why_not_captured
 from dalle_fast.training import processes
 
 with processes.joined():
@@ -90,6 +91,19 @@ with processes.joined():
         for name in ("hidden", "step", "generate"):
             register_fsdp_forward_method(sharded, name)
         assert torch.equal(sharded.generate(text, seed=3), model.generate(text, seed=3))
+        assert why_not_captured(sharded, None).startswith("its parameters are gathered")
+
+    with torch.device("meta"):
+        empty = fnn.DALLE(config)
+    for part in (*empty.transformer.blocks, empty):
+        fully_shard(part)
+    empty.to_empty(device="cpu")
+    for part in empty.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    for name, parameter in empty.named_parameters():
+        spread = model.get_parameter(name).std(correction=0).item()
+        assert abs(parameter.full_tensor().std(correction=0).item() - spread) <= 0.3 * spread, name
 """
 
 

@@ -184,13 +184,13 @@ def why_not_captured(model, cache):
 
     A graph repeats what was launched while it was captured, on one stream, and nothing that Python does.
     """
+    if _is_sharded(model):  # by hooks, which say less
+        return "its parameters are gathered from several processes, on streams that the capture does not see"
     for name, part in model.named_modules():
         if is_hooked(part):
             return f"{name or 'the model'} has forward hooks, or a forward of its own, which a replay would not call"
     if has_global_hooks():
         return "there are hooks on all modules, which a replay would not call"
-    if _is_sharded(model):
-        return "its parameters are gathered from several processes, on streams that the capture does not see"
     blocks = model.transformer.blocks
     for index, block in enumerate(blocks):
         attention = getattr(block, "attention", None)
