@@ -77,6 +77,18 @@ def test_a_replayed_graph_gives_the_bits_of_eager_steps(dtype, options, monkeypa
     assert len(from_graph[0].flatten(1).unique(dim=0)) == 10
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_steps_that_no_graph_holds_are_eager(text, impl, monkeypatch):
+    """Hooks are called for every token, and the reference looks at the position."""
+    model, called = make_model(impl), []
+    expected = model.generate(text, text_lengths=LENGTHS, seed=3)
+    if impl == "auto":
+        model.transformer.norm.register_forward_hook(lambda *arguments: called.append(1))
+    monkeypatch.setattr(generation, "STEPS_AHEAD", 2)
+    assert torch.equal(generate_there(model, text, seed=3), expected)
+    assert len(called) == (G if impl == "auto" else 0)
+
+
 def test_two_threads_generate_at_once(text):
     model = make_model().cuda()
     expected = [model.generate(text.cuda(), num_images=2, seed=seed) for seed in range(4)]
