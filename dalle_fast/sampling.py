@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -15,27 +16,10 @@ from dalle_fast.nn.checks import check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.outputs import written_whole
 
-__all__ = ["best_of", "check_fit", "draw", "save_grid"]
+__all__ = ["DoesNotFit", "Drawn", "best_of", "check_fit", "draw", "draw_each", "save_grid"]
 
 
-@torch.no_grad()
-def draw(
-    dalle,
-    dvae,
-    tokenizer,
-    captions,
-    *,
-    num_images=1,
-    score=None,
-    keep=None,
-    batch_size=64,
-    truncate=False,
-    seed=None,
-    codes=None,
-    known=None,
-    progress=False,
-    **options,
-):
+def draw(dalle, dvae, tokenizer, captions, *, num_images=1, keep=None, **options):
     """Pictures of captions.
 
     The images of one caption are made together as far as `batch_size` allows, as they share what is kept of the caption.
@@ -56,6 +40,74 @@ def draw(
         draw(dalle, dvae, tokenizer, ["a red circle"], num_images=64, score=score, keep=4)
 
     Args:
+        all: as of `draw_each`, which takes a caption's pictures away from the next caption's.
+
+    Returns:
+        (P, keep, C, H, W) float32, pixels from 0 to 1, on the model's device.
+
+    Raises:
+        as `draw_each`, also where the pictures of all captions do not fit.
+    """
+    captions = _checked_captions(captions)
+    check_size("num_images", num_images)
+    keep = _checked_keep(keep, num_images)
+    shape, device = (len(captions), keep, *_image_shape(dvae.config)), dalle.head.weight.device
+    _check_room(dvae.config, num_images, device, all_of=len(captions), keep=keep)
+    drawn = draw_each(dalle, dvae, tokenizer, captions, num_images=num_images, keep=keep, **options)
+    pictures = torch.empty(shape, dtype=torch.float32, device=device)
+    for of_caption in pictures:
+        of_caption.copy_(next(drawn).images)  # under no name, that none are kept while the next ones are made
+    return pictures
+
+
+class Drawn(NamedTuple):
+    """The pictures of a caption: images (keep, C, H, W) float32, their numbers among those that were drawn, and their
+    scores, None where there was nothing to score them."""
+
+    images: torch.Tensor
+    numbers: list[int]
+    scores: list[float] | None
+
+
+class DoesNotFit(torch.OutOfMemoryError):
+    """What was too much, and the argument with which it would fit, in the message and as attributes.
+
+    Attributes:
+        argument: "batch_size", "num_images", or None where neither helps.
+        fits: the most that it may be; known: whether it is known to fit, or worth a try.
+    """
+
+    def __init__(self, what, argument, fits, *, known=True, otherwise="not even one fits", reason=""):
+        self.what, self.argument, self.fits, self.known = what, argument if fits > 0 else None, fits, known
+        self.otherwise, self.reason = otherwise, f" ({reason})" if reason else ""
+        super().__init__(self.worded(f"{argument}={fits}"))
+
+    def worded(self, choice):
+        """The message, with the argument as the caller spells it."""
+        advice = f"{choice} would fit" if self.known else f"try {choice}"
+        return f"{self.what}: {advice if self.argument else self.otherwise}{self.reason}"
+
+
+def draw_each(
+    dalle,
+    dvae,
+    tokenizer,
+    captions,
+    *,
+    num_images=1,
+    score=None,
+    keep=None,
+    batch_size=64,
+    truncate=False,
+    seed=None,
+    codes=None,
+    known=None,
+    progress=False,
+    **options,
+):
+    """The pictures of one caption after another, as `draw` makes them: for more than can be held, or to be kept at once.
+
+    Args:
         dalle, dvae, tokenizer: a `DALLE`, the `DiscreteVAE` whose codes it was trained on, and its `Tokenizer`.
         captions: a sequence of P strings.
         num_images: N to draw for each caption.
@@ -69,11 +121,11 @@ def draw(
         progress: show a bar for each batch.
 
     Returns:
-        (P, keep, C, H, W) float32, pixels from 0 to 1, on the model's device.
+        An iterator of `Drawn`, P in all. What is wrong is told by this call, before anything is drawn.
 
     Raises:
         TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
-        torch.OutOfMemoryError: the pictures do not fit, or a batch of them does not, and what would.
+        DoesNotFit: (a torch.OutOfMemoryError) the pictures of a caption do not fit, or a batch does not, and what would.
     """
     check_fit(dalle, dvae, tokenizer)
     captions = _checked_captions(captions)
@@ -89,34 +141,63 @@ def draw(
             raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": generation.random_seed() if seed is None else seed, "progress": progress}
-    pictures = _room(dvae.config, len(captions), num_images, keep, device)
+    _check_room(dvae.config, num_images, device)
     # Of no captions: refuses now what it would refuse of a later batch.
     dalle.generate(text[:0].to(device), num_images=num_images, **options, **({} if captions else completed))
-    together = max(1, batch_size // num_images)  # captions
-    for first in range(0, len(captions), together):
-        part = slice(first, first + together)
-        drawn = _draw_codes(
-            dalle,
-            text[part].to(device),
-            num_images,
-            batch_size,
-            text_lengths=lengths[part].to(device),
-            **options,
-            **completed | {name: completed[name][part] for name in of_each},
-        )
-        for kept, caption, of_caption in zip(pictures[part], captions[part], drawn, strict=True):
-            images = _decoded(dvae, of_caption, batch_size)
-            kept.copy_(images[:keep] if score is None else best_of(images, lambda x, of=caption: score(x, of), keep))
-    return pictures
+
+    @torch.no_grad()
+    def draw_all():
+        together = max(1, batch_size // num_images)  # captions
+        for first in range(0, len(captions), together):
+            part = slice(first, first + together)
+            drawn = _draw_codes(
+                dalle,
+                text[part].to(device),
+                num_images,
+                batch_size,
+                text_lengths=lengths[part].to(device),
+                **options,
+                **completed | {name: completed[name][part] for name in of_each},
+            )
+            for caption, of_caption in zip(captions[part], drawn, strict=True):
+                yield _kept(_decoded(dvae, of_caption, batch_size), caption, score, keep)
+
+    return draw_all()
+
+
+def _kept(images, caption, score, keep):
+    if score is None:
+        return Drawn(images[:keep], list(range(keep)), None)
+    best, scores = _best(images, lambda x: score(x, caption), keep)
+    return Drawn(images[best], best.tolist(), scores.tolist())
 
 
 def _draw_codes(dalle, text, num_images, batch_size, **options):
     """Codes (P, N, h, w), at most batch_size of a caption at once."""
-    parts = [
-        dalle.generate(text, num_images=min(batch_size, num_images - first), first_image=first, **options)
-        for first in range(0, num_images, batch_size)
-    ]
-    return torch.cat([part.unflatten(0, (len(text), -1)) for part in parts], 1)
+    parts = []
+    for first in range(0, num_images, batch_size):
+        count = min(batch_size, num_images - first)
+        try:
+            part = dalle.generate(text, num_images=count, first_image=first, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _batch_does_not_fit(error, len(text), count, text.device) from error
+        parts.append(part.unflatten(0, (len(text), -1)))
+    return torch.cat(parts, 1)
+
+
+def _batch_does_not_fit(error, num_captions, num_images, device):
+    """What `generate` says, by the argument that its caller has: captions are drawn together as far as a batch takes them."""
+    at_once, fits = num_captions * num_images, getattr(error, "fits", None)  # images of each caption
+    what = f"drawing {at_once} images at once ran out of memory"
+    if fits is None:
+        return DoesNotFit(what, "batch_size", at_once // 2, known=False, reason=error)
+    if (free := free_memory(device)) is not None:
+        what += f", {free / 1e9:.3g} GB are free on {device}"
+    if fits > 0:
+        return DoesNotFit(what, "batch_size", fits * num_captions)
+    return DoesNotFit(what, "batch_size", num_captions // 2, known=False)  # fewer captions at once may
 
 
 def _decoded(dvae, codes, batch_size):
@@ -127,27 +208,29 @@ def _decoded(dvae, codes, batch_size):
         if not is_out_of_memory(error):
             raise
         at_once = min(batch_size, len(codes))
-        advice = f"try batch_size={at_once // 2}" if at_once > 1 else "not even one fits"
-        raise torch.OutOfMemoryError(
-            f"decoding {at_once} images at once ran out of memory: {advice} ({error})"
-        ) from error
+        what = f"decoding {at_once} images at once ran out of memory"
+        raise DoesNotFit(what, "batch_size", at_once // 2, known=False, reason=error) from error
     return torch.cat(images)
 
 
-def _room(config, num_captions, num_images, keep, device):
-    """Pictures (P, keep, C, H, W) to fill; or OutOfMemoryError where they, with the N of a caption, are not to be held.
+def _image_shape(config):
+    return config.channels, config.image_size, config.image_size
 
-    These are there twice while what `decode` returns in parts becomes one tensor.
+
+def _check_room(config, num_images, device, *, all_of=None, keep=0):
+    """Raise where the images of a caption, with the `keep` of each of `all_of` captions, are not to be held: a CPU would
+    begin to swap, or end the process, hours later.
+
+    Those of a caption are there twice while what `decode` returns in parts becomes one tensor.
     """
-    shape = (config.channels, config.image_size, config.image_size)
-    image, free = 4 * math.prod(shape), free_memory(device)
-    needed = (num_captions * keep + 2 * num_images) * image
-    if free is not None and needed > free:  # a CPU would begin to swap, or end the process, hours later
-        fits = free // (image * (num_captions + 2))
-        advice = f"num_images={fits} would fit" if fits else "pass fewer captions"
-        what = f"{num_images} images of each of {num_captions} captions take {needed / 1e9:.3g} GB"
-        raise torch.OutOfMemoryError(f"{what}, {free / 1e9:.3g} GB are free on {device}: {advice}")
-    return torch.empty(num_captions, keep, *shape, dtype=torch.float32, device=device)
+    image, free = 4 * math.prod(_image_shape(config)), free_memory(device)
+    needed = ((all_of or 0) * keep + 2 * num_images) * image
+    if free is not None and needed > free:
+        of_what = "a caption" if all_of is None else f"each of {all_of} captions"
+        what = f"{num_images} images of {of_what} take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on {device}"
+        fits = free // (image * ((all_of or 0) + 2))
+        otherwise = "not even one fits" if all_of is None else "pass fewer captions"
+        raise DoesNotFit(what, "num_images", fits, otherwise=otherwise)
 
 
 def best_of(images, score, keep=1):
@@ -159,6 +242,11 @@ def best_of(images, score, keep=1):
     Raises:
         ValueError: keep is not from 1 to N, or the scores are not N numbers. TypeError: they are no numbers at all.
     """
+    return images[_best(images, score, keep)[0]]
+
+
+def _best(images, score, keep):
+    """Where the best of the images are, on their device, and the scores of those."""
     keep = _checked_keep(keep, len(images))
     scores = score(images)
     try:
@@ -172,7 +260,8 @@ def best_of(images, score, keep=1):
         raise ValueError(f"score must return {len(images)} numbers, one for each image, got {tuple(scores.shape)}")
     if scores.isnan().any():
         raise ValueError(f"score must return numbers, got NaN for image {int(scores.isnan().nonzero()[0])}")
-    return images[scores.argsort(descending=True, stable=True)[:keep].to(images.device)]
+    best = scores.argsort(descending=True, stable=True)[:keep]
+    return best.to(images.device), scores[best]
 
 
 def check_fit(dalle, dvae, tokenizer=None):

@@ -4,6 +4,7 @@ P captions, N images of each, C channels, H x W pixels.
 """
 
 import dataclasses
+import re
 import types
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_without_a_seed_all_batches_have_the_same_one(parts):
 
 
 def test_the_best_of_many_are_kept_best_first(parts):
+    """Each caption's before the next one is decoded, with their numbers among those drawn and their scores."""
     seen = []
 
     def score(images, caption):
@@ -82,6 +84,14 @@ def test_the_best_of_many_are_kept_best_first(parts):
     torch.testing.assert_close(best, whole[torch.arange(5)[:, None], order], rtol=0, atol=1e-5)
     first = sampling.draw(*parts, CAPTIONS, num_images=5, seed=1, keep=2)
     torch.testing.assert_close(first, whole[:, :2], rtol=0, atol=1e-5)
+    seen.clear()
+    each = sampling.draw_each(*parts, CAPTIONS, num_images=5, seed=1, score=score, keep=2)
+    assert not seen
+    for number, drawn in enumerate(each):
+        assert len(seen) == number + 1
+        torch.testing.assert_close(drawn.images, best[number], rtol=0, atol=1e-5)
+        assert drawn.numbers == order[number].tolist()
+        assert drawn.scores == pytest.approx(brightness(best[number], "").tolist(), abs=1e-5)
 
 
 def test_completion_goes_with_its_caption(parts):
@@ -189,6 +199,41 @@ def test_bad_requests_are_refused_before_anything_is_drawn(parts):
     assert sampling.draw(*parts, ["much too long"], truncate=True).shape == (1, 1, 3, 12, 12)
 
 
+class GenerateError(torch.OutOfMemoryError):
+    """As `generate` raises it; fits: images of each caption."""
+
+    def __init__(self, fits):
+        super().__init__(f"generating ...: num_images={fits} would fit")
+        self.fits = fits
+
+
+@pytest.mark.parametrize(
+    ("error", "num_images", "batch_size", "message"),
+    [
+        (GenerateError(2), 6, 64, r"drawing 30 images at once .* free on cpu: batch_size=10 would fit$"),
+        (GenerateError(2), 6, 12, r"drawing 12 images at once .* free on cpu: batch_size=4 would fit$"),
+        (GenerateError(3), 512, 64, r"drawing 64 images at once .* free on cpu: batch_size=3 would fit$"),
+        (GenerateError(0), 6, 64, r"drawing 30 images at once .* free on cpu: try batch_size=2$"),
+        (GenerateError(0), 6, 1, r"drawing 1 images at once .* free on cpu: not even one fits$"),
+        (MemoryError("x"), 6, 64, r"drawing 30 images at once ran out of memory: try batch_size=15 \(x\)$"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_as_the_callers_own(
+    parts, monkeypatch, error, num_images, batch_size, message
+):
+    def generate(text, **_):
+        if len(text):  # not the first call, which looks at the options
+            raise error
+
+    monkeypatch.setattr(parts[0], "generate", generate)
+    for guidance in (None, 2.0):
+        with pytest.raises(sampling.DoesNotFit, match=message) as caught:
+            sampling.draw(*parts, CAPTIONS, num_images=num_images, batch_size=batch_size, guidance=guidance)
+    number = re.search(r"batch_size=(\d+)", message)
+    assert (caught.value.argument is None) == (number is None)
+    assert number is None or caught.value.fits == int(number[1])
+
+
 def test_pictures_that_cannot_be_held_are_refused_before_any_is_drawn(parts, monkeypatch):
     monkeypatch.setattr(parts[0], "generate", lambda *_, **__: pytest.fail("drawn in vain"))
     with pytest.raises(
@@ -200,6 +245,10 @@ def test_pictures_that_cannot_be_held_are_refused_before_any_is_drawn(parts, mon
         monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
         with pytest.raises(torch.OutOfMemoryError, match=f"6 images of each of 5 captions .* free on cpu: {advice}"):
             sampling.draw(*parts, CAPTIONS, num_images=6)
+    for free, advice in ((11 * image, "num_images=5 would fit"), (image, "not even one fits")):  # one after another
+        monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
+        with pytest.raises(torch.OutOfMemoryError, match=f"6 images of a caption .* free on cpu: {advice}"):
+            sampling.draw_each(*parts, CAPTIONS, num_images=6)
     monkeypatch.undo()
     monkeypatch.setattr(sampling, "free_memory", lambda device: 10**15)
     with pytest.raises(ValueError, match="num_images must be at most 477218588 images of a caption, got 477218589"):
