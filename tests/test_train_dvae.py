@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from dalle_fast import checkpoint, cli
-from dalle_fast.commands import train_dvae, training
+from dalle_fast.commands import train_dvae
 from dalle_fast.data import open_source
 from dalle_fast.data.source import MAX_BAD_SHARE
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import LIKELIHOODS
-from dalle_fast.training.loop import PRECISIONS
 
 SMALL = ["--image-size", "16", "--downsampling", "8", "--num-codes", "12", "--hidden", "8"]
 TRAIN = ["train-dvae", "--data", "shapes", *SMALL, "--batch-size", "4", "--no-tensorboard", "--device", "cpu"]
@@ -277,7 +276,7 @@ def test_more_parts_than_have_noise_are_refused_at_the_start(tmp_path, capsys):
 
 def test_choices_are_those_of_the_library():
     """They are written again in the command, which does without torch until it runs."""
-    assert train_dvae.LIKELIHOODS == LIKELIHOODS and training.PRECISIONS == PRECISIONS
+    assert train_dvae.LIKELIHOODS == LIKELIHOODS
 
 
 def test_help_shows_every_preset(capsys):

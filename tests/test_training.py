@@ -26,7 +26,16 @@ from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held
-from dalle_fast.training import DVAEObjective, DVAERecipe, LoopSettings, TrainingError, loop, random_state, train
+from dalle_fast.training import (
+    DVAEObjective,
+    DVAERecipe,
+    LoopSettings,
+    TrainingError,
+    loop,
+    precision,
+    random_state,
+    train,
+)
 from dalle_fast.training.codes import fingerprint
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.recipes import RECIPES
@@ -820,9 +829,9 @@ def test_bad_input(make, words):
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path, monkeypatch):
     """ "auto" leaves it to the device: a run that moves to another one must not change it unasked."""
-    monkeypatch.setattr(loop, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: True)
     train(objective(), tmp_path, settings(steps=2, precision="auto"), **QUIET)
-    monkeypatch.setattr(loop, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "_has_bfloat16", lambda device: False)
     with pytest.raises(CheckpointError) as error:
         train(objective(), tmp_path, settings(steps=2, precision="auto"), resume=True, **QUIET)
     assert all(word in str(error.value) for word in ("precision", "bfloat16", "float32"))

@@ -10,8 +10,7 @@ import os
 import sys
 
 from dalle_fast.errors import UserError
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from dalle_fast.training.precision import PRECISIONS
 
 
 def add_run_arguments(group, presets) -> None:
@@ -29,7 +28,7 @@ def add_run_arguments(group, presets) -> None:
     group.add_argument("--preset", choices=presets, default="tiny", help=preset)
     group.add_argument("--seed", type=int, default=0, help="of all that is random, from 0 to 2^20 - 1")
     add_device_argument(group)
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
+    add_precision_argument(group)
     share = "of pictures that may be bad (broken, too large or small, the caption unreadable): more are an error"
     group.add_argument("--max-bad-share", type=float, default=0.05, metavar="X", help=share)
     group.add_argument("--workers", type=int, default=0, help="processes that load pictures; 0: the trainer's own")
@@ -37,6 +36,10 @@ def add_run_arguments(group, presets) -> None:
 
 def add_device_argument(group) -> None:
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: a GPU where there is one")
+
+
+def add_precision_argument(group) -> None:
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bfloat16 where the device has it")
 
 
 def add_recipe_arguments(group, recipes) -> None:

@@ -34,15 +34,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dalle_fast import _extension, checkpoint
+from dalle_fast import checkpoint
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held, make_folder
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.ema import EMA
+from dalle_fast.training.precision import PRECISIONS, precision_on
 from dalle_fast.training.recipes import check
 from dalle_fast.training.reports import LOG, NoReports, Reports, tell
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 class TrainingError(UserError, RuntimeError):
@@ -235,9 +234,9 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, **objective.adamw)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ema = EMA(self.model, decay=settings.ema_decay, every=settings.ema_every)
-        self.autocast = _autocast_dtype(settings.precision, self.device)
-        precision = "float32" if self.autocast is None else "bfloat16"
-        self.settings_that_matter = {**objective.settings, **settings.that_matter(), "precision": precision}
+        found = precision_on(self.device, settings.precision)
+        self.autocast = torch.bfloat16 if found == "bfloat16" else None
+        self.settings_that_matter = {**objective.settings, **settings.that_matter(), "precision": found}
         if self.processes.count > 1:  # which sums are rounded, and in stage 1 what noise there is
             self.settings_that_matter["processes"] = self.processes.count
         try:  # as a checkpoint gives them back
@@ -534,21 +533,6 @@ class _StopSignals:
             stderr = sys.stderr.fileno()  # print is not for handlers: one may meet another print
             line = b"stopping after this step; Ctrl-C again ends at once\n"
             os.write(stderr, b"\n" + line if os.isatty(stderr) else line)  # below the progress bar, and the ^C
-
-
-def _autocast_dtype(precision, device):
-    if precision == "float32" or (precision == "auto" and not _has_bfloat16(device)):
-        return None
-    return torch.bfloat16
-
-
-def _has_bfloat16(device):
-    """Whether products in bfloat16 are the device's own, and so the fastest."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and not _extension.why_missing():
-        return "avx512_bf16" in _extension.native().instruction_sets()
-    return False
 
 
 def _dealt(batch, count):
