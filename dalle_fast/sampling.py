@@ -14,7 +14,7 @@ import torch
 from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
-from dalle_fast.outputs import written_whole
+from dalle_fast.pictures import Layout, save_picture, sheet
 
 __all__ = ["DoesNotFit", "Drawn", "best_of", "check_fit", "draw", "draw_each", "save_grid"]
 
@@ -70,7 +70,7 @@ class Drawn(NamedTuple):
 
 
 class DoesNotFit(torch.OutOfMemoryError):
-    """What was too much, and the argument with which it would fit, in the message and as attributes.
+    """Memory: what was too much, and the argument with which it would fit, in the message and as attributes.
 
     Attributes:
         argument: "batch_size", "num_images", or None where neither helps.
@@ -105,7 +105,7 @@ def draw_each(
     progress=False,
     **options,
 ):
-    """The pictures of one caption after another, as `draw` makes them: for more than can be held, or to be kept at once.
+    """The pictures of one caption after another, as `draw` makes them: to keep each at once, or more than can be held.
 
     Args:
         dalle, dvae, tokenizer: a `DALLE`, the `DiscreteVAE` whose codes it was trained on, and its `Tokenizer`.
@@ -125,7 +125,7 @@ def draw_each(
 
     Raises:
         TypeError, ValueError: the parts do not fit each other; a caption that is too long; what `generate` raises.
-        DoesNotFit: (a torch.OutOfMemoryError) the pictures of a caption do not fit, or a batch does not, and what would.
+        DoesNotFit: the pictures of a caption do not fit, or a batch does not, and what would.
     """
     check_fit(dalle, dvae, tokenizer)
     captions = _checked_captions(captions)
@@ -188,7 +188,7 @@ def _draw_codes(dalle, text, num_images, batch_size, **options):
 
 
 def _batch_does_not_fit(error, num_captions, num_images, device):
-    """What `generate` says, by the argument that its caller has: captions are drawn together as far as a batch takes them."""
+    """What `generate` says, by the argument that its caller has: captions are drawn together as `batch_size` allows."""
     at_once, fits = num_captions * num_images, getattr(error, "fits", None)  # images of each caption
     what = f"drawing {at_once} images at once ran out of memory"
     if fits is None:
@@ -218,8 +218,9 @@ def _image_shape(config):
 
 
 def _check_room(config, num_images, device, *, all_of=None, keep=0):
-    """Raise where the images of a caption, with the `keep` of each of `all_of` captions, are not to be held: a CPU would
-    begin to swap, or end the process, hours later.
+    """Raise where the images of a caption, with the `keep` of each of `all_of` captions, are not to be held.
+
+    A CPU would begin to swap, or end the process, hours later.
 
     Those of a caption are there twice while what `decode` returns in parts becomes one tensor.
     """
@@ -286,8 +287,6 @@ def save_grid(images, path, columns=None):
         images: (N, C, H, W), or (P, N, C, H, W) for a row of each caption; C is 1 or 3, pixels from 0 to 1.
         columns: images in a row; None means N of a caption, and about a square where there are no captions.
     """
-    from PIL import Image
-
     if columns is not None:
         check_size("columns", columns)
     if _dim(images) == 5:
@@ -296,15 +295,13 @@ def save_grid(images, path, columns=None):
     if _dim(images) != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {got}")
-    N, C, H, W = images.shape
+    N, _, H, W = images.shape
     columns = min(N, columns or int((N - 1) ** 0.5) + 1)
-    rows = -(-N // columns)
-    sheet = images.new_zeros(rows * columns, C, H, W)
-    sheet[:N] = images
-    sheet = sheet.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
-    pixels = (sheet.float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, -1, 3)
-    with written_whole(path) as unfinished:
-        Image.fromarray(pixels.cpu().numpy()).save(unfinished)
+    pixels = (
+        (images.float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
+    )
+    rows = [pixels[first : first + columns] for first in range(0, N, columns)]
+    save_picture(sheet(rows, Layout(len(rows), columns, H, W, gap=0), background=0), path)
 
 
 def _checked_keep(keep, available):

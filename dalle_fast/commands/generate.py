@@ -142,7 +142,7 @@ def write(rows, path) -> list[str]:
     from PIL import Image
 
     from dalle_fast.outputs import written_whole
-    from dalle_fast.training.pictures import picture_grid
+    from dalle_fast.pictures import picture_grid
 
     if _is_folder(path):
         pictures = {

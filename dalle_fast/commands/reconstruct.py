@@ -14,16 +14,13 @@ def add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
-    from PIL import Image
-
     from dalle_fast.checkpoint import load_model
-    from dalle_fast.outputs import written_whole
+    from dalle_fast.pictures import save_picture
 
     model = load_model(arguments.model, kind="DiscreteVAE", device=training.device(arguments.device))
     picture = reconstructions(model, arguments.images)
     try:
-        with written_whole(arguments.out) as unfinished:
-            Image.fromarray(picture).save(unfinished)
+        save_picture(picture, arguments.out)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {arguments.out}: {error}") from error
     print(arguments.out)
@@ -42,7 +39,7 @@ def reconstructions(model, paths):
     import numpy as np
     import torch
 
-    from dalle_fast.training.pictures import picture_grid
+    from dalle_fast.pictures import picture_grid
     from dalle_fast.training.stage1 import to_uint8
 
     originals = torch.from_numpy(np.stack([read_square(path, model.config.image_size) for path in paths]))

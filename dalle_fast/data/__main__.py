@@ -11,6 +11,7 @@ import numpy as np
 from dalle_fast.data.crops import centre_crop
 from dalle_fast.data.images import left_out
 from dalle_fast.data.source import open_source
+from dalle_fast.pictures import Layout
 
 MARGIN = 10
 LINE = 15  # pixels from one line of text to the next
@@ -32,13 +33,12 @@ def contact_sheet(examples, *, columns: int, scale: int):
 
     side = scale * examples[0].image.shape[0]
     texts = [textwrap.wrap(example.caption, max(1, int(side / LETTER))) for example in examples]
-    width, height = side + MARGIN, side + MARGIN + LINE * max(len(text) for text in texts) + 4
-    rows = -(-len(examples) // columns)
-    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "#dde3ea")
+    below = LINE * max(len(text) for text in texts) + 4
+    layout = Layout(-(-len(examples) // columns), columns, side + below, side, MARGIN)
+    sheet = Image.new("RGB", layout.size[::-1], "#dde3ea")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, (example, text) in enumerate(zip(examples, texts)):
-        row, column = divmod(number, columns)
-        left, top = MARGIN + column * width, MARGIN + row * height
+        top, left = layout.corner(*divmod(number, columns))
         sheet.paste(Image.fromarray(example.image).resize((side, side), Image.Resampling.NEAREST), (left, top))
         for line, words in enumerate(text):
             draw.text((left, top + side + 3 + LINE * line), words, fill="#202020", font=font)
