@@ -12,7 +12,7 @@ GAP, SMALLEST = 2, 96  # pixels between pictures; smaller pictures are enlarged 
 
 
 class Layout(NamedTuple):
-    """Where pictures of one size lie on a sheet: in rows and columns, `gap` pixels between and, as a border, around them."""
+    """Where pictures of one size lie on a sheet: in rows and columns, with `gap` pixels between and around them."""
 
     rows: int
     columns: int

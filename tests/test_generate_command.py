@@ -1,8 +1,10 @@
 """The command generate: from a caption to a file, and errors of one line."""
 
 import argparse
+import csv
 import errno
 import io
+import json
 import os
 import shutil
 import sys
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dalle_fast
 import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli, sampling
 from dalle_fast.commands import generate as generate_command
@@ -19,6 +22,8 @@ from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
 from dalle_fast.data.crops import centre_crop
+from dalle_fast.pictures import picture_grid
+from dalle_fast.training.precision import precision_on
 from dalle_fast.training.stage1 import to_uint8
 
 S = 16
@@ -54,7 +59,8 @@ def generate(model, tmp_path):
     """generate(*arguments): the status, and the picture that was drawn."""
 
     def generate(*arguments, out=tmp_path / "out.png"):
-        flags = ["generate", "--model", model, "--out", out, "--seed", "3", "--device", "cpu", *arguments]
+        flags = ["generate", "--model", model, "--out", out, "--seed", "3", "--device", "cpu"]
+        flags += ["--precision", "float32", *arguments]
         status = cli.main([str(flag) for flag in flags])
         return np.asarray(Image.open(out)) if status == 0 and os.path.isfile(out) else status
 
@@ -82,7 +88,7 @@ def test_one_picture_keeps_its_size(generate, model, capsys):
         ({"caption_dropout": 0.0}, ["--guidance", "1"], False),
         ({"caption_dropout": 0.0}, [], False),
         ({"caption_dropout": 0.1}, ["--guidance", "3"], False),
-        ({}, ["--guidance", "3"], False),  # of older files, which do not say
+        ({}, ["--guidance", "3"], False),  # of models that something else trained
     ],
 )
 def test_guidance_by_a_model_that_never_saw_an_empty_caption_is_warned_of(
@@ -111,14 +117,107 @@ def test_several_become_one_picture_with_a_row_for_each_caption(generate, model)
             assert np.array_equal(grid[top : top + 96 : factor, left : left + 96 : factor], expected[row, column])
 
 
-def test_a_folder_gets_a_file_of_each_and_captions_come_from_a_file(generate, model, tmp_path):
+def test_a_folder_gets_a_file_of_each_and_captions_come_from_a_file(generate, model, tmp_path, capsys):
     (tmp_path / "captions.txt").write_text(f"\n{OTHER}\n  {CAPTION} \n\n")
     generate(CAPTION, "--captions", tmp_path / "captions.txt", "--num-images", "2", out=f"{tmp_path}/pictures/")
-    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
     assert names == [f"{row:04d}-{number:04d}.png" for row in range(3) for number in range(2)]
     expected = drawn(model, (CAPTION, OTHER, CAPTION), num_images=2)
     for name, picture in zip(names, expected.reshape(6, S, S, 3)):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / name)), picture)
+    with open(tmp_path / "pictures" / "metadata.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [line["file_name"] for line in table] == names
+    assert [line["caption"] for line in table] == [caption for caption in (CAPTION, OTHER, CAPTION) for _ in range(2)]
+    assert {line["seed"] for line in table} == {"3"} and [line["number"] for line in table] == ["0", "1"] * 3
+    assert {line["score"] for line in table} == {""}
+    before = (tmp_path / "pictures" / names[0]).read_bytes()
+    assert generate(OTHER, out=tmp_path / "pictures") == 2  # not over, nor among, what is there
+    error = capsys.readouterr().err
+    assert "pictures holds pictures of another run (0000-0000.png): choose another folder" in error
+    assert (tmp_path / "pictures" / names[0]).read_bytes() == before
+
+
+STOPS = "def third(images, caption):\n    if caption == '{}':\n        raise {}\n    return images.mean((1, 2, 3))\n"
+
+
+@pytest.mark.parametrize(("error", "status"), [("KeyboardInterrupt", 130), ("ValueError", 2), ("MemoryError", 2)])
+def test_what_is_done_when_it_ends_early_is_written(generate, model, scores, tmp_path, capsys, error, status):
+    """Ctrl-C, and what the user's own score raises: in a folder file by file, on a sheet at the end."""
+    scores("stops", STOPS.format("a green", error))
+    flags = [CAPTION, OTHER, "a green", CAPTION, "--num-images", "2", "--best-of", "4", "--score", "stops:third"]
+    expected = drawn(model, (CAPTION, OTHER), num_images=4, score=lambda images, _: images.mean((1, 2, 3)), keep=2)
+    for out in (f"{tmp_path}/pictures/", tmp_path / "sheet.png"):
+        assert generate(*flags, out=out) == status
+        said = capsys.readouterr()
+        assert "stopped after 2 of 4 captions, whose pictures are written\n" in said.err
+        assert len(said.out.splitlines()) == (4 if str(out).endswith("/") else 1)
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["0000-0000.png", "0000-0001.png", "0001-0000.png", "0001-0001.png", "metadata.csv"]
+    with open(tmp_path / "pictures" / "metadata.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4 and all(float(a["score"]) > float(b["score"]) for a, b in zip(table[::2], table[1::2]))
+    for line, picture in zip(table, expected.reshape(4, S, S, 3)):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / line["file_name"])), picture)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), picture_grid(expected))
+    assert generate("a green", *flags[4:], out=tmp_path / "nothing.png") == status
+    assert not (tmp_path / "nothing.png").exists() and "stopped after" not in capsys.readouterr().err
+
+
+def test_a_picture_says_how_it_is_drawn_again(generate, model, tmp_path, scores, capsys):
+    """A seed that was not given is told, and in the picture, as are the caption and the options."""
+    scores("scores", "def dark(images, caption):\n    return -images.mean((1, 2, 3))\n")
+    out = tmp_path / "one.png"
+    flags = ["generate", "--model", str(model), "--out", str(out), "--device", "cpu", "--precision", "float32"]
+    assert cli.main([*flags, "ein ro\u0308ter Kreis \u2603", "--temperature", "0.7", "--truncate"]) == 0
+    text = Image.open(out).text
+    about = json.loads(text["Comment"])
+    assert text["Description"] == "ein ro\u0308ter Kreis \u2603"
+    assert text["Software"] == f"dalle_fast {dalle_fast.__version__}"
+    assert about == {"seed": about["seed"], "number": 0, "temperature": 0.7, "truncate": True, "precision": "float32"}
+    assert capsys.readouterr().err == f"seed {about['seed']}\n"
+    again = generate(text["Description"], "--temperature", 0.7, "--truncate", "--seed", about["seed"])
+    assert np.array_equal(again, np.asarray(Image.open(out)))
+    best = generate(CAPTION, "--best-of", "6", "--score", "scores:dark")
+    number = json.loads(Image.open(tmp_path / "out.png").text["Comment"])["number"]
+    assert np.array_equal(best, drawn(model, num_images=6)[0, number])
+    generate(CAPTION, OTHER)
+    text = Image.open(tmp_path / "out.png").text
+    assert text["Description"] == f"{CAPTION}\n{OTHER}" and "number" not in json.loads(text["Comment"])
+    generate(CAPTION, out=tmp_path / "one.jpg")
+
+
+def test_many_pictures_of_a_caption_go_on_in_another_row(generate, model):
+    grid = generate(CAPTION, "--num-images", "10")
+    expected = drawn(model, num_images=10)[0]
+    assert np.array_equal(grid, picture_grid([expected[:8], expected[8:]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "captions", "size"), [("wide.webp", 168, "100 x 16466"), ("tall.jpg", 669, "100 x 65564")]
+)
+def test_a_sheet_that_is_too_large_for_its_format_is_refused_before(
+    generate, tmp_path, capsys, monkeypatch, name, captions, size
+):
+    monkeypatch.setattr(sampling, "draw_each", raising(AssertionError("drawn in vain")))
+    assert generate(*[CAPTION] * captions, out=tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert f"{name} cannot hold {size} pixels, which all pictures together have: choose .png, or a folder" in error
+    with pytest.raises(AssertionError, match="in vain"):
+        generate(*[CAPTION] * (captions - 1), out=tmp_path / name)
+
+
+@pytest.mark.parametrize("flags", [(), ("--guidance", "2")])
+def test_bfloat16_draws_the_same_in_every_batch(generate, model, flags):
+    """The transformer alone is cast, once; what auto is on a device training says."""
+    whole = generate(CAPTION, "--num-images", "5", "--precision", "bfloat16", *flags)
+    again = generate(CAPTION, "--num-images", "5", "--precision", "bfloat16", "--batch-size", "2", *flags)
+    assert np.array_equal(again, whole)
+    auto = generate(CAPTION, "--num-images", "5", "--precision", "auto", *flags)
+    plain = generate(CAPTION, "--num-images", "5", *flags)
+    assert np.array_equal(auto, whole if precision_on(torch.device("cpu"), "auto") == "bfloat16" else plain)
+    dalle, dvae, _ = load_parts(model, precision="bfloat16")
+    assert dalle.head.weight.dtype == torch.bfloat16 and next(dvae.parameters()).dtype == torch.float32
 
 
 def test_lines_of_captions_end_where_editors_end_them(tmp_path):
@@ -282,11 +381,26 @@ def test_what_the_user_can_put_right_is_one_line(generate, model, tmp_path, caps
             assert word in line, (arguments, line)
 
 
-def test_what_does_not_fit_in_memory_is_one_line(generate, capsys, monkeypatch):
+def test_what_does_not_fit_in_memory_is_one_line(generate, tmp_path, capsys, monkeypatch):
     assert generate(CAPTION, "--num-images", 10**9) == 2
     error = capsys.readouterr().err
-    assert error.startswith("dalle-fast: error: 1000000000 images of each of 1 captions take ")
-    assert "would fit" in error and error.count("\n") == 1
+    assert (
+        "out.png takes 8.67e+04 GB of memory, and " in error and "for 786 x 12250000002 pixels: choose a fol" in error
+    )
+    folder = f"{tmp_path}/pictures/"
+    assert generate(CAPTION, "--num-images", 10**9, out=folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dalle-fast: error: 1000000000 images of a caption take ")
+    assert ": --num-images " in error and " would fit" in error and error.count("\n") == 1
+    assert generate(CAPTION, "--best-of", 10**9, "--score", "math:fsum", out=folder) == 2
+    assert ": --best-of " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            fnn.DALLE, "generate", lambda self, text, **_: raising(MemoryError("no room"))() if len(text) else 0
+        )
+        assert generate(CAPTION, "--num-images", 512) == 2
+    line = "dalle-fast: error: drawing 64 images at once ran out of memory: try --batch-size 32 (no room)\n"
+    assert capsys.readouterr().err == line
     for owner, name, error in (
         (fnn.DALLE, "generate", torch.OutOfMemoryError("generating ... num_images=7 would fit")),
         (
@@ -322,7 +436,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(generate, tm
     def forbid(*_, **__):
         raise AssertionError("drawn in vain")
 
-    monkeypatch.setattr(sampling, "draw", forbid)
+    monkeypatch.setattr(sampling, "draw_each", forbid)
     (tmp_path / "file").write_text("")
     for name in ("nothing.xyz", "nothing", "only_read.cur", "not_in_colour.xbm", "file/x.png", "file/"):
         assert generate(CAPTION, out=f"{tmp_path}/{name}") == 2

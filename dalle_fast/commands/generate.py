@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import io
+import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
 
+import dalle_fast
 from dalle_fast.commands import training
 from dalle_fast.commands.reconstruct import read_square
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.errors import UserError
 
+COLUMNS = 8  # of a sheet: more pictures of a caption go on in another row
+SHEETS = 3  # as many times as it has pixels a sheet is in memory, where it is made
+TABLE = "metadata.csv"  # with a column file_name, as tools expect beside a folder's pictures
+DRAWN = re.compile(r"\d{4,}-\d{4,}\.png")
+KEPT = ("temperature", "top_k", "top_p", "guidance", "best_of", "score", "truncate", "keep_rows")  # in a PNG file
+
 
 def add_arguments(parser) -> None:
     what = parser.add_argument_group("what is drawn")
-    what.add_argument("caption", nargs="*", help="a caption, in quotes; several: a row of pictures for each")
+    what.add_argument("caption", nargs="*", help="a caption, in quotes; several: rows of pictures for each")
     what.add_argument("--captions", metavar="FILE", help="more captions, one a line")
     what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each caption")
-    what.add_argument("--out", required=True, metavar="PATH", help="a picture of all; or a folder, for a file of each")
+    out = (
+        f"a picture of all, {COLUMNS} in a row at most; or a folder (one that is there, or PATH/), for a file of each "
+        f"as soon as its caption is done, and {TABLE}: a folder with pictures of an earlier run is refused"
+    )
+    what.add_argument("--out", required=True, metavar="PATH", help=out)
     what.add_argument(
         "--complete",
         metavar="IMAGE",
@@ -31,6 +45,7 @@ def add_arguments(parser) -> None:
     who.add_argument("--model", required=True, metavar="DIR", help="folder of a run of train-dalle")
     who.add_argument("--dvae", metavar="DIR", help="folder of another run of train-dvae (default: the model's own)")
     training.add_device_argument(who)
+    training.add_precision_argument(who)
     who.add_argument("--batch-size", type=int, default=64, metavar="N", help="pictures at once, at most")
     how = parser.add_argument_group("how")
     how.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely codes")
@@ -38,7 +53,9 @@ def add_arguments(parser) -> None:
     how.add_argument("--top-p", type=float, metavar="P", help="sample among those whose probabilities add up to P")
     guidance = "above 1: closer to the caption, at twice the work, by a model trained with --caption-dropout above 0"
     how.add_argument("--guidance", type=float, metavar="X", help=guidance)
-    how.add_argument("--seed", type=int, metavar="N", help="from 0 to 2^20 - 1 (default: another one each time)")
+    how.add_argument(
+        "--seed", type=int, metavar="N", help="from 0 to 2^20 - 1 (default: another one each time, which is told)"
+    )
     how.add_argument("--best-of", type=int, metavar="M", help="draw M of each caption and keep the best --num-images")
     how.add_argument(
         "--score",
@@ -51,8 +68,9 @@ def add_arguments(parser) -> None:
 
 def run(arguments) -> int:
     from dalle_fast import sampling
+    from dalle_fast.nn import generation
     from dalle_fast.nn.memory import is_out_of_memory
-    from dalle_fast.training.stage1 import to_uint8
+    from dalle_fast.training.precision import precision_on
 
     captions = _captions(arguments)
     if arguments.num_images < 1:
@@ -68,17 +86,19 @@ def run(arguments) -> int:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
     device = training.device(arguments.device)
+    precision = precision_on(device, arguments.precision)
     try:
-        dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device)
+        dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device, precision=precision)
         codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
-        _check_out(arguments.out)
+        _check_out(arguments.out, len(captions), arguments.num_images, dvae.config.image_size)
         if arguments.guidance not in (None, 1) and dalle.trained_with.get("caption_dropout") == 0:
             never = f"the model in {arguments.model} never saw: it was trained with --caption-dropout 0"
             warning = (
                 f"warning: --guidance {arguments.guidance:g} leads away from pictures without a caption, which {never}"
             )
             print(warning, file=sys.stderr)
-        drawn = sampling.draw(
+        seed = generation.random_seed()[0] if arguments.seed is None else arguments.seed
+        drawn = sampling.draw_each(
             dalle,
             dvae,
             tokenizer,
@@ -89,31 +109,48 @@ def run(arguments) -> int:
             batch_size=arguments.batch_size,
             truncate=arguments.truncate,
             codes=codes,
-            seed=arguments.seed,
+            seed=seed,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             guidance=arguments.guidance,
             progress=sys.stderr.isatty(),
         )
+        if arguments.seed is None:
+            print(f"seed {seed}", file=sys.stderr)
+        options = {name: getattr(arguments, name) for name in KEPT} | {"precision": precision}
+        about = {"seed": seed, **{name: value for name, value in options.items() if value is not None}}
+        out = (_Folder if _is_folder(arguments.out) else _Sheet)(arguments.out, about)
+        try:
+            for caption in captions:
+                out.add(caption, next(drawn))  # under no name, that none are kept while the next ones are made
+        finally:  # also of what the user's own score raises, and of Ctrl-C
+            out.end()
+            if 0 < out.done < len(captions):
+                text = f"stopped after {out.done} of {len(captions)} captions, whose pictures are written"
+                print(text, file=sys.stderr)
+    except sampling.DoesNotFit as error:
+        flags = {"batch_size": "--batch-size", "num_images": "--best-of" if arguments.best_of else "--num-images"}
+        raise UserError(error.worded(f"{flags.get(error.argument)} {error.fits}")) from error
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if isinstance(error, (RuntimeError, MemoryError)) and not is_out_of_memory(error):
             raise
         raise UserError(str(error)) from error
-    for path in write([to_uint8(row) for row in drawn], arguments.out):
-        print(path)
     return 0
 
 
-def load_parts(folder, *, dvae=None, device="cpu"):
+def load_parts(folder, *, dvae=None, device="cpu", precision="float32"):
     """What draws: the `DALLE`, the `DiscreteVAE` and the `Tokenizer` of a run of train-dalle, finished or not.
 
     Args:
         dvae: folder of another VAE than the run's own.
+        precision: "float32" or "bfloat16", of the transformer; the VAE draws its pixels in float32.
 
     Raises:
         UserError: one of them is not there, or they do not fit each other.
     """
+    import torch
+
     from dalle_fast import checkpoint, sampling
     from dalle_fast.data.text import Tokenizer
 
@@ -128,62 +165,141 @@ def load_parts(folder, *, dvae=None, device="cpu"):
         sampling.check_fit(dalle, dvae, tokenizer)
     except (ValueError, OSError) as error:
         raise UserError(f"{folder}: {error}") from error
-    return dalle, dvae, tokenizer
+    return dalle.to(getattr(torch, precision)), dvae, tokenizer
 
 
-def write(rows, path) -> list[str]:
-    """Write pictures: rows of arrays (N, S, S, 3) uint8. A folder, or a path that ends like one, gets a file of each.
+class _Folder:
+    """A file of each picture, written as it comes, and a table of them. done: captions whose pictures are all there."""
 
-    A picture alone keeps its size; several become one picture, in which small ones are enlarged.
+    def __init__(self, path, about):
+        self.path, self.about, self.done = path, about, 0
 
-    Returns:
-        The paths.
+    def add(self, caption, drawn):
+        lines = []
+        for place, picture in enumerate(_pixels(drawn)):
+            name, number = f"{self.done:04d}-{place:04d}.png", drawn.numbers[place]
+            path = os.path.join(self.path, name)
+            _save(picture, path, _texts([caption], {**self.about, "number": number}))
+            print(path)
+            lines.append((name, caption, self.about["seed"], number, drawn.scores[place] if drawn.scores else ""))
+        path = os.path.join(self.path, TABLE)
+        try:
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                if file.tell() == 0:
+                    lines.insert(0, ("file_name", "caption", "seed", "number", "score"))
+                csv.writer(file).writerows(lines)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
+        self.done += 1
+
+    def end(self):
+        """All is written."""
+
+
+class _Sheet:
+    """One picture, written at the end, of what is there then. done: captions whose pictures are all there."""
+
+    def __init__(self, path, about):
+        self.path, self.about, self.captions, self.rows = path, about, [], []
+
+    @property
+    def done(self):
+        return len(self.captions)
+
+    def add(self, caption, drawn):
+        pictures = _pixels(drawn)
+        if self.done == 0 and len(pictures) == 1:
+            self.first = drawn.numbers[0]
+        self.captions.append(caption)
+        self.rows += [pictures[first : first + COLUMNS] for first in range(0, len(pictures), COLUMNS)]
+
+    def end(self):
+        if self.rows:
+            alone = {"number": self.first} if len(self.rows) == len(self.rows[0]) == 1 else {}
+            write(self.rows, self.path, _texts(self.captions, {**self.about, **alone}))
+            print(self.path)
+
+
+def _pixels(drawn):
+    from dalle_fast.training.stage1 import to_uint8
+
+    return to_uint8(drawn.images)
+
+
+def write(rows, path, texts=None) -> None:
+    """Write pictures: rows of arrays (N, S, S, 3) uint8. One alone keeps its size; of several small ones are enlarged.
+
+    Args:
+        texts: see `save_picture`.
     """
-    from PIL import Image
-
-    from dalle_fast.outputs import written_whole
     from dalle_fast.pictures import picture_grid
 
-    if _is_folder(path):
-        pictures = {
-            os.path.join(path, f"{row:04d}-{number:04d}.png"): picture
-            for row, of_caption in enumerate(rows)
-            for number, picture in enumerate(of_caption)
-        }
-    else:
-        pictures = {str(path): rows[0][0] if len(rows) == len(rows[0]) == 1 else picture_grid(rows)}
-    for name, picture in pictures.items():
-        try:
-            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-            with written_whole(name) as unfinished:
-                Image.fromarray(picture).save(unfinished)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write {name}: {error}") from error
-    return list(pictures)
+    _save(rows[0][0] if len(rows) == len(rows[0]) == 1 else picture_grid(rows), path, texts)
+
+
+def _save(picture, path, texts):
+    from dalle_fast.pictures import save_picture
+
+    try:
+        save_picture(picture, path, texts)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _texts(captions, about):
+    """What draws the picture again, under the keywords that PNG's standard has for it."""
+    return {
+        "Description": "\n".join(captions),
+        "Software": f"dalle_fast {dalle_fast.__version__}",
+        "Comment": json.dumps(about),
+    }
 
 
 def _is_folder(path) -> bool:
     return os.path.isdir(path) or str(path).endswith(os.sep)
 
 
-def _check_out(path) -> None:
-    """Refuse what `write` could not write now, not when all is drawn. It makes folders, but leaves no file."""
-    from PIL import Image
+def _check_out(path, captions, num_images, size) -> None:
+    """Refuse what could not be written now, not when all is drawn. It makes folders, but leaves no file."""
+    import torch
 
+    from dalle_fast.nn.memory import free_memory
     from dalle_fast.outputs import can_write, make_folder
+    from dalle_fast.pictures import grid_layout
 
     if _is_folder(path):
         make_folder(path, "--out")
+        if found := sorted(name for name in os.listdir(path) if name == TABLE or DRAWN.fullmatch(name)):
+            raise UserError(f"--out {path} holds pictures of another run ({found[0]}): choose another folder")
         return
-    memory = io.BytesIO()
-    memory.name = path  # whose ending says the format
+    height, width = size, size
+    if captions * num_images > 1:
+        height, width = grid_layout(captions * -(-num_images // COLUMNS), min(num_images, COLUMNS), size).size
     try:
-        Image.new("RGB", (1, 1)).save(memory)
+        _try_to_save(path, 1, 1)
     except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
         raise UserError(f"--out must end as a colour picture that Pillow writes, as .png does, got {path}") from error
+    needed, free = SHEETS * 3 * height * width, free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        room = f"{needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free"
+        raise UserError(f"--out {path} takes {room}, for {width} x {height} pixels: choose a folder for a file of each")
+    try:  # a format's limits are of a side
+        _try_to_save(path, width, 1)
+        _try_to_save(path, 1, height)
+    except (OSError, ValueError, OverflowError) as error:
+        too_large = f"--out {path} cannot hold {width} x {height} pixels, which all pictures together have"
+        raise UserError(f"{too_large}: choose .png, or a folder for a file of each") from error
     make_folder(os.path.dirname(path) or ".", "--out's folder")
     if not can_write(path):
         raise UserError(f"--out must name a file that can be written, got {path}")
+
+
+def _try_to_save(path, width, height):
+    from PIL import Image
+
+    memory = io.BytesIO()
+    memory.name = path  # whose ending says the format
+    Image.new("RGB", (width, height)).save(memory)
 
 
 def _captions(arguments) -> list[str]:
