@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_fast.errors import UserError
+from dalle_fast.outputs import UNFINISHED, fsync, written_whole
 
 MODEL, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints in the folder of a run
@@ -39,7 +40,7 @@ MODELS = {  # kind -> module, class of the model, class of its config
     "DiscreteVAE": ("dalle_fast.nn.dvae", "DiscreteVAE", "DVAEConfig"),
     "DALLE": ("dalle_fast.nn.dalle", "DALLE", "DALLEConfig"),
 }
-_PREFIX, _UNFINISHED, _REPLACED = "step-", ".writing-", ".replaced-"
+_PREFIX, _REPLACED = "step-", ".replaced-"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -86,25 +87,29 @@ def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: d
     """
     folder = Path(folder)
     path = folder / f"{_PREFIX}{step:09d}"
-    unfinished = folder / f"{_UNFINISHED}{path.name}"
+    unfinished = folder / f"{UNFINISHED}{path.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         unfinished.mkdir()
         _reached("begun")
         _write_model(unfinished / MODEL, model)
+        fsync(unfinished / MODEL)
         _reached("model written")
         _write_tensors(unfinished / TRAINING, tensors)
+        fsync(unfinished / TRAINING)
         _reached("training written")
         _write_json(unfinished / STATE, {"format": FORMAT, "step": step, **state})
+        fsync(unfinished / STATE)
         _reached("state written")
         _write_json(unfinished / MANIFEST, {name: _fingerprint(unfinished / name) for name in (MODEL, TRAINING, STATE)})
-        _fsync(unfinished)
+        fsync(unfinished / MANIFEST)
+        fsync(unfinished)
         _reached("manifest written")
         if path.exists():
             path.rename(folder / f"{_REPLACED}{path.name}")
         unfinished.rename(path)
-        _fsync(folder)
+        fsync(folder)
         _reached("renamed")
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -126,14 +131,10 @@ def export(path, model) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    path = Path(path)
-    unfinished = path.with_name(_UNFINISHED + path.name)
     try:
-        _write_model(unfinished, model)
-        unfinished.rename(path)
-        _fsync(path.parent)
+        with written_whole(path, durable=True) as unfinished:
+            _write_model(unfinished, model)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -143,14 +144,10 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], *, header: dict) -> Non
     Raises:
         CheckpointError: it cannot be written.
     """
-    path = Path(path)
-    unfinished = path.with_name(_UNFINISHED + path.name)
     try:
-        _write_tensors(unfinished, tensors, header)
-        unfinished.rename(path)
-        _fsync(path.parent)
+        with written_whole(path, durable=True) as unfinished:
+            _write_tensors(unfinished, tensors, header)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -160,15 +157,8 @@ def write_json(path, value) -> None:
     Raises:
         OSError: it cannot be written. TypeError: JSON cannot hold it.
     """
-    path = Path(path)
-    unfinished = path.with_name(_UNFINISHED + path.name)
-    try:
+    with written_whole(path, durable=True) as unfinished:
         _write_json(unfinished, _finite(value))
-        unfinished.rename(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
 
 
 def _finite(value):
@@ -213,7 +203,6 @@ def _write_tensors(path, tensors, header=None) -> None:
         save_file(_storable(tensors), path, metadata={HEADER: json.dumps(header)} if header else None)
     except SafetensorError as error:  # it makes an error of its own of every OSError
         raise OSError(None, str(error)) from error
-    _fsync(path)
 
 
 def _storable(tensors):
@@ -231,17 +220,6 @@ def _storable(tensors):
 def _write_json(path, value) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path) -> None:
-    """Of a file, or of a folder: that the names in it last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(path) -> dict:
@@ -263,7 +241,7 @@ def _put_back(folder) -> None:
 def _remove_leftovers(folder) -> None:
     """What a write that was cut short left behind."""
     _put_back(folder)
-    for path in (*folder.glob(_REPLACED + "*"), *folder.glob(_UNFINISHED + "*")):
+    for path in (*folder.glob(_REPLACED + "*"), *folder.glob(UNFINISHED + "*")):
         _remove(path)
 
 
@@ -386,7 +364,7 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     try:
         model = getattr(module, class_name)(config_from_json(getattr(module, config_name), header["config"]))
         model.load_state_dict(weights)
-        if "trained_with" in header:  # not in older files
+        if "trained_with" in header:
             model.trained_with = dict(header["trained_with"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error

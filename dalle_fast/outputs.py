@@ -11,6 +11,8 @@ from pathlib import Path
 
 from dalle_fast.errors import UserError
 
+UNFINISHED = ".writing-"  # before the name of what is being written
+
 
 def can_write(path: str | os.PathLike) -> bool:
     """Whether a file can be written there; tried in its folder, which is left as it is, as is a file that is there.
@@ -45,22 +47,39 @@ def make_folder(path: str | os.PathLike, name: str) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike):
+def written_whole(path: str | os.PathLike, *, durable: bool = False):
     """The path of another file in the same folder, with the same ending, for the caller to write; it then takes the
-    place of `path`. Where that fails, as on a full disk, what was at `path` is still there, and nothing beside it.
+    place of `path`. Where that fails, as on a full disk, what was at `path` is still there, and nothing beside it. What
+    a killed process leaves has one name, which the next write of `path` takes.
+
+    Args:
+        durable: the new file outlives the machine, too, once this is left.
 
     Raises:
         OSError: `path` cannot be written to.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    unfinished = path.with_name(".writing-" + path.name)
+    unfinished = path.with_name(UNFINISHED + path.name)
     try:
         if path.exists():
             open(path, "ab").close()  # refused where it is a folder, or is not to be written to
         yield unfinished
+        if durable:
+            fsync(unfinished)  # before the rename, or there may be the name and not what was written
         os.replace(unfinished, path)
+        if durable:
+            fsync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def fsync(path: str | os.PathLike) -> None:
+    """Of a file, or of a folder: that the names in it last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dalle_fast.data import DataError, Tokenizer, all_scenes, caption_of_scene
+from dalle_fast.outputs import UNFINISHED
 
 CAPTIONS = [caption_of_scene(scene) for scene in all_scenes()]
 ODD = ["", "Grüße, 世界! \U0001f34e", "it's  THE\tend\n", "<pad> 0", "\x00\x7f", "ﬁ é", "unseen zebra-crossing 12345"]
@@ -260,6 +261,7 @@ def test_the_vocabulary_has_at_most_the_size_asked_for():
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     path = tmp_path / "text.json"
     path.write_text("old")
+    (tmp_path / f"{UNFINISHED}text.json").write_text("of a save that was killed")
     tokenizer.save(path)
     assert os.listdir(tmp_path) == ["text.json"]
     again = Tokenizer.load(path)

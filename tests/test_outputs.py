@@ -1,4 +1,4 @@
-"""A folder is held by one process, as long as that lives."""
+"""A folder is held by one process, as long as that lives; a file is written whole."""
 
 import multiprocessing
 import os
@@ -8,7 +8,8 @@ import time
 import pytest
 
 from dalle_fast.errors import UserError
-from dalle_fast.outputs import held
+from dalle_fast.outputs import held, written_whole
+
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,3 +60,25 @@ def test_a_forked_process_that_leaves_the_block_lets_nothing_go(tmp_path):
     holding.__exit__(None, None, None)
     with held(tmp_path, "it"):
         pass
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_durable_file_is_synced_before_its_name_and_the_folder_after(tmp_path, monkeypatch, durable):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def log_fsync(descriptor):
+        events.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def log_replace(path, target):
+        events.append(f"rename {os.path.basename(path)}")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "replace", log_replace)
+    (tmp_path / ".writing-x").write_text("of a process that was killed")
+    with written_whole(tmp_path / "x", durable=durable) as unfinished:
+        unfinished.write_text("new")
+    synced = ["fsync .writing-x", "rename .writing-x", f"fsync {tmp_path.name}"]
+    assert events == (synced if durable else synced[1:2])
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "new"

@@ -11,16 +11,15 @@ import heapq
 import itertools
 import json
 import math
-import os
 import random
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from dalle_fast.data.source import DataError, check_count
+from dalle_fast.outputs import written_whole
 
 VOCAB_SIZE = 16_384  # Ramesh et al. 2021
 MIN_VOCAB_SIZE = 257  # every byte and the padding
@@ -126,16 +125,8 @@ class Tokenizer:
 
     def save(self, path) -> None:
         """Write it as JSON: wholly or, if that fails, not at all."""
-        path = Path(path)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            with open(fresh, "w", encoding="utf-8") as file:
-                file.write(self._tokenizer.to_str(pretty=True))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with written_whole(path, durable=True) as unfinished:
+            unfinished.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from dalle_fast.outputs import written_whole
+
 LOG, PICTURES, TENSORBOARD = "log.jsonl", "pictures", "tensorboard"
 SHOWN = ("loss", "reconstruction", "kl", "perplexity", "text_loss", "image_loss")  # of a record, beside the bar
 _FOR_WHO_WATCHES = contextlib.suppress(OSError, ValueError)  # a terminal or a pipe that is gone or closed ends no run
@@ -137,12 +139,8 @@ def _drop_later_lines(path, step) -> None:
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line)
-    unfinished = path.with_name(".writing-" + path.name)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+    with written_whole(path, durable=True) as unfinished:
+        unfinished.write_text("".join(kept), encoding="utf-8")
 
 
 def _summary_writer(folder, reported):

@@ -16,9 +16,9 @@ from dalle_fast.data import batches
 from dalle_fast.data.source import identity
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
+from dalle_fast.pictures import picture_grid
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.initial import begin_with
-from dalle_fast.pictures import picture_grid
 from dalle_fast.training.recipes import DVAERecipe
 
 SHOWN = 12  # pictures in a grid
