@@ -87,22 +87,23 @@ def save(folder, step: int, model, *, tensors: dict[str, torch.Tensor], state: d
     """
     folder = Path(folder)
     path = folder / f"{_PREFIX}{step:09d}"
-    unfinished = folder / f"{UNFINISHED}{path.name}"
+    unfinished, sums = folder / f"{UNFINISHED}{path.name}", {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         unfinished.mkdir()
         _reached("begun")
-        _write_model(unfinished / MODEL, model)
+        sums[MODEL] = _fingerprint_of_written(unfinished / MODEL, _write_model(unfinished / MODEL, model))
         fsync(unfinished / MODEL)
         _reached("model written")
-        _write_tensors(unfinished / TRAINING, tensors)
+        sums[TRAINING] = _fingerprint_of_written(unfinished / TRAINING, _write_tensors(unfinished / TRAINING, tensors))
         fsync(unfinished / TRAINING)
         _reached("training written")
         _write_json(unfinished / STATE, {"format": FORMAT, "step": step, **state})
+        sums[STATE] = _fingerprint(unfinished / STATE)
         fsync(unfinished / STATE)
         _reached("state written")
-        _write_json(unfinished / MANIFEST, {name: _fingerprint(unfinished / name) for name in (MODEL, TRAINING, STATE)})
+        _write_json(unfinished / MANIFEST, sums)
         fsync(unfinished / MANIFEST)
         fsync(unfinished)
         _reached("manifest written")
@@ -186,23 +187,29 @@ def kind_of(model) -> str:
     return kind
 
 
-def _write_model(path, model) -> None:
+def _write_model(path, model) -> dict[str, torch.Tensor]:
     kind = kind_of(model)
     header = {"format": FORMAT, "kind": kind, "config": config_to_json(model.config)}
     if trained_with := getattr(model, "trained_with", None):
         header["trained_with"] = trained_with
-    _write_tensors(path, model.state_dict(), header)
+    return _write_tensors(path, model.state_dict(), header)
 
 
-def _write_tensors(path, tensors, header=None) -> None:
-    """`header`: one JSON value, under one name, as safetensors writes several in an order that changes."""
+def _write_tensors(path, tensors, header=None) -> dict[str, torch.Tensor]:
+    """`header`: one JSON value, under one name, as safetensors writes several in an order that changes.
+
+    Returns:
+        The tensors as they were written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    stored = _storable(tensors)
     try:
-        save_file(_storable(tensors), path, metadata={HEADER: json.dumps(header)} if header else None)
+        save_file(stored, path, metadata={HEADER: json.dumps(header)} if header else None)
     except SafetensorError as error:  # it makes an error of its own of every OSError
         raise OSError(None, str(error)) from error
+    return stored
 
 
 def _storable(tensors):
@@ -227,6 +234,18 @@ def _fingerprint(path) -> dict:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def _fingerprint_of_written(path, stored: dict[str, torch.Tensor]) -> dict:
+    """The same of what `_write_tensors` has just written and returned: a large model's is not read back from the disk."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    digest = hashlib.sha256(length + header)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name in sorted(places, key=places.get):
+        digest.update(stored[name].reshape(-1).view(torch.uint8).numpy())
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 

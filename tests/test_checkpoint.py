@@ -386,7 +386,11 @@ def test_foreign_weights(tmp_path, monkeypatch):
 
 
 def test_tensors_of_one_memory_are_stored(tmp_path):
+    """And of any type, whose bytes are hashed from memory as they would be from the file."""
     x = torch.arange(12.0).view(3, 4)
-    checkpoint._write_tensors(tmp_path / "x", {"a": x, "b": x, "c": x.T, "d": x[1:], "e": x[:0]})
+    others = {"f": x.bfloat16(), "g": x > 3, "h": x[1, 1], "i": x.double(), "j": x.to(torch.int64)}
+    given = {"a": x, "b": x, "c": x.T, "d": x[1:], "e": x[:0], **others}
+    written = checkpoint._write_tensors(tmp_path / "x", given, {"kind": "\u00e4"})
+    assert checkpoint._fingerprint_of_written(tmp_path / "x", written) == checkpoint._fingerprint(tmp_path / "x")
     loaded = checkpoint.read_weights(tmp_path / "x")
     assert torch.equal(loaded["b"], x) and torch.equal(loaded["c"], x.T) and torch.equal(loaded["d"], x[1:])
