@@ -37,7 +37,7 @@ class EMA:
             return
         n = -(-updates // self.every)
         decay = min(self.decay, (1 + n) / (10 + n))
-        follow = get_ema_multi_avg_fn(decay)
-        follow(list(self.model.parameters()), [p.detach() for p in model.parameters()], None)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self.model.parameters()), [p.detach() for p in model.parameters()], None)
+        for averaged, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            averaged.copy_(buffer)
