@@ -238,7 +238,7 @@ def _fingerprint(path) -> dict:
 
 
 def _fingerprint_of_written(path, stored: dict[str, torch.Tensor]) -> dict:
-    """The same of what `_write_tensors` has just written and returned: a large model's is not read back from the disk."""
+    """The same of what `_write_tensors` has just written and returned: nothing large is read back from the disk."""
     with open(path, "rb") as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 
 import dalle_fast
@@ -38,6 +36,8 @@ def collect() -> dict:
     """
     import torch
 
+    from dalle_fast.provenance import cpu_model, version
+
     has_gpu = torch.cuda.is_available()
     native = _native()
     attention = {device: _attention_on(device) for device in (["cpu", "cuda"] if has_gpu else ["cpu"])}
@@ -47,33 +47,16 @@ def collect() -> dict:
         "versions": {
             "dalle_fast": dalle_fast.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: version(name) for name in PACKAGES},
         },
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": f"{cpu_model()}, {os.cpu_count()} logical cores",
         "threads": torch.get_num_threads(),
         "native": native,
         "gpus": [_gpu(x) for x in range(torch.cuda.device_count())] if has_gpu else [],
         "why_no_gpu": None if has_gpu else _why_no_gpu(),
         "attention": attention,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} logical cores"
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
 
 
 def _native() -> dict:

@@ -28,7 +28,7 @@ def describe_machine() -> dict:
     except AttributeError:
         usable = os.cpu_count()
     machine = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": usable,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "dalle_fast_isa": _native("instruction_set"),
@@ -54,7 +54,7 @@ def describe_versions() -> dict:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "cuda": torch.version.cuda,
         "dalle_fast": dalle_fast.__version__,
         "dalle_fast_build": _native("build_info"),
@@ -72,14 +72,16 @@ def _native(function: str):
         return None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, or its architecture where the system has none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.lower().startswith("model name"):
