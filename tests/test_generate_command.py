@@ -194,7 +194,7 @@ def test_many_pictures_of_a_caption_go_on_in_another_row(generate, model):
 
 
 @pytest.mark.parametrize(
-    ("name", "captions", "size"), [("wide.webp", 168, "100 x 16466"), ("tall.jpg", 669, "100 x 65564")]
+    ("name", "captions", "size"), [("tall.webp", 168, "100 x 16466"), ("tall.jpg", 669, "100 x 65564")]
 )
 def test_a_sheet_that_is_too_large_for_its_format_is_refused_before(
     generate, tmp_path, capsys, monkeypatch, name, captions, size

@@ -70,6 +70,7 @@ def run(arguments) -> int:
     from dalle_fast import sampling
     from dalle_fast.nn import generation
     from dalle_fast.nn.memory import is_out_of_memory
+    from dalle_fast.progress import tell
     from dalle_fast.training.precision import precision_on
 
     captions = _captions(arguments)
@@ -96,7 +97,7 @@ def run(arguments) -> int:
             warning = (
                 f"warning: --guidance {arguments.guidance:g} leads away from pictures without a caption, which {never}"
             )
-            print(warning, file=sys.stderr)
+            tell(warning)
         seed = generation.random_seed()[0] if arguments.seed is None else arguments.seed
         drawn = sampling.draw_each(
             dalle,
@@ -117,7 +118,7 @@ def run(arguments) -> int:
             progress=sys.stderr.isatty(),
         )
         if arguments.seed is None:
-            print(f"seed {seed}", file=sys.stderr)
+            tell(f"seed {seed}")
         options = {name: getattr(arguments, name) for name in KEPT} | {"precision": precision}
         about = {"seed": seed, **{name: value for name, value in options.items() if value is not None}}
         out = (_Folder if _is_folder(arguments.out) else _Sheet)(arguments.out, about)
@@ -127,8 +128,7 @@ def run(arguments) -> int:
         finally:  # also of what the user's own score raises, and of Ctrl-C
             out.end()
             if 0 < out.done < len(captions):
-                text = f"stopped after {out.done} of {len(captions)} captions, whose pictures are written"
-                print(text, file=sys.stderr)
+                tell(f"stopped after {out.done} of {len(captions)} captions, whose pictures are written")
     except sampling.DoesNotFit as error:
         flags = {"batch_size": "--batch-size", "num_images": "--best-of" if arguments.best_of else "--num-images"}
         raise UserError(error.worded(f"{flags.get(error.argument)} {error.fits}")) from error

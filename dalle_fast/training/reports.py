@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 from dalle_fast.outputs import written_whole
+from dalle_fast.pictures import save_picture
+from dalle_fast.progress import bar, tell
 
 LOG, PICTURES, TENSORBOARD = "log.jsonl", "pictures", "tensorboard"
 SHOWN = ("loss", "reconstruction", "kl", "perplexity", "text_loss", "image_loss")  # of a record, beside the bar
-_FOR_WHO_WATCHES = contextlib.suppress(OSError, ValueError)  # a terminal or a pipe that is gone or closed ends no run
-
-
-def tell(line: str) -> None:
-    """A line on stderr, if it is still there."""
-    with _FOR_WHO_WATCHES:
-        if sys.stderr is not None:  # print would take stdout
-            print(line, file=sys.stderr, flush=True)
-
-
-class _Watched:
-    """A file for a bar, whose errors are not told: raised in tqdm, they would leave its lock taken for all other bars."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, text):
-        with _FOR_WHO_WATCHES:
-            self.file.write(text)
-
-    def flush(self):
-        with _FOR_WHO_WATCHES:
-            self.file.flush()
 
 
 class Reports:
@@ -58,7 +32,7 @@ class Reports:
         _drop_later_lines(self.out / LOG, reported)
         self.log = open(self.out / LOG, "a", encoding="utf-8")
         self.writer = _summary_writer(self.out / TENSORBOARD, reported) if tensorboard else None
-        self.bar = _bar(step, steps) if progress else None
+        self.bar = bar(total=steps, done=step, unit="step") if progress else None
         self.since = (time.monotonic(), step)
 
     def __enter__(self):
@@ -98,10 +72,8 @@ class Reports:
 
     def pictures(self, step: int, pictures: dict) -> None:
         """Name -> (height, width, 3) uint8 array: PNG files, and TensorBoard's images."""
-        from PIL import Image
-
         for name, picture in pictures.items():
-            Image.fromarray(picture).save(self.out / PICTURES / f"{name}-{step:09d}.png")
+            save_picture(picture, self.out / PICTURES / f"{name}-{step:09d}.png")
             if self.writer:
                 self.writer.add_image(name, picture, step, dataformats="HWC")
 
@@ -150,13 +122,3 @@ def _summary_writer(folder, reported):
         tell("tensorboard is not installed: no files for it (pip install tensorboard)")
         return None
     return SummaryWriter(folder, purge_step=reported + 1)
-
-
-def _bar(step, steps):
-    """None where no one watches."""
-    from tqdm import tqdm
-
-    with _FOR_WHO_WATCHES:
-        if sys.stderr is not None and sys.stderr.isatty():
-            return tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, file=_Watched(sys.stderr))
-    return None

@@ -1,0 +1,44 @@
+"""For who watches: lines and bars on stderr, whose loss ends nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+WATCHED = contextlib.suppress(OSError, ValueError)  # a terminal or a pipe that is gone or closed ends no run
+
+
+def tell(line: str) -> None:
+    """A line on stderr, if it is still there."""
+    with WATCHED:
+        if sys.stderr is not None:  # print would take stdout
+            print(line, file=sys.stderr, flush=True)
+
+
+def bar(steps=None, *, total: int, unit: str, done: int = 0, title: str | None = None):
+    """A bar of tqdm over `steps`, or one to `update`; `steps` as they are where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with WATCHED:
+        if sys.stderr is not None and sys.stderr.isatty():
+            file = _Watched(sys.stderr)
+            return tqdm(steps, initial=done, total=total, unit=unit, desc=title, dynamic_ncols=True, file=file)
+    return steps
+
+
+class _Watched:
+    """A file for a bar, whose errors are not told: raised in tqdm, they would leave its lock taken for all other bars."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        with WATCHED:
+            self.file.write(text)
+
+    def flush(self):
+        with WATCHED:
+            self.file.flush()
