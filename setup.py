@@ -6,6 +6,7 @@ Variables: DALLE_FAST_CUDA (see build_backend/dalle_fast_build.py), CMAKE_BUILD_
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import os
 import runpy
@@ -57,11 +58,6 @@ def pybind11_folder() -> str:
 @contextlib.contextmanager
 def one_at_a_time(folder: Path):
     """Two environments of one Python that install this checkout share the folder; the second one waits."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
