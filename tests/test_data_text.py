@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dalle_fast.data import DataError, Tokenizer, all_scenes, caption_of_scene
+from dalle_fast.data import text as data_text
 from dalle_fast.outputs import UNFINISHED
 
 CAPTIONS = [caption_of_scene(scene) for scene in all_scenes()]
@@ -375,12 +376,20 @@ def test_messages_show_the_beginning_of_a_long_caption(tokenizer):
         assert len(str(error.value)) < 200
 
 
-def test_lengths_are_checked_of_all_captions_at_once(tokenizer):
+def test_lengths_are_checked_of_all_captions(tokenizer, monkeypatch):
+    """A few at a time, as the library keeps 5 to 9 KB of each."""
+    monkeypatch.setattr(data_text, "AT_ONCE", 3)
+    encoded, plainly = [], tokenizer._encode_plainly
+    monkeypatch.setattr(tokenizer, "_encode_plainly", lambda some: encoded.append(len(some)) or plainly(some))
     captions = ["a red", "", *CAPTIONS[:3] * 2]
     lengths = tokenizer.encode(captions, 20)[1].tolist()
+    encoded.clear()
     tokenizer.check_lengths(captions, max(lengths))
+    assert encoded == [3, 3, 2]
     tokenizer.check_lengths([], 1)
-    message = f"^3 of 5 different captions are longer than text_len 2, the longest has {max(lengths)} tokens"
+    tokenizer.check_lengths(captions, None)
+    assert len(encoded) == 3
+    message = f"^6 of 8 captions are longer than text_len 2, the longest has {max(lengths)} tokens"
     flags = (
         f": --text-len {max(lengths)}, better {math.ceil(1.3 * max(lengths))}, which leaves room for BPE dropout, or"
     )

@@ -26,6 +26,7 @@ MIN_VOCAB_SIZE = 257  # every byte and the padding
 PADDING = "<pad>"
 SHOWN = 80  # letters of a caption in a message
 KEPT, SHORT = 1 << 15, 32  # words, and letters of those that are kept; longer ones lose a merge nearly always
+AT_ONCE = 10_000  # captions that are checked: the library keeps 5 to 9 KB of each
 HALVINGS = 4  # of the dropout, for a word that must grow less
 MARGIN = 1.3  # of text_len over the longest caption: room for what dropout makes of it
 _HALF = re.compile("[\ud800-\udfff]")  # of a character
@@ -182,28 +183,37 @@ class Tokenizer:
             ids[number, : len(row)] = torch.tensor(row[:text_len], dtype=torch.int64)
         return ids, torch.tensor([min(len(row), text_len) for row in rows], dtype=torch.int64)
 
-    def check_lengths(self, captions: Iterable[str], text_len: int, *, names: Sequence[str] | None = None) -> None:
-        """Refuse captions of more than `text_len` tokens, and say what would take them all.
+    def check_lengths(
+        self, captions: Sequence[str], text_len: int | None, *, names: Sequence[str] | None = None
+    ) -> None:
+        """Refuse captions of more than `text_len` tokens, and say what would take them all. Of millions no tokens are kept.
 
         Args:
+            text_len: None for any: then that they are text is all that is looked at.
             names: of the captions' pictures: that of the first caption that is refused is in the message.
 
         Raises:
-            ValueError: how many of the captions, each counted once, are too long, and the longest; or halves of
-                characters, as of `encode`.
+            ValueError: how many of the captions are too long, and the longest; or halves of characters, as of `encode`.
         """
-        captions = list(captions)
-        different = sorted(set(captions))
-        _check_text(different)
-        lengths = [len(row) for row in self._encode_plainly(different)]
-        if (longest := max(lengths, default=0)) > text_len:
-            too_long = {caption for caption, length in zip(different, lengths, strict=True) if length > text_len}
-            first = next(number for number, caption in enumerate(captions) if caption in too_long)
+        too_long, longest, first = 0, (0, ""), None
+        for start in range(0, len(captions), AT_ONCE):
+            some = captions[start : start + AT_ONCE]
+            different = list(dict.fromkeys(some))
+            _check_text(different)
+            if text_len is None:
+                continue
+            lengths = dict(zip(different, map(len, self._encode_plainly(different)), strict=True))
+            for number, caption in enumerate(some, start):
+                if lengths[caption] > text_len:
+                    too_long += 1
+                    longest = max(longest, (lengths[caption], caption), key=lambda pair: pair[0])
+                    first = number if first is None else first
+        if too_long:
+            length, caption = longest
             raise ValueError(
-                f"{len(too_long)} of {len(different)} different captions are longer than "
-                f"text_len {text_len}, the longest has {longest} tokens: --text-len {longest}, better "
-                f"{math.ceil(MARGIN * longest)}, which leaves room for BPE dropout, or --truncate; it is "
-                f"{shortened(different[lengths.index(longest)])!r}"
+                f"{too_long} of {len(captions)} captions are longer than text_len {text_len}, the longest has {length} "
+                f"tokens: --text-len {length}, better {math.ceil(MARGIN * length)}, which leaves room for BPE dropout, or "
+                f"--truncate; it is {shortened(caption)!r}"
                 + (f", and the first of them is that of {names[first]}" if names else "")
             )
 
