@@ -225,8 +225,7 @@ def _entries(path: str):
 
 def _check_entry(path: str, entry: tarfile.TarInfo):
     parts = re.split(r"[/\\]", entry.name)
-    drive = re.match(r"[A-Za-z]:" if os.name == "nt" else r"[A-Za-z]:[/\\]", entry.name)  # elsewhere a:b.png is a name
-    if parts[0] == "" or ".." in parts or drive:
+    if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:[/\\]", entry.name):  # but a:b.png is a name
         raise DataError(f"{path}: {entry.name}: refused, as the name leads out of the archive")
     if not (entry.isreg() or entry.isdir()) or entry.issparse():
         kind = "a link" if entry.issym() or entry.islnk() else "not an ordinary file"
