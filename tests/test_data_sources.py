@@ -826,6 +826,14 @@ def test_a_broken_header_and_no_tar_at_all_are_errors(shard, tmp_path):
     (tmp_path / "b.tar").write_bytes(b"no tar" * 1_000)
     with pytest.raises(DataError, match="b.tar: not a readable tar file"):
         open_source(tmp_path / "b.tar", image_size=SIZE)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.tar").write_bytes(data)
+    os.rename(tmp_path / "b.tar", tmp_path / "data" / "b.tar")
+    shard([], "data/c.tar")
+    with pytest.raises(
+        DataError, match=r"^2 of 3 tar files cannot be used: \S+a.tar: trunc.*; \S+b.tar: not a readable"
+    ):
+        open_source(tmp_path / "data", image_size=SIZE)
 
 
 def test_a_folder_with_pictures_and_tar_files_is_refused(shard, folder, tmp_path):

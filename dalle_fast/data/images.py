@@ -167,7 +167,7 @@ def _one_line(caption: str) -> str:
     return " ".join(caption.splitlines())
 
 
-def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = True) -> list[int]:
+def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = True) -> np.ndarray:
     """Which of the pictures belong to a split, in a shuffled order: that of the hashes of their names.
 
     For validation are those whose hash is below a threshold, one of twenty. So where a picture belongs does not depend
@@ -182,18 +182,19 @@ def in_split(names: Sequence[str], split: str, source: str, *, grows: bool = Tru
     Raises:
         DataError: no pictures, or only one where a second is needed.
     """
-    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
-    order = sorted(range(len(names)), key=digests.__getitem__)
+    digests = b"".join(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names)
+    digests = np.frombuffer(digests, "S32")
+    order = np.argsort(digests, kind="stable")
     count = round(VALIDATION_SHARE * len(names))
     if grows:
         share = VALIDATION_SHARE
         while share * len(names) > MOST_WITHHELD:
             share /= 2
         threshold = int(share * 2**64).to_bytes(8, "big")
-        count = sum(digest < threshold for digest in digests)
+        count = int((digests < threshold).sum())
     count = min(max(1, count), len(names) - 1)
     chosen = order[:count] if split == "validation" else order[count:]
-    if not chosen:
+    if not len(chosen):
         raise DataError(f"{source}: has no pictures for the split {split!r}, of {len(names)} in all")
     return chosen
 
@@ -247,10 +248,10 @@ class Pictures:
         self.name, self.names, self.max_bad_share = name, names, max_bad_share
         self.passed_over, self.without_caption = passed_over or {}, without_caption
         self.total = len(names) - len(without_caption)
-        self._numbers = [
-            number for number in in_split(names, split, name, grows=self.grows) if number not in without_caption
-        ]
-        if not self._numbers:
+        self._numbers = np.asarray(in_split(names, split, name, grows=self.grows))
+        if without_caption:
+            self._numbers = self._numbers[~np.isin(self._numbers, np.fromiter(without_caption, np.int64))]
+        if not len(self._numbers):
             captioned = f"{self.total} of {len(names)} pictures have one"
             raise DataError(f"{name}: no picture of the split {split!r} has a caption; {captioned}")
         self._looked, self._seen = np.zeros(len(names), bool), 0
@@ -275,11 +276,16 @@ class Pictures:
 
     def named_caption(self, index: int) -> tuple[str, str]:
         """A picture's name and caption, "" where that makes it a bad one. The picture is not looked at: it may be one."""
-        number = self._numbers[check_index(index, len(self))]
+        number = int(self._numbers[check_index(index, len(self))])
         try:
             return self.names[number], _one_line(self.read_caption(number))
         except BadImage:
             return self.names[number], ""
+
+    @property
+    def places(self) -> np.ndarray:
+        """See `Source`: names come in the order in which files lie, and indices in that of their hashes."""
+        return self._numbers
 
     @property
     def replaced(self) -> int:
@@ -301,7 +307,7 @@ class Pictures:
         index = check_index(index, len(self))
         looked = []
         for step in range(len(self)):
-            number = self._numbers[(index + step) % len(self)]
+            number = int(self._numbers[(index + step) % len(self)])
             try:
                 example = self.read(number)
             except BadImage as error:

@@ -15,15 +15,22 @@ import functools
 import json
 import os
 import re
+import sys
 import tarfile
+import time
 from typing import NamedTuple
+
+import numpy as np
 
 from dalle_fast.data.folder import Files, is_hidden
 from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, count_passed_over, is_picture
 from dalle_fast.data.source import DataError
+from dalle_fast.data.strings import Strings
 
 _BLOCK = 512
 MAX_JSON = 2**20  # bytes
+NAMED = 10  # tar files, in a message
+LONG = 2  # seconds, until it is told that headers are read
 DOTS = " (A key ends at the first dot of a name, as WebDataset has it: a.0001.png and a.0002.png are of one key.)"
 
 
@@ -34,6 +41,9 @@ class Entry(NamedTuple):
     offset: int
     size: int
     is_json: bool = False
+
+
+NONE = Entry(-1, -1, -1)
 
 
 class Tar(Files):
@@ -49,23 +59,22 @@ class Tar(Files):
         self, spec: str, image_size: int, *, split: str, captions: bool, require_captions: bool, max_bad_share: float
     ):
         self.shards = find_shards(spec)
-        names, self._pairs, passed_over = _index(tuple(map(_version, self.shards)))
-        if not captions:
-            self._pairs = [(image, None) for image, _ in self._pairs]
+        self._index, self._captions = _index(tuple(map(_version, self.shards))), captions
+        names, passed_over = self._index.names, self._index.passed_over
+        captioned = self._index.captions[:, 0] >= 0 if captions else np.zeros(len(names), bool)
         if not names:
             others = f"; {count_passed_over(passed_over)}" if passed_over else ""
             looked_for = f"looked for {', '.join(ENDINGS)}{others}"
             raise DataError(f"{spec}: no pictures in {len(self.shards)} tar files; {looked_for}")
-        if require_captions and not any(caption for _, caption in self._pairs):
+        if require_captions and not captioned.any():
             raise DataError(
                 f"{spec}: none of its {len(names)} pictures has a caption, an entry .txt or .json of the same key{DOTS}"
             )
         options = {"split": split, "require_captions": require_captions, "max_bad_share": max_bad_share}
-        has_one = (caption is not None for _, caption in self._pairs)
-        super().__init__(spec, names, image_size, captioned=has_one, passed_over=passed_over, **options)
+        super().__init__(spec, names, image_size, captioned=captioned.tolist(), passed_over=passed_over, **options)
 
     def files(self, number: int) -> list[Entry]:
-        return [entry for entry in self._pairs[number] if entry]
+        return self._index.entries(number, self._captions)
 
     def size(self, file: Entry) -> int:
         return file.size
@@ -117,12 +126,26 @@ def find_shards(spec: str) -> list[str]:
         shards = shards_in(spec)
     else:
         shards = [spec] if os.path.exists(spec) else _webdataset("shardlists").expand_urls(spec)
-    for shard in shards:
-        if not os.path.isfile(shard):
-            raise DataError(f"{shard}: no such file")
-        if not shard.endswith(".tar"):
-            raise DataError(f"{shard}: compressed tar files cannot be read at random: unpack it to a .tar")
+    wrong = [f"{shard}: {reason}" for shard in shards if (reason := _why_not(shard))]
+    if wrong:
+        raise DataError(_all_of(wrong, len(shards)))
     return shards
+
+
+def _why_not(shard: str) -> str | None:
+    if not os.path.isfile(shard):
+        return "no such file"
+    if not shard.endswith(".tar"):
+        return "compressed tar files cannot be read at random: unpack it to a .tar"
+    return None
+
+
+def _all_of(wrong: list[str], count: int) -> str:
+    """All tar files that are wrong, in a line, so that not each costs another start."""
+    if len(wrong) == 1:
+        return wrong[0]
+    more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    return f"{len(wrong)} of {count} tar files cannot be used: {'; '.join(wrong[:NAMED])}{more}"
 
 
 def shards_in(folder: str) -> list[str]:
@@ -143,17 +166,77 @@ def _version(path: str) -> tuple[str, int, int]:
     return path, found.st_size, found.st_mtime_ns
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # the splits of a source are opened one behind the other: a million headers take a minute
-def _index(shards: tuple) -> tuple[list[str], list[tuple[Entry, Entry | None]], dict[str, int]]:
-    """Name and entries of each picture in these shards, and what was passed over. To be looked at, not changed."""
-    names, pairs, passed_over = [], [], {}
-    for number, (path, *_) in enumerate(shards):
-        found = index_shard(path, number, passed_over)
-        names += [f"{os.path.basename(path)}/{key}" for key in found]
-        pairs += found.values()
-    return names, pairs, passed_over
+class Index(NamedTuple):
+    """N pictures in shards, in the order in which they lie there, in arrays: of Python's objects each process, and with
+    time each of its workers, would have 377 bytes a picture.
+
+    names: N of them. shards: (N,), the number of each one's shard. images, captions: (N, 2) int64, offset and size in it;
+    of one without a caption -1. is_json: (N,) bool, of the captions. passed_over: see `Pictures`.
+    """
+
+    names: Strings
+    shards: np.ndarray
+    images: np.ndarray
+    captions: np.ndarray
+    is_json: np.ndarray
+    passed_over: dict[str, int]
+
+    @classmethod
+    def of(cls, number: int, path: str, found: dict[str, tuple[Entry, Entry | None]]) -> Index:
+        """Of the pictures that `index_shard` found in shard `number`."""
+        names = Strings.of(f"{os.path.basename(path)}/{key}" for key in found)
+        images, captions = ([pair[which] or NONE for pair in found.values()] for which in (0, 1))
+        places = ([entry[1:3] for entry in entries] for entries in (images, captions))
+        images_at, captions_at = (np.array(place, np.int64).reshape(-1, 2) for place in places)
+        is_json = np.array([entry.is_json for entry in captions], bool)
+        return cls(names, np.full(len(names), number, np.int32), images_at, captions_at, is_json, {})
+
+    def entries(self, number: int, with_caption: bool) -> list[Entry]:
+        """The image's, and the caption's if there is one."""
+        shard, (offset, size) = int(self.shards[number]), self.captions[number].tolist()
+        image = Entry(shard, *self.images[number].tolist())
+        if not with_caption or offset < 0:
+            return [image]
+        return [image, Entry(shard, offset, size, bool(self.is_json[number]))]
+
+
+@functools.lru_cache(maxsize=1)  # the splits of a source are opened one behind the other
+def _index(shards: tuple) -> Index:
+    """Of all pictures in these shards. To be looked at, not changed.
+
+    Raises:
+        DataError: as of `index_shard`, of all shards that are wrong.
+    """
+    parts, passed_over, wrong = [], {}, []
+    for number, (path, *_) in enumerate(_bar(shards)):
+        try:
+            parts.append(Index.of(number, path, index_shard(path, number, passed_over)))
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError(_all_of(wrong, len(shards)))
+    names, *arrays, _ = zip(*parts, strict=True)
+    return Index(Strings.joined(names), *map(np.concatenate, arrays), passed_over)
+
+
+def _bar(shards):
+    """The shards, and where their headers take long, as a million do a minute, something to see: of several processes
+    that torchrun started of the first one."""
+    if os.environ.get("RANK", "0") != "0":
+        yield from shards
+    elif sys.stderr is not None and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(shards, desc="headers of tar files", unit="file", delay=LONG, leave=False)
+    else:
+        since, told = time.monotonic(), False
+        for number, shard in enumerate(shards):
+            if not told and time.monotonic() - since > LONG:
+                print(
+                    f"reading the headers of {len(shards)} tar files, of {number} so far", file=sys.stderr, flush=True
+                )
+                told = True
+            yield shard
 
 
 def index_shard(path: str, number: int, passed_over: dict[str, int]) -> dict[str, tuple[Entry, Entry | None]]:
