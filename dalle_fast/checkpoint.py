@@ -390,13 +390,17 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     return model.requires_grad_(False).eval().to(device)
 
 
-def load_tensors(path) -> tuple[dict[str, torch.Tensor], dict]:
+def load_tensors(path, *, mapped: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and the header of a file of `save_tensors`.
+
+    Args:
+        mapped: the tensors stay in the file, and all processes that read it share the memory. For files that are only
+            ever replaced, as `save_tensors` does: what is mapped would change, or crash the process, with the file.
 
     Raises:
         CheckpointError: it is not there, or cannot be read.
     """
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = _read_tensors(path, mapped)
     return tensors, _header_of(metadata)
 
 
@@ -510,14 +514,17 @@ def _read_json(path) -> dict:
     return value
 
 
-def _read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_tensors(path, mapped=False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A safetensors file's tensors and header, or CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             # Copies: what is mapped from a file would change, or crash the process, with the file.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            if not mapped:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 

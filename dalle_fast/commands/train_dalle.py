@@ -237,10 +237,10 @@ def _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) -> tuple:
     told = {split: captions_ahead(source, **chosen[split]) for split, source in sources.items()}
     if None in told.values():
         return None, None
-    captions = [caption for _, caption in told["train"]]
+    captions = told["train"][1]
     tokenizer = tokenizer or _new_tokenizer(captions, preset.vocab_size)
-    names, both = zip(*told["train"], *told["validation"], strict=True)
-    tokenizer.check_lengths(both, sys.maxsize if arguments.truncate else preset.text_len, names=names)
+    for names, of_split in told.values():
+        tokenizer.check_lengths(of_split, None if arguments.truncate else preset.text_len, names=names)
     if initial is not None and not isinstance(initial, dict):
         with torch.device("meta"):
             check_shapes(DALLE(_config(preset, dvae, tokenizer)), initial)

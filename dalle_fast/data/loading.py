@@ -40,6 +40,7 @@ def batches(
     flip: bool = False,
     num_workers: int = 0,
     part: Callable[[list], list] = list,
+    keys: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """A stream of batches.
 
@@ -57,6 +58,8 @@ def batches(
             the latter the first picture longer than 2 to 1 that comes is warned of.
         flip: mirror half of the pictures, in training. Captions stay as they are, so this is for stage 1.
         num_workers: processes that load; the stream does not depend on it.
+        keys: (N, 2) integers, epoch and index of each picture to give, in this order, in one pass. None for all, in the
+            order that training or its absence says.
         part: of a batch's pictures those that this process loads and gives, where several share every batch.
 
     Raises:
@@ -70,7 +73,10 @@ def batches(
     seed, start = check_count("seed", seed, minimum=0), check_count("start", start, minimum=0)
     if len(source) == 0:
         raise ValueError(f"source {source.name} must have pictures, got none")
-    order = shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
+    if keys is not None:
+        order = _cut(keys, batch_size, start)
+    else:
+        order = shuffled(len(source), batch_size, seed, start) if train else _in_order(len(source), batch_size, start)
     loader = torch.utils.data.DataLoader(
         _Loading(source, image_size, seed, train, crop, flip),
         batch_sampler=map(part, order),
@@ -166,10 +172,20 @@ def shuffled(size: int, batch_size: int, seed: int, start: int) -> Iterator[list
         for position in range(position, position + batch_size):  # noqa: B020
             if position // size != epoch:
                 epoch = position // size
-                order = generator(seed, _SHUFFLE, epoch).permutation(size)
+                order = epoch_order(size, seed, epoch)
             batch.append((epoch, int(order[position % size])))
         position += 1
         yield batch
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch shows `size` pictures."""
+    return generator(seed, _SHUFFLE, epoch).permutation(size)
+
+
+def _cut(keys: np.ndarray, batch_size: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    for first in range(start * batch_size, len(keys), batch_size):
+        yield [(epoch, index) for epoch, index in keys[first : first + batch_size].tolist()]
 
 
 def _in_order(size: int, batch_size: int, start: int) -> Iterator[list[tuple[int, int]]]:

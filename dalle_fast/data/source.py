@@ -38,7 +38,8 @@ class Source(Protocol):
     crop: whether crops of a picture are as good as the whole. False where the whole is drawn at `image_size` and its
         caption, or its meaning, would be lost; True where a source does not say.
 
-    It may have `named_caption(index)`: a picture's name and caption, told without reading or drawing the picture.
+    It may have `named_caption(index)`: a picture's name and caption, told without reading or drawing the picture. And
+    `places`, an array of a number for each index: in the order of these files are read from front to back.
     """
 
     name: str

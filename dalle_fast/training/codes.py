@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dalle_fast import checkpoint
 from dalle_fast.data import batches
 from dalle_fast.data.crops import caption_crop, centre_crop
-from dalle_fast.data.loading import shuffled
+from dalle_fast.data.loading import epoch_order
 from dalle_fast.data.source import can_crop, identity
+from dalle_fast.data.strings import Strings
 from dalle_fast.outputs import held, make_folder
 
 BATCH = 64
+CAPTIONS_AT_ONCE = 10_000
 SAVE_SECONDS = 60  # between two parts of what is computed
 
 
 class Encoded(NamedTuple):
     """What `encode_source` returns.
 
-    codes: (N, G) int16 or int32, in raster order. captions: N of them. key: what they were computed from.
+    codes: (N, G) int16 or int32, in raster order; mapped from the file, so that all processes of a machine share the
+    memory. captions: N of them. key: what they were computed from.
     """
 
     codes: torch.Tensor
-    captions: list[str]
+    captions: Sequence[str]
     key: dict
 
 
@@ -51,8 +55,9 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
 
     Args:
         dvae: a `DiscreteVAE`, on the device that computes.
-        folder: made where it is missing. split: "train" takes pictures in a shuffled order with the random crops of
-            stage 2, `caption_crop`; another one in order, cropped in the middle.
+        folder: made where it is missing. split: "train" takes pictures with the random crops of stage 2,
+            `caption_crop`, in the order in which they lie in their files, else a shuffled one; another split in order,
+            cropped in the middle.
         count: None for all of the source's. More than that are further crops of the same pictures, where the source
             can be cropped (in training); else there are no more.
         seed: of order and crops. workers: processes that load. progress: say what is computed, on stderr.
@@ -70,10 +75,9 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
             return kept
         if path.exists():
             print(f"{path} is damaged: computing the codes again", file=sys.stderr)
-        encoded = _encode(dvae, source, key, path, workers, progress)
-        _write(path, encoded)
+        _write(path, _encode(dvae, source, key, path, workers, progress))
         _remove_parts(path)
-    return encoded
+        return _read(path, key)
 
 
 def key_of(dvae, source, *, split, count, seed) -> dict:
@@ -96,18 +100,40 @@ def path_of(folder, key) -> Path:
     return Path(folder) / f"{key['split']}-{digest[:16]}.safetensors"
 
 
-def captions_ahead(source, *, split, count, seed) -> list[tuple[str, str]] | None:
-    """Name and caption of each picture that `encode_source` takes for the same arguments, in its order.
+def captions_ahead(source, *, split, count, seed) -> tuple[Strings, Strings] | None:
+    """Names and captions of the pictures that `encode_source` takes for the same arguments, in its order.
 
     No picture is read: of a bad one, whose place another will take, it is the picture's own caption, or "". None where
     the source cannot tell captions alone; see `Source`.
     """
     if not hasattr(source, "named_caption"):
         return None
-    count, read = _count(source, split, count), functools.cache(source.named_caption)  # there may be several crops
-    in_order = ([(0, index)] for index in range(count))
-    stream = shuffled(len(source), BATCH, seed, 0) if split == "train" else in_order
-    return [read(index) for _, index in itertools.islice(itertools.chain.from_iterable(stream), count)]
+    read = functools.lru_cache(1 << 10)(source.named_caption)  # there may be several crops, one behind the other
+    indices = _chosen(source, split, _count(source, split, count), seed)[:, 1].tolist()
+    names, captions = [], []
+    for first in range(0, len(indices), CAPTIONS_AT_ONCE):
+        some = [read(index) for index in indices[first : first + CAPTIONS_AT_ONCE]]
+        names.append(Strings.of(name for name, _ in some))
+        captions.append(Strings.of(caption for _, caption in some))
+    return Strings.joined(names), Strings.joined(captions)
+
+
+def _chosen(source, split, count, seed) -> np.ndarray:
+    """(N, 2) int64: epoch and index of each picture that is taken, in the order in which they are.
+
+    Training shuffles codes anyway. So files are read from front to back: of millions in shuffled order a disk, or a
+    network's, would be slower than a GPU.
+    """
+    size = len(source)
+    epochs, indices = np.divmod(np.arange(count), size)
+    if split == "train":
+        orders = (epoch_order(size, seed, epoch) for epoch in range(-(-count // size)))
+        indices = np.concatenate(list(orders))[:count]
+        places = getattr(source, "places", None)
+        if places is not None:
+            order = np.lexsort((epochs, places[indices]))
+            epochs, indices = epochs[order], indices[order]
+    return np.stack([epochs, indices], 1)
 
 
 def _count(source, split, count):
@@ -140,26 +166,26 @@ def _encode(dvae, source, key, path, workers, progress):
         image_size=dvae.config.image_size,
         seed=key["seed"],
         start=done,
+        keys=_chosen(source, key["split"], key["count"], key["seed"]),
         train=key["split"] == "train",
         crop=caption_crop,
         num_workers=workers,
     )
     codes, captions, since = [], [], time.monotonic()
     title = f"codes of {source.name}, {key['split']}" if progress else None
-    for batch in _bar(itertools.islice(stream, total - done), done, total, title):
+    for batch in _bar(stream, done, total, title):
         images = batch.images.to(device, non_blocking=True).float() / 255
         codes.append(dvae.encode(images).flatten(1).to("cpu", kind))
         captions += batch.captions
         done += 1
         if time.monotonic() - since > SAVE_SECONDS and done < total:
-            parts.append(Encoded(torch.cat(codes), captions, {**key, "first_batch": first}))
+            parts.append(Encoded(torch.cat(codes), Strings.of(captions), _key_of_part(key, first)))
             _write(_part(path, first), parts[-1])
             codes, captions, first, since = [], [], done, time.monotonic()
             if title and not sys.stderr.isatty():
                 print(f"{title}: {done} of {total} batches are saved", file=sys.stderr, flush=True)
     codes = torch.cat([part.codes for part in parts] + codes)
-    captions = [caption for part in parts for caption in part.captions] + captions
-    return Encoded(codes[: key["count"]], captions[: key["count"]], key)
+    return Encoded(codes, Strings.joined([part.captions for part in parts] + [Strings.of(captions)]), key)
 
 
 # While codes are computed, what there is of them is kept in files of its own, so that little is lost with the process.
@@ -169,10 +195,14 @@ def _part(path, first_batch):
     return path.with_name(f"{path.stem}-part-{first_batch:09d}{path.suffix}")
 
 
+def _key_of_part(key, first_batch) -> dict:
+    return {**key, "batch": BATCH, "first_batch": first_batch}
+
+
 def _read_parts(path, key) -> list[Encoded]:
     """The parts that an encoding which was ended left, one behind the other from the first batch on."""
     parts, first = [], 0
-    while part := _kept(_part(path, first), {**key, "first_batch": first}):
+    while part := _kept(_part(path, first), _key_of_part(key, first)):
         parts.append(part)
         first += len(part.captions) // BATCH
     return parts
@@ -191,23 +221,20 @@ def _kept(path, key) -> Encoded | None:
 
 
 def _write(path, encoded) -> None:
-    text = [caption.encode() for caption in encoded.captions]
+    text = encoded.captions.data
     tensors = {
         "codes": encoded.codes,
-        "captions": torch.frombuffer(bytearray(b"".join(text) or b" "), dtype=torch.uint8),
-        "caption_lengths": torch.tensor([len(caption) for caption in text]),
+        "captions": torch.from_numpy(text if len(text) else np.zeros(1, np.uint8)),
+        "caption_lengths": torch.from_numpy(encoded.captions.lengths),
     }
     checkpoint.save_tensors(path, tensors, header=encoded.key)
 
 
 def _read(path, key) -> Encoded:
-    tensors, header = checkpoint.load_tensors(path)
+    tensors, header = checkpoint.load_tensors(path, mapped=True)
     if header != key:
         raise checkpoint.CheckpointError(f"{path} is of {header}, expected {key}")
-    text, captions, first = tensors["captions"].numpy().tobytes(), [], 0
-    for length in tensors["caption_lengths"].tolist():
-        captions.append(text[first : first + length].decode())
-        first += length
+    captions = Strings(tensors["captions"].numpy(), tensors["caption_lengths"].numpy().cumsum())
     return Encoded(tensors["codes"], captions, key)
 
 
