@@ -43,6 +43,7 @@ def log_of(folder):
 
 IN_BOTH = """
 import copy, torch
+from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import dalle_fast.nn as fnn
 from dalle_fast.nn.generation import why_not_captured
@@ -58,6 +59,16 @@ with processes.joined():
     else:
         raise AssertionError
     assert us.largest(3 * us.number) == 3 and us.mean({"a": us.number, "b": 1.0}) == {"a": 0.5, "b": 1.0}
+    us.check_same(7, "a")
+    try:
+        us.check_same(us.number, "the step")
+    except processes.UserError as error:
+        assert str(error) == "the step must be the same for all 2 processes, got 0 to 1"
+    else:
+        raise AssertionError
+    # What waits for the lead has a group of its own: of one that hangs in a backward pass torch's limit is the shorter.
+    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in (_get_default_group(), processes._patient)]
+    assert limits[0].total_seconds() <= 1800 and limits[1] == processes.PATIENCE
 
     torch.manual_seed(0)
     config = fnn.DALLEConfig(50, 6, 40, (4, 4), layers=3, width=32, num_heads=2, head_dim=16, kernel_size=3)
@@ -175,8 +186,10 @@ def test_a_lost_process_costs_no_whole_step(data, dvae, tmp_path):
 
 
 def test_another_number_of_processes_is_another_run(data, dvae, capsys):
+    """Unless it takes a batch in as many parts: here the run has ended, and is evaluated again."""
     assert main(flags(DVAE, data, dvae, "--resume")) == 2
-    assert "processes 2, not " in capsys.readouterr().err
+    assert "processes_times_accumulate 2, not 1" in capsys.readouterr().err
+    assert main(flags(DVAE, data, dvae, "--resume", "--accumulate", 2)) == 0
 
 
 def test_two_processes_learn_what_one_does(data, dvae, tmp_path):

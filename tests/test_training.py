@@ -1,5 +1,6 @@
 """The training loop and stage 1's objective: schedules, averages, skipped steps, signals, and resuming bit for bit."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -33,6 +34,7 @@ from dalle_fast.training import (
     TrainingError,
     loop,
     precision,
+    processes,
     random_state,
     train,
 )
@@ -419,16 +421,24 @@ def test_a_report_that_cannot_be_written_ends_the_run_behind_a_checkpoint(tmp_pa
 
 @pytest.mark.parametrize("what", ["evaluate", "pictures"])
 @pytest.mark.parametrize("step", [6, 12])
-def test_reports_that_are_cut_short_are_made_again(tmp_path, what, step):
-    """The first of them is in the log already: a resumed one has it once, and means of no more steps than others."""
+def test_reports_that_are_cut_short_are_made_again(tmp_path, what, step, capsys):
+    """The first of them is in the log already: a resumed one has it once, and means of no more steps than others.
+
+    Those of the trained model end no run: it is written first, in parts no larger than those of a batch.
+    """
     whole = settings(evaluate_every=3, picture_every=3)
     train(objective(), tmp_path / "whole", whole, **QUIET)
     o, calls = objective(), itertools.count(3, 3)
     of_objective = getattr(o, what)
     setattr(o, what, lambda model: crash() if next(calls) == step else of_objective(model))
-    with pytest.raises(Crash):
-        train(o, tmp_path / "parts", whole, **QUIET)
+    with pytest.raises(Crash) if step < 12 else contextlib.nullcontext():
+        assert train(o, tmp_path / "parts", whole, **QUIET)[:2] == (12, None)
     assert log_of(tmp_path / "parts")[-1]["step"] == step
+    of_it = "evaluation" if what == "evaluate" else what
+    warned = f"warning: no {of_it} of the trained model, which is written: Crash (--resume tries again)\n"
+    assert capsys.readouterr().err == warned * (step == 12)
+    assert (tmp_path / "parts" / checkpoint.MODEL).exists() == (step == 12)
+    assert (tmp_path / "parts" / "evaluation.json").exists() == (step == 12 and what == "pictures")
     train(objective(), tmp_path / "parts", whole, resume=True, **QUIET)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -528,6 +538,25 @@ def test_settings_must_be_those_of_the_run(tmp_path):
         with pytest.raises(CheckpointError, match=f"run with {name} {found}, not 0.5$"):
             train(objective(), tmp_path, settings(**{name: 0.5}), resume=True, **QUIET)
     assert checkpoint.load(tmp_path / checkpoint.CHECKPOINTS).step == 5
+
+
+class Several(processes.Processes):
+    """Two processes, of which the other one goes on from another step."""
+
+    def largest(self, number):
+        return max(number, 5)
+
+
+def test_processes_that_would_resume_from_other_steps_are_refused(tmp_path, monkeypatch):
+    """As where each has a folder of its own; and the parts of a batch are those of all processes."""
+    monkeypatch.setattr(processes, "current", lambda: Several(0, 2))
+    o = objective()
+    words = (
+        f"the step that {re.escape(str(tmp_path))} is resumed from must be the same for all 2 processes, got -5 to 5"
+    )
+    with pytest.raises(UserError, match=words):
+        train(o, tmp_path, settings(accumulate=2), **QUIET)
+    assert o.at_once == 1
 
 
 class OwnModel(fnn.DiscreteVAE):
@@ -674,9 +703,19 @@ def test_log_pictures_and_tensorboard(tmp_path):
     train(objective(), tmp_path, settings(picture_every=6, evaluate_every=6), progress=False)
     log = log_of(tmp_path)
     assert [line["step"] for line in log] == [3, 6, 6, 9, 12, 12]
-    names = {"loss", "reconstruction", "kl", "tau", "beta", "perplexity", "codes_used", "learning_rate"}
-    assert names <= log[0].keys() and {"evaluation/psnr", "evaluation/captions_read"} <= log[2].keys()
-    assert 1 <= log[0]["perplexity"] <= 12 and 0 < log[0]["codes_used"] <= 1
+    names = {"loss", "reconstruction", "kl", "tau", "beta", "sampled_perplexity", "sampled_codes_used", "learning_rate"}
+    assert (
+        names | {"perplexity", "codes_used"} <= log[0].keys()
+        and {"evaluation/psnr", "evaluation/captions_read"} <= log[2].keys()
+    )
+    assert 1 <= log[0]["sampled_perplexity"] <= 12 and 0 < log[0]["sampled_codes_used"] <= 1
+    o, model = objective(), checkpoint.load_model(tmp_path)
+    with torch.no_grad():  # the likeliest codes of the eight validation pictures
+        codes = model.encode(next(o._in_order(o.validation)).images.float() / 255)
+    perplexity, used = usage(torch.bincount(codes.flatten(), minlength=12))
+    o.at_once = 3
+    measured = {"perplexity": pytest.approx(perplexity.item()), "codes_used": pytest.approx(used.item())}
+    assert o.measures(model) == measured and {name: log[4][name] for name in measured} == measured
     assert log[0]["beta"] == pytest.approx(np.mean([RECIPE.beta_at(step) for step in range(3)]))
     for step in (6, 12):
         with Image.open(tmp_path / "pictures" / f"reconstructions-{step:09d}.png") as picture:
@@ -752,8 +791,11 @@ def test_the_divergence_does_not_depend_on_the_batch_size():
 
 
 def test_weights_are_the_seeds():
+    """And leave the caller's random numbers alone."""
     disturb_random_states()
+    before = random_state.get()
     first = objective().model.state_dict()
+    assert random_state.get() == before
     for seed in (0, 1):
         other = objective(seed=seed).model.state_dict()
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (seed == 0)

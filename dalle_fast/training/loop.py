@@ -11,10 +11,12 @@ A run lives in one folder:
 
 A step is numbered by the steps before it, a checkpoint and a line of the log by the steps done. What a step computes is
 a function of its number and the weights, so that a run that was killed and resumed ends as if nothing had happened: on
-a CPU with the same number of threads, bit for bit.
+a CPU with the same number of threads, of one or two processes, bit for bit.
 
 Several processes may train together (see `dalle_fast.training.processes`): all take every step, with gradients that are
-the means of theirs, and one of them writes.
+the means of theirs, and one of them writes. A resumed run may have another number of them, if as many parts of a batch
+(`LoopSettings.accumulate`) come out: it then goes on as before but for rounding. So does a run of three and more, as
+torch adds up their gradients in another order in the first step after a start.
 """
 
 from __future__ import annotations
@@ -58,12 +60,15 @@ class Objective(Protocol):
         settings: name -> value, as JSON can hold them, all that the numbers of a run depend on; a resumed run must have
             the same.
         examples_per_step: for the rate that is shown.
+        at_once: set by `train`, how many examples `evaluate` and `pictures` may put through the model at once: as many
+            as a part of a batch has, which fits.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
     """
 
     model: torch.nn.Module
     settings: dict[str, Any]
     examples_per_step: int
+    at_once: int
     adamw: dict[str, Any]
 
     def parameter_groups(self) -> list[dict]:
@@ -78,6 +83,9 @@ class Objective(Protocol):
     def loss(self, batch, step: int, part: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
         """The loss to minimise, and scalars to log, of one part of a step's batch. The parts of all processes have
         numbers from 0 on: what is drawn for one must not be drawn for another."""
+
+    def measures(self, model) -> dict[str, float]:
+        """What each line of the log tells of the averaged model: quickly found."""
 
     def evaluate(self, model) -> dict[str, float]:
         """How good the averaged model is."""
@@ -123,10 +131,9 @@ class LoopSettings:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     def that_matter(self) -> dict:
-        """Those that numbers depend on, but for the precision, which "auto" leaves to the device."""
+        """Those that numbers depend on, but for the precision, which "auto" leaves to the device, and the parts of a batch,
+        of which other processes may have some."""
         names = ("steps", "clip", "ema_decay", "ema_every", "log_every", "evaluate_every")
-        if self.accumulate > 1:  # runs of before it could be chosen go on
-            names += ("accumulate",)
         return {name: getattr(self, name) for name in names}
 
 
@@ -175,6 +182,11 @@ def train(
         with run.processes.lead_first():
             if check_folder(out, resume=resume):
                 run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
+            else:
+                random_state.seed(objective.settings.get("seed", 0))
+        # As where each has a folder of its own, or one alone finds the newest checkpoint damaged: they would go on with
+        # other states of the optimizer and other learning rates.
+        run.processes.check_same(run.step, f"the step that {out} is resumed from")
         return _train(run, out, tensorboard, progress)
 
 
@@ -237,8 +249,10 @@ class _Run:
         found = precision_on(self.device, settings.precision)
         self.autocast = torch.bfloat16 if found == "bfloat16" else None
         self.settings_that_matter = {**objective.settings, **settings.that_matter(), "precision": found}
-        if self.processes.count > 1:  # which sums are rounded, and in stage 1 what noise there is
-            self.settings_that_matter["processes"] = self.processes.count
+        # Of which parts a batch is: in stage 1 each has noise of its own. Who computes them changes what is rounded.
+        parts = self.processes.count * settings.accumulate
+        self.settings_that_matter["processes_times_accumulate"] = parts
+        objective.at_once = max(1, objective.examples_per_step // parts)
         try:  # as a checkpoint gives them back
             self.settings_that_matter = json.loads(json.dumps(self.settings_that_matter, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -248,16 +262,18 @@ class _Run:
         self.reported = 0  # the last step whose reports are all made
         self.updates = 0  # steps that were not skipped
         self.skipped_in_a_row = self.last_skipped = 0
-        self.evaluation = None  # the last one that was reported
+        self.evaluation = None  # the last one
+        self.exported, self.missing = False, []  # of the end: is the model written; what could not be made of it
         self.sums, self.counted = {}, 0  # of scalars since the last line of the log
 
     def go(self, stop) -> int:
         """Steps until the last one, or until a signal to any of the processes: its number, else 0."""
         self.model.train()
         self.saved_at = self.reported
-        batches = iter(self.objective.batches(self.step))
+        batches = _Ahead(self.objective.batches(self.step), stop)
         with random_state.untouched():  # a loader may draw numbers when it starts, a resumed run's once more
-            batch = self.next_of(batches, stop)
+            batches.fetch(self.step)
+            batch = batches.take()
         stop.wait_with_lost_children()
         stopped_by = 0
         if self.reported < self.step:  # they were begun when the run ended
@@ -267,7 +283,7 @@ class _Run:
                 stopped_by = self.processes.largest(stop.received or 0)
             if stopped_by:
                 break
-            self.take_step(batch)
+            self.take_step(batch, batches)
             with self.saved_if_it_ends_here():
                 self.reports.tick()
                 self.report()
@@ -275,8 +291,7 @@ class _Run:
             if self.due(self.settings.checkpoint_every) and not self.skipped_in_a_row:
                 self.save()
             with self.saved_if_it_ends_here():
-                if self.step < self.settings.steps and stop.received is None:
-                    batch = self.next_of(batches, stop)
+                batch = batches.take()
         if self.saved_at != self.step:
             self.save()
         return stopped_by
@@ -305,30 +320,40 @@ class _Run:
 
         return undo
 
-    def next_of(self, batches, stop):
-        """The next batch. A signal to the whole group ends the processes that load them: then there is none."""
-        try:
-            return next(batches)
-        except StopIteration:
-            raise TrainingError(f"no batch for step {self.step}: objective.batches must not end") from None
-        except (RuntimeError, EOFError, OSError) as error:  # what is left of a process that was handing over a batch
-            if stop.comes():
-                return None
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                raise
-            raise TrainingError(f"no batch for step {self.step}: {error or type(error).__name__}") from error
-
     def finish(self) -> dict[str, float]:
-        """Evaluate and export the averaged model."""
+        """Export and evaluate the averaged model."""
         if not self.processes.leads:
             return {}
         if self.updates < self.step:
             self.warn_of_skipped()
+        self.export()
         # The last step is always reported where any is, but for a run that was done when it was resumed.
-        evaluation = self.evaluate() if self.evaluation is None else self.evaluation
-        checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
-        checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **evaluation})
-        return evaluation
+        if self.evaluation is None and "evaluation" not in self.missing:
+            with self.warned_at_the_end("evaluation"):
+                self.evaluation = self.evaluate()
+        if self.evaluation is not None:
+            checkpoint.write_json(self.out / "evaluation.json", {"step": self.step, **self.evaluation})
+        return self.evaluation or {}
+
+    def export(self) -> None:
+        """The averaged model, once: before what is made with it, which may fail."""
+        if not self.exported:
+            if checkpoint.latest(self.out / checkpoint.CHECKPOINTS) is None:
+                self.save()  # else a run that is killed now could not go on; see `check_folder`
+            checkpoint.export(self.out / checkpoint.MODEL, self.ema.model)
+            self.exported = True
+
+    @contextlib.contextmanager
+    def warned_at_the_end(self, what):
+        """Within it, with the trained model, `what` is made: if that fails the run ends well all the same, and says so."""
+        try:
+            yield
+        except Exception as error:
+            if self.step < self.settings.steps:
+                raise
+            self.missing.append(what)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            tell(f"warning: no {what} of the trained model, which is written: {reason} (--resume tries again)")
 
     def warn_of_skipped(self) -> None:
         skipped = f"{self.step - self.updates} of {self.step} steps were skipped, as loss or gradient was not finite"
@@ -346,12 +371,15 @@ class _Run:
     def due(self, every: int) -> bool:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
 
-    def take_step(self, batch) -> None:
+    def take_step(self, batch, batches) -> None:
         with self.saved_if_it_ends_here(self.undo_of_half_a_step()):  # as where memory is short, or a process is lost
             values = self.compute_gradients(batch)
+            if self.step + 1 < self.settings.steps:
+                batches.fetch(self.step + 1)  # while a GPU is still at this one
+            values = self.processes.mean(_numbers(values))
         self.update(values)
 
-    def compute_gradients(self, batch) -> dict[str, float]:
+    def compute_gradients(self, batch) -> dict[str, torch.Tensor | float]:
         """The first half of a step; returns the loss and what else there is to log."""
         learning_rate = self.objective.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -361,8 +389,7 @@ class _Run:
         if hasattr(self.model, "unscale_gradients"):
             self.model.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        values = {"loss": scalars.pop("loss"), "gradient_norm": norm, "learning_rate": learning_rate, **scalars}
-        return self.processes.mean(_numbers(values))
+        return {"loss": scalars.pop("loss"), "gradient_norm": norm, "learning_rate": learning_rate, **scalars}
 
     def update(self, values) -> None:
         """The other half: weights and average change, unless the step is skipped."""
@@ -413,6 +440,8 @@ class _Run:
         logged = self.due(self.settings.log_every)
         if self.processes.leads:
             self.make_reports()
+        if self.missing:  # a resumed run makes these again too
+            return
         if logged:  # from here on no calls, between which a signal may come
             self.sums, self.counted = {}, 0
         self.reported = self.step
@@ -420,15 +449,22 @@ class _Run:
     def make_reports(self) -> None:
         if self.due(self.settings.log_every):
             means = {name: total / self.counted for name, total in self.sums.items()}
-            self.reports.record(self.step, {**means, "skipped": self.step - self.updates})
+            with random_state.untouched():
+                measured = self.objective.measures(self.ema.model)
+            self.reports.record(self.step, {**means, **measured, "skipped": self.step - self.updates})
+        if self.step == self.settings.steps:
+            self.export()
         if self.settings.evaluate_every and self.due(self.settings.evaluate_every):
-            with random_state.untouched():
-                self.evaluation = self.evaluate()
-            self.reports.record(self.step, {f"evaluation/{name}": value for name, value in self.evaluation.items()})
+            self.evaluation = None  # none of another step, where this one fails
+            with self.warned_at_the_end("evaluation"):
+                with random_state.untouched():
+                    self.evaluation = self.evaluate()
+                self.reports.record(self.step, {f"evaluation/{name}": value for name, value in self.evaluation.items()})
         if self.due(self.settings.picture_every):
-            with random_state.untouched():
-                pictures = self.objective.pictures(self.ema.model)
-            self.reports.pictures(self.step, pictures)
+            with self.warned_at_the_end("pictures"):
+                with random_state.untouched():
+                    pictures = self.objective.pictures(self.ema.model)
+                self.reports.pictures(self.step, pictures)
 
     def save(self) -> None:
         if not self.processes.leads:
@@ -469,9 +505,46 @@ class _Run:
         random_state.put(saved.state["random"])
         self.step, self.updates = saved.step, saved.state["updates"]
         self.skipped_in_a_row = saved.state["skipped_in_a_row"]
-        self.last_skipped = saved.state.get("last_skipped", self.step)  # older checkpoints do not say when
+        self.last_skipped = saved.state["last_skipped"]
         self.sums, self.counted = saved.state["sums"], saved.state["counted"]
         self.reported = saved.state.get("reported", self.step)
+
+
+class _Ahead:
+    """The batches of a run, each fetched while the step before it is still computed, and given once that one is whole:
+    so is the error of one that does not come."""
+
+    def __init__(self, batches, stop):
+        self.batches, self.stop = iter(batches), stop
+        self.batch = self.error = None
+
+    def fetch(self, step) -> None:
+        if self.stop.received is not None:
+            return  # it will not be needed
+        try:
+            self.batch = self._next(step)
+        except Exception as error:  # noqa: BLE001, as `take` raises it
+            self.error = error
+
+    def take(self):
+        """What was fetched last; None where nothing was, as after a signal."""
+        batch, error, self.batch, self.error = self.batch, self.error, None, None
+        if error is not None:
+            raise error
+        return batch
+
+    def _next(self, step):
+        """A signal to the whole group ends the processes that load batches: then there is none."""
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise TrainingError(f"no batch for step {step}: objective.batches must not end") from None
+        except (RuntimeError, EOFError, OSError) as error:  # what is left of a process that was handing over a batch
+            if self.stop.comes():
+                return None
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                raise
+            raise TrainingError(f"no batch for step {step}: {error or type(error).__name__}") from error
 
 
 class _StopSignals:
@@ -483,7 +556,7 @@ class _StopSignals:
         tell: whether to say so.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, tell):
         self.tells = os.getpid() if tell else None  # and not those it forks to load batches, which a Ctrl-C meets too

@@ -17,7 +17,10 @@ from torch import distributed
 
 from dalle_fast.errors import UserError
 
-PATIENCE = datetime.timedelta(days=1)  # of those that wait while the lead evaluates; of one that dies torchrun tells
+# Of those that wait while the lead evaluates, or reads captions: without end. One that dies ends its connections, and
+# torchrun tells of it. Gradients keep torch's own limit: there all are at the same place, and one that hangs is an error.
+PATIENCE = datetime.timedelta(days=365)
+_patient = None  # the group of `joined` that waits so long
 
 
 class Processes(NamedTuple):
@@ -53,11 +56,22 @@ class Processes(NamedTuple):
         sums = self._reduced(list(scalars.values()), torch.float64, distributed.ReduceOp.SUM)
         return {name: total / self.count for name, total in zip(scalars, sums, strict=True)}
 
+    def check_same(self, number: int, what: str) -> None:
+        """Refuse numbers that differ between the processes.
+
+        Raises:
+            UserError: `what` is not the same.
+        """
+        least, most = -self.largest(-number), self.largest(number)
+        if least != most:
+            raise UserError(f"{what} must be the same for all {self.count} processes, got {least} to {most}")
+
     def _reduced(self, numbers, dtype, how):
         # A group that a caller made may know GPUs alone.
-        shared = torch.tensor(numbers, dtype=dtype, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        device = "cuda" if distributed.get_backend(_patient) == "nccl" else "cpu"
+        shared = torch.tensor(numbers, dtype=dtype, device=device)
         try:
-            distributed.all_reduce(shared, how)
+            distributed.all_reduce(shared, how, group=_patient)
         except RuntimeError as error:
             raise self._has_ended(error) from error
         return shared.tolist()
@@ -81,7 +95,11 @@ class Processes(NamedTuple):
             yield
             return
         model, device = objective.model, next(objective.model.parameters()).device
-        objective.model = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        objective.model = torch.nn.parallel.DistributedDataParallel(
+            model,
+            [device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # else there are two copies of all gradients
+        )
         with warnings.catch_warnings():
             # Of 1x1 convolutions whose weights are matrices to us: a copy of a small gradient.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -123,18 +141,21 @@ def joined():
     Raises:
         UserError: the group does not come together.
     """
+    global _patient
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend)
+        _patient = distributed.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = f"{os.environ['WORLD_SIZE']} processes do not come together: {str(error).splitlines()[0]}"
         raise UserError(reason) from error
     try:
         yield
     finally:
+        _patient = None
         distributed.destroy_process_group()
 
 

@@ -22,7 +22,7 @@ from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DVAERecipe
 
 SHOWN = 12  # pictures in a grid
-EVALUATED = 1000  # at most, of the validation pictures
+EVALUATED, MEASURED = 1000, 32  # at most, of the validation pictures; the latter for each line of the log
 
 
 class DVAEObjective:
@@ -62,10 +62,12 @@ class DVAEObjective:
         self.config, self.recipe = config, recipe
         self.source, self.validation, self.heldout = source, validation, heldout
         self.seed, self.flip, self.workers = seed, flip, workers
-        random_state.seed(seed)
-        self.model = DiscreteVAE(config).to(device, memory_format=torch.channels_last)
+        self._measured = None  # the pictures of `measures`
+        with random_state.untouched():
+            random_state.seed(seed)
+            self.model = DiscreteVAE(config).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.examples_per_step = recipe.batch_size
+        self.examples_per_step = self.at_once = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.999), "eps": 1e-8}
         self.settings = {
             "stage": 1,
@@ -98,39 +100,58 @@ class DVAEObjective:
     def loss(self, batch, step, part):
         tau, beta = self.recipe.tau_at(step), self.recipe.beta_at(step)
         seed = F.noise_seed(self.seed, step=step, rank=part)
-        out = self.model(self._pixels(batch), tau=tau, beta=beta, seed=seed)
-        perplexity, used = usage(torch.bincount(out.codes.flatten(), minlength=self.config.num_codes))
+        out = self.model(self._pixels(batch.images), tau=tau, beta=beta, seed=seed)
+        perplexity, used = usage(count_codes(out.codes, self.config.num_codes))
         return out.loss, {
             "reconstruction": out.reconstruction_loss,
             "kl": out.kl,
             "tau": tau,
             "beta": beta,
-            "perplexity": perplexity,
-            "codes_used": used,
+            "sampled_perplexity": perplexity,  # of codes with noise, which hides how few are ever the likeliest
+            "sampled_codes_used": used,
         }
+
+    @torch.no_grad()
+    def measures(self, model):
+        """How many codes the first validation pictures have: the likeliest ones, which stage 2 gets."""
+        if self._measured is None:
+            self._measured = next(self._in_order(self.validation, MEASURED))
+        counts = 0
+        for images in self._measured.images.split(self.at_once):
+            codes = model.encode(self._pixels(images))
+            counts = counts + count_codes(codes, self.config.num_codes)
+        perplexity, used = usage(counts)
+        return {"perplexity": perplexity.item(), "codes_used": used.item()}
 
     @torch.no_grad()
     def evaluate(self, model):
         """See `evaluate`: on validation pictures, and, named heldout_..., on held-out ones."""
-        result = evaluate(model, self.validation, self._in_order(self.validation))
+        result = evaluate(model, self.validation, self._in_order(self.validation), self.at_once)
         if self.heldout is not None:
-            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout))
+            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout), self.at_once)
             result |= {f"heldout_{name}": value for name, value in of_heldout.items()}
         return result
 
     @torch.no_grad()
     def pictures(self, model):
         """The first validation pictures above what becomes of them."""
-        images = self._pixels(next(self._in_order(self.validation, SHOWN)))
-        return {"reconstructions": picture_grid([to_uint8(images), to_uint8(model.reconstruct(images))])}
+        images = next(self._in_order(self.validation, SHOWN)).images
+        drawn = [to_uint8(model.reconstruct(self._pixels(some))) for some in images.split(self.at_once)]
+        return {"reconstructions": picture_grid([images.movedim(1, -1).numpy(), np.concatenate(drawn)])}
 
-    def _pixels(self, batch):
-        images = batch.images.to(self.device, non_blocking=True)
+    def _pixels(self, images):
+        images = images.to(self.device, non_blocking=True)
         return images.to(memory_format=torch.channels_last).float() / 255
 
     def _in_order(self, source, size=100):
         stream = batches(source, size, image_size=self.config.image_size, seed=self.seed, train=False)
         return itertools.islice(stream, -(-EVALUATED // size))
+
+
+def count_codes(codes, num_codes):
+    """How often each code comes, (K,) int64: as torch.bincount, which waits for a GPU."""
+    codes = codes.flatten()
+    return torch.zeros(num_codes, dtype=torch.int64, device=codes.device).scatter_add_(0, codes, torch.ones_like(codes))
 
 
 def usage(counts):
@@ -151,12 +172,13 @@ def to_uint8(images) -> np.ndarray:
     return (images * 255).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()
 
 
-def evaluate(model, source, stream) -> dict[str, float]:
+def evaluate(model, source, stream, at_once=EVALUATED) -> dict[str, float]:
     """How well `model` reconstructs pictures.
 
     Args:
         model: a `DiscreteVAE`. source: of the pictures; where it has `check_all`, which reads captions from pictures,
-            reconstructions are judged by it. stream: of `Batch`, a single pass.
+            reconstructions are judged by it. stream: of `Batch`, a single pass. at_once: pictures that go through the
+            model at once.
 
     Returns:
         images: how many. psnr: in dB, of the pixels' mean squared error over all pictures. psnr_mean: the mean of the
@@ -167,11 +189,14 @@ def evaluate(model, source, stream) -> dict[str, float]:
     device = next(model.parameters()).device
     errors, counts, right, right_originals = [], 0, [], []
     for batch in stream:
-        codes = model.encode(batch.images.to(device).float() / 255)
-        reconstructions = to_uint8(model.decode(codes))
+        drawn = []
+        for images in batch.images.split(at_once):
+            codes = model.encode(images.to(device).float() / 255)
+            drawn.append(to_uint8(model.decode(codes)))
+            counts = counts + count_codes(codes, model.config.num_codes)
+        reconstructions = np.concatenate(drawn)
         originals = batch.images.movedim(1, -1).numpy()
         errors.append(np.square((reconstructions.astype(np.float64) - originals) / 255).mean((1, 2, 3)))
-        counts = counts + torch.bincount(codes.flatten(), minlength=model.config.num_codes).cpu()
         if read is not None:
             right += [a == b for a, b in zip(read(reconstructions), batch.captions, strict=True)]
             right_originals += [a == b for a, b in zip(read(originals), batch.captions, strict=True)]

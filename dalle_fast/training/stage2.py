@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DALLERecipe
 from dalle_fast.training.stage1 import to_uint8
 
-EVALUATED = 64  # examples at once
+EVALUATED = 64  # examples at once, at most
 SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
 _BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
 
@@ -92,16 +91,18 @@ class DALLEObjective:
         self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
         self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
         self.device = torch.device(device)
-        captions = [*train.captions, *validation.captions]  # refused now, not when the turn of one that is wrong comes
-        tokenizer.check_lengths(captions, sys.maxsize if truncate else config.text_len)
-        random_state.seed(seed)
-        self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
+        if processes.current().leads:  # of millions it takes minutes, and the others' are the same
+            for part in (train, validation):  # refused now, not when the turn of one that is wrong comes
+                tokenizer.check_lengths(part.captions, None if truncate else config.text_len)
+        with random_state.untouched():
+            random_state.seed(seed)
+            self.model = DALLE(config, activation_checkpointing=activation_checkpointing).to(device)
         sampling.check_fit(self.model, dvae, tokenizer)
         if initial is None or recipe.caption_dropout:  # of what it began with it may know captions that are hidden
             self.model.trained_with = {"caption_dropout": recipe.caption_dropout}
         self.validation_text = self._encode(validation.captions)
         self.shown = list(dict.fromkeys(validation.captions))[:SHOWN]
-        self.examples_per_step = recipe.batch_size
+        self.examples_per_step = self.at_once = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
         self.settings = {
             **known_settings(config, recipe, train.key, seed=seed, truncate=truncate),
@@ -132,13 +133,17 @@ class DALLEObjective:
         out = self.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
         return out.loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
 
+    def measures(self, model):
+        return {}
+
     @torch.no_grad()
     def evaluate(self, model):
         """Losses of the validation examples, in nats per token of text and of image."""
         (text, lengths), codes = self.validation_text, self.validation.codes
         text_total = image_total = 0.0
-        for first in range(0, len(codes), EVALUATED):
-            part = slice(first, first + EVALUATED)
+        at_once = min(EVALUATED, self.at_once)
+        for first in range(0, len(codes), at_once):
+            part = slice(first, first + at_once)
             batch = self._batch(text[part], lengths[part], codes[part])
             out = model(batch.text, batch.codes, text_lengths=batch.text_lengths)
             text_total += out.text_loss.item() * int(lengths[part].sum())
@@ -158,6 +163,7 @@ class DALLEObjective:
             self.tokenizer,
             self.shown,
             num_images=SHOWN_OF_EACH,
+            batch_size=self.at_once,
             truncate=self.truncate,
             seed=self.seed,
         )
