@@ -1,5 +1,6 @@
 """Stage 2: codes that are computed once, the objective, resuming bit for bit, and the command train-dalle."""
 
+import argparse
 import dataclasses
 import errno
 import itertools
@@ -24,7 +25,7 @@ from dalle_fast.data import Example, Tokenizer, loading, open_source
 from dalle_fast.data.crops import caption_crop
 from dalle_fast.nn import dalle
 from dalle_fast.outputs import held
-from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, stage2, train
+from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, loop, stage2, train
 from dalle_fast.training.codes import encode_source
 from dalle_fast.training.recipes import DALLE_RECIPES
 
@@ -876,6 +877,22 @@ def test_captions_are_refused_before_pictures_become_codes(folders, tmp_path, ca
         command(dvae, tmp_path / "out", "--data", data, "--truncate")
 
 
+def test_a_run_that_may_learn_by_heart_says_so(folders, tmp_path, capsys, monkeypatch):
+    """By evaluations, unless flags say otherwise, and by a line where every picture is always seen in the same crop."""
+    dvae, run = folders
+    seen = []
+    of_run = loop.TrainResult(0, None, {})
+    monkeypatch.setattr(loop, "train", lambda _, __, settings, **___: seen.append(settings.evaluate_every) or of_run)
+    for number, flags in enumerate(([], ["--steps", "39"], ["--steps", "39", "--evaluate-every", "0"])):
+        assert command(dvae, tmp_path / str(number), "--codes", run / train_dalle.CODES, *flags) == 0
+    assert seen == [0, 3, 0] and "crop" not in capsys.readouterr().err
+    source = open_source(str(captioned_folder(tmp_path / "data")), image_size=16)
+    for examples, steps, told in ((None, 300, True), (None, 200, False), (100, 300, False)):
+        recipe = dataclasses.replace(RECIPE, steps=steps)
+        train_dalle._tell_of_few_crops(argparse.Namespace(examples=examples), recipe, source)
+        assert (f"--examples {10 * len(source)} takes ten crops" in capsys.readouterr().err) == told
+
+
 def test_a_model_that_does_not_fit_is_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):
     _, run = folders
     monkeypatch.setattr(codes, "_encode", forbid)
@@ -931,6 +948,7 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "nosuch"): "nosuch: not a BPE tokenizer",
         (dvae, tmp_path / "out", "--tokenizer", tmp_path / "unknown.json"): "must be 0 for a tokenizer with unk_token",
         (dvae, tmp_path / "out", "--vocab-size", "10"): "--vocab-size must be at least 257, got 10",
+        (dvae, tmp_path / "out", "--width", "65536"): "the model does not fit: training keeps ",
         (dvae, tmp_path / "out", "--head-dim", "300"): "head_dim must be at most 128, got 300",
         (
             dvae,

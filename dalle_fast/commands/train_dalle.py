@@ -4,8 +4,9 @@ The pictures become codes once, by the discrete VAE; the codes are kept in a fil
 copy of the VAE and the tokenizer, so that it is all that dalle-fast generate needs. Ended by SIGTERM, Ctrl-C or a
 terminal that is closed (SIGHUP, unless nohup ignores it) training saves first, and exits with 128 + the signal's number
 (143, 130, 129); --resume goes on from there. Ended while pictures become codes it loses those of the last minute at
-most: the same command goes on. The processes that torchrun starts (torchrun --nproc-per-node N -m dalle_fast
-train-dalle ...) share every batch; one of them makes the codes.
+most: the same command goes on. The processes that torchrun starts (torchrun --nproc-per-node N --shutdown-timeout 600
+-m dalle_fast train-dalle ...) share every batch; one of them makes the codes. So long torchrun waits for them to save,
+30 seconds where it is not told.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dalle_fast.training.recipes import DALLE_RECIPES
 DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
 MASKS, LAST_MASK = "row,column,row,row", "conv_flat"  # the paper's: what DALLEConfig.rules is where it is None
 VALIDATION = 1000  # at most, of the validation pictures
+EVALUATIONS = 10  # of a run, so that it shows when it only learns by heart; they take 2% of the time of `tiny`
+OFTEN = 20  # times that a crop is seen, of which more are recommended
 
 
 def add_arguments(parser) -> None:
@@ -50,7 +53,7 @@ def add_arguments(parser) -> None:
     )
     recipe = parser.add_argument_group("the recipe; what is not given is the preset's")
     training.add_recipe_arguments(recipe, DALLE_RECIPES)
-    training.add_loop_arguments(parser.add_argument_group("the loop"))
+    training.add_loop_arguments(parser.add_argument_group("the loop"), evaluations=EVALUATIONS)
 
 
 def _add_model_arguments(group) -> None:
@@ -80,6 +83,7 @@ def run(arguments) -> int:
         arguments,
         DALLE_RECIPES,
         then,
+        evaluations=EVALUATIONS,
         ema_decay=lambda recipe: recipe.ema_decay,
         ema_every=lambda recipe: recipe.ema_every,
     )
@@ -123,8 +127,11 @@ def make_objective(arguments, recipe):
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {preset.vocab_size}")
+    training.check_memory(_config(preset, dvae, tokenizer), device)
     sources = _sources(arguments, dvae)
     training.tell_of_left_out(sources["train"])
+    if leads:
+        _tell_of_few_crops(arguments, recipe, sources["train"])
     if going_on:  # wrong flags would take the hours of other codes before the loop refuses them
         key = key_of(dvae, sources["train"], **_chosen(arguments, "train", sources["train"]))
         config = _config(preset, dvae, tokenizer)
@@ -185,8 +192,22 @@ def _tokenizer(arguments, folder):
 
 
 def _config(preset, dvae, tokenizer):
-    fits = {"vocab_size": tokenizer.vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2}
+    """`tokenizer`: None for one of as many tokens as there may be."""
+    vocab_size = tokenizer.vocab_size if tokenizer else preset.vocab_size
+    fits = {"vocab_size": vocab_size, "num_codes": dvae.config.num_codes, "grid": (dvae.config.grid,) * 2}
     return training.replaced(preset, fits)
+
+
+def _tell_of_few_crops(arguments, recipe, source) -> None:
+    from dalle_fast.data.source import can_crop
+    from dalle_fast.training.reports import tell
+
+    times = recipe.steps * recipe.batch_size / len(source)
+    if arguments.examples is None and can_crop(source) and times > OFTEN:
+        tell(
+            f"each of {len(source)} pictures is seen {times:.0f} times, always in the same crop: "
+            f"--examples {10 * len(source)} takes ten crops of each"
+        )
 
 
 def _rules(masks, last, layers):

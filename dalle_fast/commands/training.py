@@ -12,6 +12,8 @@ import sys
 from dalle_fast.errors import UserError
 from dalle_fast.training.precision import PRECISIONS
 
+BYTES_OF_A_PARAMETER = 20  # in float32: itself, its gradient, AdamW's two moments, the average
+
 
 def add_run_arguments(group, presets) -> None:
     group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
@@ -57,7 +59,11 @@ def add_recipe_arguments(group, recipes) -> None:
         )
 
 
-def add_loop_arguments(group) -> None:
+def add_loop_arguments(group, *, evaluations=None) -> None:
+    """
+    Args:
+        evaluations: None, or how many there are of a run whose flags do not say.
+    """
     switch = argparse.BooleanOptionalAction
     parts = "parts of a batch that go through the model one after another, for the activations of one of them"
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help=parts)
@@ -65,16 +71,18 @@ def add_loop_arguments(group) -> None:
     for flag, what, default in (
         ("log", "lines of the log", 50),
         ("picture", "pictures", 500),
-        ("evaluate", "evaluations", 0),
+        ("evaluate", "evaluations", 0 if evaluations is None else argparse.SUPPRESS),
         ("checkpoint", "checkpoints", 500),
     ):
         interval = f"steps between two {what}; 0: only at the end"
+        if default is argparse.SUPPRESS:
+            interval += f" (default: so many that there are {evaluations})"
         group.add_argument(f"--{flag}-every", type=int, default=default, metavar="N", help=interval)
     group.add_argument("--tensorboard", action=switch, default=True, help="write files for TensorBoard")
 
 
 def run_training(
-    make_objective, arguments, recipes, then: str, *, sources=lambda objective: (), **loop_settings
+    make_objective, arguments, recipes, then: str, *, sources=lambda objective: (), evaluations=None, **loop_settings
 ) -> int:
     """Train, and say how it ended: the command's exit status.
 
@@ -82,6 +90,7 @@ def run_training(
         make_objective: of the arguments and a recipe; what it refuses is the user's to put right.
         recipes: by preset. then: what can be done with the model.
         sources: of an objective, those whose bad pictures show only while it is trained.
+        evaluations: as of `add_loop_arguments`.
         loop_settings: those that `add_loop_arguments` does not have, as functions of the recipe.
     """
     from dalle_fast.training import processes
@@ -89,10 +98,10 @@ def run_training(
     if arguments.workers < 0:
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     with processes.joined():
-        return _run_training(make_objective, arguments, recipes, then, sources, loop_settings)
+        return _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings)
 
 
-def _run_training(make_objective, arguments, recipes, then, sources, loop_settings) -> int:
+def _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings) -> int:
     from dalle_fast.data import DataError
     from dalle_fast.data.images import tell_of_bad
     from dalle_fast.training import LoopSettings, processes, train
@@ -110,7 +119,7 @@ def _run_training(make_objective, arguments, recipes, then, sources, loop_settin
             max_skipped=arguments.max_skipped,
             log_every=arguments.log_every,
             picture_every=arguments.picture_every,
-            evaluate_every=arguments.evaluate_every,
+            evaluate_every=getattr(arguments, "evaluate_every", recipe.steps // (evaluations or 1)),
             checkpoint_every=arguments.checkpoint_every,
             **{name: value(recipe) for name, value in loop_settings.items()},
         )
@@ -183,6 +192,30 @@ def tell_of_left_out(source) -> None:
     if processes.current().leads:
         for line in left_out(source):
             tell(line)
+
+
+def check_memory(config, device) -> None:
+    """Refuse a `DALLE` of which a device cannot hold what training keeps, before hours in which pictures become codes.
+
+    Raises:
+        UserError: with both numbers. ValueError: it is no model.
+    """
+    import torch
+
+    from dalle_fast.nn.dalle import DALLE
+    from dalle_fast.nn.memory import free_memory
+
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in DALLE(config).parameters())
+    needed, free = parameters * BYTES_OF_A_PARAMETER, free_memory(device)
+    if free is not None and needed > free:
+        kept = (
+            f"{parameters:,} parameters of {BYTES_OF_A_PARAMETER} bytes, with gradient, AdamW's two moments and average"
+        )
+        raise UserError(
+            f"the model does not fit: training keeps {needed / 2**30:.1f} GiB ({kept}), besides activations, and "
+            f"--device {device} has {free / 2**30:.1f} GiB free"
+        )
 
 
 def replaced(preset, given: dict):
