@@ -17,7 +17,7 @@ from dalle_fast.cli import main
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 DVAE = "train-dvae --steps 12 --batch-size 4 --image-size 16 --downsampling 4 --hidden 8 --num-codes 16"
-DALLE = "train-dalle --steps 3 --batch-size 8 --layers 2 --width 32 --num-heads 2 --text-weight 0 --bpe-dropout 0"
+DALLE = "train-dalle --examples 200 --steps 3 --batch-size 8 --layers 2 --width 32 --num-heads 2 --text-weight 0 --bpe-dropout 0"
 LOOP = "--log-every 1 --checkpoint-every 5 --no-tensorboard --precision float32"
 
 
@@ -31,6 +31,7 @@ def run(*arguments):
     process = start(*arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
+    return output
 
 
 def flags(command, data, out, *more):
@@ -193,9 +194,17 @@ def test_another_number_of_processes_is_another_run(data, dvae, capsys):
 
 
 def test_two_processes_learn_what_one_does(data, dvae, tmp_path):
-    """Stage 2 draws nothing but what a batch consists of: its losses of codes are the same to rounding."""
-    run("-m", "dalle_fast", *flags(DALLE, data, tmp_path / "two", "--dvae", dvae))
+    """Stage 2 draws nothing but what a batch consists of: its losses of codes are the same to rounding.
+
+    Of the four batches of pictures that become codes each has two.
+    """
+    output = run("-m", "dalle_fast", *flags(DALLE, data, tmp_path / "two", "--dvae", dvae))
+    assert ", train: 2 batches of 64" in output
     assert main(flags(DALLE, data, tmp_path / "one", "--dvae", dvae)) == 0
+    kept, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / run / "codes").iterdir()} for run in ("one", "two")
+    )
+    assert kept == other
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):

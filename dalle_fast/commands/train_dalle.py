@@ -5,7 +5,7 @@ copy of the VAE and the tokenizer, so that it is all that dalle-fast generate ne
 terminal that is closed (SIGHUP, unless nohup ignores it) training saves first, and exits with 128 + the signal's number
 (143, 130, 129); --resume goes on from there. Ended while pictures become codes it loses those of the last minute at
 most: the same command goes on. The processes that torchrun starts (torchrun --nproc-per-node N --shutdown-timeout 600
--m dalle_fast train-dalle ...) share every batch; one of them makes the codes. So long torchrun waits for them to save,
+-m dalle_fast train-dalle ...) share every batch, and the pictures that become codes. So long torchrun waits for them to save,
 30 seconds where it is not told.
 """
 
@@ -16,11 +16,18 @@ import contextlib
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from dalle_fast.commands import training
 from dalle_fast.errors import UserError
 from dalle_fast.masks import RULES
 from dalle_fast.training.recipes import DALLE_RECIPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalle_fast.data import Tokenizer
+    from dalle_fast.nn import DALLE, DALLEConfig, DiscreteVAE
 
 DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
 MASKS, LAST_MASK = "row,column,row,row", "conv_flat"  # the paper's: what DALLEConfig.rules is where it is None
@@ -97,22 +104,62 @@ def make_objective(arguments, recipe):
         ValueError: a flag's value that the model, the recipe or the data refuse.
         UserError: a folder or file that is not what the flag needs.
     """
-    from dalle_fast import checkpoint
     from dalle_fast.data.images import tell_of_bad
+    from dalle_fast.outputs import held
+    from dalle_fast.training import processes
+
+    together, out = processes.current(), Path(arguments.out)
+    with contextlib.ExitStack() as stack:
+        captions = ahead = None
+        with together.lead_first():
+            run = _begin(arguments, recipe)
+            if together.leads:
+                stack.enter_context(held(out, "--out"))
+                captions, ahead = _look_ahead(arguments, run)
+        encoded = _encoded(arguments, run)  # each has its share of them
+        tell_of_bad(*run.sources.values())
+        with together.lead_first():  # which leaves what the others read
+            tokenizer = run.tokenizer
+            if tokenizer is None and not together.leads:
+                tokenizer = _tokenizer(arguments, out)
+            elif tokenizer is None and captions == encoded["train"].captions:
+                tokenizer = ahead
+            elif tokenizer is None:  # codes were there already, or pictures were bad and others were taken
+                tokenizer = _new_tokenizer(encoded["train"].captions, run.preset.vocab_size)
+            objective = _objective(arguments, recipe, run, tokenizer, encoded)
+            if together.leads and not run.going_on:  # a run's own are never replaced: what does not fit them is refused
+                _leave(out, objective)
+            return objective
+
+
+class _Run(NamedTuple):
+    """What there is before pictures become codes. tokenizer: None where one is to be trained."""
+
+    going_on: bool
+    preset: DALLEConfig
+    initial: DALLE | dict | None
+    device: torch.device
+    dvae: DiscreteVAE
+    tokenizer: Tokenizer | None
+    sources: dict
+
+
+def _begin(arguments, recipe) -> _Run:
+    """What the flags mean, and all that can be refused now."""
+    from dalle_fast import checkpoint
     from dalle_fast.data.text import MIN_VOCAB_SIZE
     from dalle_fast.nn import dalle
     from dalle_fast.nn import functional as F
-    from dalle_fast.outputs import held, make_folder
+    from dalle_fast.outputs import make_folder
     from dalle_fast.training import processes
     from dalle_fast.training.codes import key_of
     from dalle_fast.training.loop import check_folder
-    from dalle_fast.training.stage2 import DALLEObjective, known_settings
+    from dalle_fast.training.stage2 import known_settings
 
     if arguments.examples is not None and arguments.examples < 1:
         raise UserError(f"--examples must be at least 1, got {arguments.examples}")
     F.noise_seed(arguments.seed)  # refuses what is out of range
     given, out = dict(vars(arguments)), Path(arguments.out)
-    leads = processes.current().leads
     going_on = check_folder(out, resume=arguments.resume)
     preset, initial = training.beginning(arguments, "DALLE", dalle.PRESETS)
     if "masks" in given or "last_mask" in given:
@@ -122,7 +169,7 @@ def make_objective(arguments, recipe):
     preset = training.replaced(preset, given)
     device = training.device(arguments.device)
     dvae = _dvae(arguments, going_on, device)
-    tokenizer = _tokenizer(arguments, out if going_on or not leads else arguments.init)
+    tokenizer = _tokenizer(arguments, out if going_on else arguments.init)
     if tokenizer is not None:
         tokenizer.encode([], preset.text_len, dropout=recipe.bpe_dropout, seed=0)  # refuses what it cannot leave out
     elif preset.vocab_size < MIN_VOCAB_SIZE:
@@ -130,7 +177,7 @@ def make_objective(arguments, recipe):
     training.check_memory(_config(preset, dvae, tokenizer), device)
     sources = _sources(arguments, dvae)
     training.tell_of_left_out(sources["train"])
-    if leads:
+    if processes.current().leads:
         _tell_of_few_crops(arguments, recipe, sources["train"])
     if going_on:  # wrong flags would take the hours of other codes before the loop refuses them
         key = key_of(dvae, sources["train"], **_chosen(arguments, "train", sources["train"]))
@@ -138,34 +185,28 @@ def make_objective(arguments, recipe):
         known = known_settings(config, recipe, key, seed=arguments.seed, truncate=arguments.truncate)
         checkpoint.check_settings(out / checkpoint.CHECKPOINTS, known)
     make_folder(out, "--out")
-    with held(out, "--out") if leads else contextlib.nullcontext():
-        captions, ahead = _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) if leads else (None, None)
-        encoded = _encoded(arguments, dvae, sources)
-        if leads:
-            tell_of_bad(*sources.values())
-        if tokenizer is None and captions == encoded["train"].captions:
-            tokenizer = ahead
-        elif tokenizer is None:  # codes were there already, or pictures were bad and others were taken
-            tokenizer = _new_tokenizer(encoded["train"].captions, preset.vocab_size)
-        try:
-            objective = DALLEObjective(
-                _config(preset, dvae, tokenizer),
-                recipe,
-                dvae,
-                tokenizer,
-                encoded["train"],
-                encoded["validation"],
-                initial=initial,
-                seed=arguments.seed,
-                truncate=arguments.truncate,
-                device=device,
-                activation_checkpointing=arguments.activation_checkpointing,
-            )
-        except ValueError as error:
-            raise UserError(f"{error} (the codes are kept, in {_codes_folder(arguments)})") from error
-        if leads and not going_on:  # a run's own are never replaced: what does not fit them is refused
-            _leave(out, objective)
-        return objective
+    return _Run(going_on, preset, initial, device, dvae, tokenizer, sources)
+
+
+def _objective(arguments, recipe, run, tokenizer, encoded):
+    from dalle_fast.training.stage2 import DALLEObjective
+
+    try:
+        return DALLEObjective(
+            _config(run.preset, run.dvae, tokenizer),
+            recipe,
+            run.dvae,
+            tokenizer,
+            encoded["train"],
+            encoded["validation"],
+            initial=run.initial,
+            seed=arguments.seed,
+            truncate=arguments.truncate,
+            device=run.device,
+            activation_checkpointing=arguments.activation_checkpointing,
+        )
+    except ValueError as error:
+        raise UserError(f"{error} (the codes are kept, in {_codes_folder(arguments)})") from error
 
 
 def _dvae(arguments, going_on, device):
@@ -230,13 +271,10 @@ def _sources(arguments, dvae) -> dict:
     }
 
 
-def _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) -> tuple:
+def _look_ahead(arguments, run) -> tuple:
     """Refuse captions that are too long, and a tokenizer that does not fit, before hours in which pictures become codes.
 
     Where the codes are there already, or a source cannot tell captions alone, there is nothing to gain.
-
-    Args:
-        tokenizer: None where one is to be trained.
 
     Returns:
         The captions of training, as they are if no picture is bad, and the tokenizer that was trained on them, or the
@@ -249,8 +287,9 @@ def _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) -> tuple:
     from dalle_fast.training.codes import captions_ahead, key_of, path_of
     from dalle_fast.training.initial import check_shapes
 
+    sources, preset, initial = run.sources, run.preset, run.initial
     chosen = {split: _chosen(arguments, split, source) for split, source in sources.items()}
-    paths = [path_of(_codes_folder(arguments), key_of(dvae, sources[split], **chosen[split])) for split in sources]
+    paths = [path_of(_codes_folder(arguments), key_of(run.dvae, sources[split], **chosen[split])) for split in sources]
     if all(path.exists() for path in paths):
         return None, None
     make_folder(_codes_folder(arguments), "the folder of codes")
@@ -259,23 +298,23 @@ def _look_ahead(arguments, preset, initial, dvae, tokenizer, sources) -> tuple:
     if None in told.values():
         return None, None
     captions = told["train"][1]
-    tokenizer = tokenizer or _new_tokenizer(captions, preset.vocab_size)
+    tokenizer = run.tokenizer or _new_tokenizer(captions, preset.vocab_size)
     for names, of_split in told.values():
         tokenizer.check_lengths(of_split, None if arguments.truncate else preset.text_len, names=names)
     if initial is not None and not isinstance(initial, dict):
         with torch.device("meta"):
-            check_shapes(DALLE(_config(preset, dvae, tokenizer)), initial)
+            check_shapes(DALLE(_config(preset, run.dvae, tokenizer)), initial)
     return captions, tokenizer
 
 
-def _encoded(arguments, dvae, sources) -> dict:
+def _encoded(arguments, run) -> dict:
     """The codes and captions of each split."""
     from dalle_fast.training.codes import encode_source
 
     folder, workers = _codes_folder(arguments), arguments.workers
     return {
-        split: encode_source(dvae, source, folder=folder, workers=workers, **_chosen(arguments, split, source))
-        for split, source in sources.items()
+        split: encode_source(run.dvae, source, folder=folder, workers=workers, **_chosen(arguments, split, source))
+        for split, source in run.sources.items()
     }
 
 

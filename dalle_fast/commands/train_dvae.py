@@ -65,6 +65,13 @@ def make_objective(arguments, recipe):
         ValueError: a flag's value that the model, the recipe or the data refuse.
         UserError: one that they would take, but cannot use.
     """
+    from dalle_fast.training import processes
+
+    with processes.current().lead_first():  # which says what is wrong, once
+        return _make_objective(arguments, recipe)
+
+
+def _make_objective(arguments, recipe):
     from dalle_fast.data import open_source
     from dalle_fast.nn import dvae
     from dalle_fast.nn import functional as F

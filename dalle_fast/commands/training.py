@@ -127,8 +127,7 @@ def _run_training(make_objective, arguments, recipes, then, sources, evaluations
         if len(mine) % settings.accumulate:
             of_what = "batch_size" if together.count == 1 else "a process's part of batch_size"
             raise ValueError(f"{of_what} must be a multiple of --accumulate {settings.accumulate}, got {len(mine)}")
-        with together.lead_first():  # which leaves what the others read
-            objective = make_objective(arguments, recipe)
+        objective = make_objective(arguments, recipe)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
     if objective.device.type == "cpu":

@@ -6,12 +6,13 @@ N examples, G = h * w codes of a picture.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from dalle_fast.data.loading import epoch_order
 from dalle_fast.data.source import can_crop, identity
 from dalle_fast.data.strings import Strings
 from dalle_fast.outputs import held, make_folder
+from dalle_fast.training import processes
 
 BATCH = 64
 CAPTIONS_AT_ONCE = 10_000
@@ -51,7 +53,8 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     that changed in a way that its identity does not show is not noticed.)
 
     Codes that were computed when the process ended, but for those of the last minute, are not computed again. Of two
-    processes that want the same, one waits.
+    processes that want the same, one waits; those that train together (see `dalle_fast.training.processes`) all call
+    this, and each computes its share.
 
     Args:
         dvae: a `DiscreteVAE`, on the device that computes.
@@ -67,17 +70,27 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     """
     key = key_of(dvae, source, split=split, count=count, seed=seed)
     path = path_of(folder, key)
-    if kept := _kept(path, key):
-        return kept
-    make_folder(folder, "the folder of codes")
-    with held(folder, "the folder of codes", wait=True):
-        if kept := _kept(path, key):  # now, by another process
-            return kept
-        if path.exists():
-            print(f"{path} is damaged: computing the codes again", file=sys.stderr)
-        _write(path, _encode(dvae, source, key, path, workers, progress))
-        _remove_parts(path)
+    together = processes.current()
+    if not _lacking(path, key, together):
         return _read(path, key)
+    with contextlib.ExitStack() as stack:
+        if together.leads:
+            make_folder(folder, "the folder of codes")
+            stack.enter_context(held(folder, "the folder of codes", wait=True))
+        if _lacking(path, key, together):  # still, and not computed by another process
+            if together.leads and path.exists():
+                print(f"{path} is damaged: computing the codes again", file=sys.stderr)
+            _encode(dvae, source, key, path, workers, progress and together.leads, together)
+            with together.lead_first():
+                if together.leads:
+                    _write(path, _joined(path, key))
+                    _remove_parts(path)
+        return _read(path, key)
+
+
+def _lacking(path, key, together) -> bool:
+    """Whether there are no codes with this key, as the lead finds."""
+    return together.of_lead([int(together.leads and _kept(path, key) is None)]) == [1]
 
 
 def key_of(dvae, source, *, split, count, seed) -> dict:
@@ -153,42 +166,44 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
+# While codes are computed, what there is of them is kept in parts, files of their own: so little is lost with the process,
+# and each of several has its own.
+
+
 @torch.no_grad()
-def _encode(dvae, source, key, path, workers, progress):
+def _encode(dvae, source, key, path, workers, progress, together):
+    """Compute this process's share of what no part has, and leave it in parts."""
     device = next(dvae.parameters()).device
     kind = torch.int16 if dvae.config.num_codes <= 1 << 15 else torch.int32
-    parts = _read_parts(path, key)
-    done = first = sum(len(part.captions) for part in parts) // BATCH
-    total = -(-key["count"] // BATCH)
+    done = np.zeros(-(-key["count"] // BATCH), np.int64)
+    for first, part in _parts(path, key) if together.leads else ():
+        done[first : first + _batches_of(part)] = 1
+    lacking = np.flatnonzero(np.array(together.of_lead(done.tolist())) == 0)
+    mine = np.array_split(lacking, together.count)[together.number].tolist()
+    keys = _chosen(source, key["split"], key["count"], key["seed"])
     stream = batches(
         source,
         BATCH,
         image_size=dvae.config.image_size,
         seed=key["seed"],
-        start=done,
-        keys=_chosen(source, key["split"], key["count"], key["seed"]),
+        keys=np.concatenate([keys[:0], *(keys[number * BATCH : (number + 1) * BATCH] for number in mine)]),
         train=key["split"] == "train",
         crop=caption_crop,
         num_workers=workers,
     )
     codes, captions, since = [], [], time.monotonic()
     title = f"codes of {source.name}, {key['split']}" if progress else None
-    for batch in _bar(stream, done, total, title):
+    for place, batch in enumerate(_bar(stream, len(mine), title), 1):
         images = batch.images.to(device, non_blocking=True).float() / 255
         codes.append(dvae.encode(images).flatten(1).to("cpu", kind))
         captions += batch.captions
-        done += 1
-        if time.monotonic() - since > SAVE_SECONDS and done < total:
-            parts.append(Encoded(torch.cat(codes), Strings.of(captions), _key_of_part(key, first)))
-            _write(_part(path, first), parts[-1])
-            codes, captions, first, since = [], [], done, time.monotonic()
-            if title and not sys.stderr.isatty():
-                print(f"{title}: {done} of {total} batches are saved", file=sys.stderr, flush=True)
-    codes = torch.cat([part.codes for part in parts] + codes)
-    return Encoded(codes, Strings.joined([part.captions for part in parts] + [Strings.of(captions)]), key)
-
-
-# While codes are computed, what there is of them is kept in files of its own, so that little is lost with the process.
+        next_one = mine[place] if place < len(mine) else None
+        if next_one != mine[place - 1] + 1 or time.monotonic() - since > SAVE_SECONDS:
+            first = mine[place - 1] + 1 - len(codes)
+            _write(_part(path, first), Encoded(torch.cat(codes), Strings.of(captions), _key_of_part(key, first)))
+            codes, captions, since = [], [], time.monotonic()
+            if title and next_one is not None and not sys.stderr.isatty():
+                print(f"{title}: {place} of {len(mine)} batches are saved", file=sys.stderr, flush=True)
 
 
 def _part(path, first_batch):
@@ -199,13 +214,26 @@ def _key_of_part(key, first_batch) -> dict:
     return {**key, "batch": BATCH, "first_batch": first_batch}
 
 
-def _read_parts(path, key) -> list[Encoded]:
-    """The parts that an encoding which was ended left, one behind the other from the first batch on."""
-    parts, first = [], 0
-    while part := _kept(_part(path, first), _key_of_part(key, first)):
-        parts.append(part)
-        first += len(part.captions) // BATCH
-    return parts
+def _parts(path, key) -> Iterator[tuple[int, Encoded]]:
+    """The parts that there are, each behind the number of its first batch, in order."""
+    for file in sorted(path.parent.glob(f"{path.stem}-part-*{path.suffix}")):
+        first = file.stem.rpartition("-")[2]
+        if first.isdecimal() and (part := _kept(file, _key_of_part(key, int(first)))):
+            yield int(first), part
+
+
+def _batches_of(part) -> int:
+    return -(-len(part.captions) // BATCH)
+
+
+def _joined(path, key) -> Encoded:
+    parts = [part for _, part in _parts(path, key)]
+    codes, captions = torch.cat([part.codes for part in parts]), Strings.joined([part.captions for part in parts])
+    if len(codes) != key["count"]:
+        raise checkpoint.CheckpointError(
+            f"{path.parent} lacks parts of the codes: all processes must have it as one folder"
+        )
+    return Encoded(codes, captions, key)
 
 
 def _remove_parts(path) -> None:
@@ -238,12 +266,12 @@ def _read(path, key) -> Encoded:
     return Encoded(tensors["codes"], captions, key)
 
 
-def _bar(steps, done, total, title):
+def _bar(steps, total, title):
     if title is None:
         return steps
     if not sys.stderr.isatty():
-        print(f"{title}: {total - done} batches of {BATCH}", file=sys.stderr, flush=True)
+        print(f"{title}: {total} batches of {BATCH}", file=sys.stderr, flush=True)
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, initial=done, total=total, desc=title, unit="batch")
+    return tqdm(steps, total=total, desc=title, unit="batch")

@@ -49,6 +49,12 @@ class Processes(NamedTuple):
             return number
         return self._reduced([number], torch.int64, distributed.ReduceOp.MAX)[0]
 
+    def of_lead(self, numbers: list[int]) -> list[int]:
+        """The lead's numbers, none negative, where the others have as many."""
+        if self.count == 1:
+            return numbers
+        return self._reduced(numbers if self.leads else [0] * len(numbers), torch.int64, distributed.ReduceOp.MAX)
+
     def mean(self, scalars: dict[str, float]) -> dict[str, float]:
         """The means of all processes' scalars."""
         if self.count == 1:
