@@ -717,6 +717,10 @@ def test_log_pictures_and_tensorboard(tmp_path):
     o.at_once = 3
     measured = {"perplexity": pytest.approx(perplexity.item()), "codes_used": pytest.approx(used.item())}
     assert o.measures(model) == measured and {name: log[4][name] for name in measured} == measured
+    at_once, encode, whole = [], model.encode, json.loads((tmp_path / "evaluation.json").read_text())
+    model.encode = lambda images: at_once.append(len(images)) or encode(images)
+    assert o.evaluate(model) == pytest.approx({name: x for name, x in whole.items() if name != "step"}, rel=1e-4)
+    assert o.pictures(model)["reconstructions"].shape == (2 + 2 * 98, 2 + 8 * 98, 3) and at_once == [3, 3, 2] * 2
     assert log[0]["beta"] == pytest.approx(np.mean([RECIPE.beta_at(step) for step in range(3)]))
     for step in (6, 12):
         with Image.open(tmp_path / "pictures" / f"reconstructions-{step:09d}.png") as picture:

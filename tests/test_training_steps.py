@@ -36,12 +36,19 @@ def before_each_loss(o, look):
 # -- numbers and schedules ---------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_numbered_by_those_before_it(tmp_path):
+def test_a_step_is_numbered_by_those_before_it(tmp_path, monkeypatch):
     """For the loss, for the learning rate and for the log, which has the mean of an interval's."""
-    steps = []
-    o = before_each_loss(objective(), steps.append)
+    events, numbers = [], loop._numbers
+    o = before_each_loss(objective(), events.append)
+    fetched, o.batches = (
+        o.batches,
+        lambda start: (events.append(f"batch {n}") or x for n, x in enumerate(fetched(start))),
+    )
+    monkeypatch.setattr(loop, "_numbers", lambda scalars: events.append("numbers") or numbers(scalars))
     train(o, tmp_path, settings(), **QUIET)
-    assert steps == list(range(12))
+    # A batch is fetched before the host waits for a device to end the step before.
+    steps = (event for step in range(11) for event in (step, f"batch {step + 1}", "numbers"))
+    assert events == ["batch 0", *steps, 11, "numbers"]
     for line in log_of(tmp_path):
         interval = range(line["step"] - 3, line["step"])
         for name in ("learning_rate", "tau", "beta"):

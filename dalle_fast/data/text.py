@@ -86,8 +86,9 @@ class Tokenizer:
             ValueError: no captions, or `vocab_size` below 257 (every byte, and padding).
         """
         vocab_size = check_count("vocab_size", vocab_size, minimum=MIN_VOCAB_SIZE)
-        captions = [caption for caption in captions if caption.strip()]
-        if not captions:
+        captions = (caption for caption in captions if caption.strip())  # one at a time: of millions there is no list
+        first = next(captions, None)
+        if first is None:
             raise ValueError("captions must hold a caption that is not empty, got none")
         tokenizers = _library()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -107,7 +108,7 @@ class Tokenizer:
             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.train_from_iterator(itertools.chain([first], captions), trainer)
         return cls(tokenizer.to_str())
 
     @classmethod

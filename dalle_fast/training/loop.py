@@ -161,7 +161,8 @@ def train(
     SIGTERM, SIGINT and SIGHUP end it after the step they meet, with a checkpoint; a second SIGINT ends it at once.
     SIGHUP stays ignored where it was, as under nohup. That second SIGINT, and what else ends it, as a report that cannot
     be written, batches that do not come or memory that is short, leave a checkpoint of the last whole step, unless they
-    come while weights are changed. A third SIGINT ends that save too.
+    come while weights are changed. A third SIGINT ends that save too. The trained model is written first; if its
+    evaluation or its pictures fail then, stderr says so, and a resumed run makes them again.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
