@@ -470,6 +470,31 @@ def test_shards_are_indexed_once_for_both_splits(shard, monkeypatch):
     assert read == [path] * 2
 
 
+def test_the_index_of_a_large_shard_is_kept(shard, monkeypatch, tmp_path):
+    """Until the shard is another; a damaged one is made anew."""
+    pytest.importorskip("webdataset")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(tar, "MANY", 40)
+    read, index_shard = [], tar.index_shard
+    monkeypatch.setattr(tar, "index_shard", lambda path, *rest: read.append(path) or index_shard(path, *rest))
+
+    def everything(count=None):
+        if count:
+            path = str(shard([*entries(0, count), ("alone.txt", b""), ("other.heic", b"")]))
+        tar._index.cache_clear()
+        source = open_source(path if count else known[0], image_size=SIZE)
+        return path if count else known[0], [*source.names], [source.files(x) for x in range(40)], source.passed_over
+
+    known = everything(40)
+    (kept,) = (tmp_path / "caches" / "dalle_fast" / "shards").iterdir()
+    assert everything() == known and len(read) == 1
+    kept.write_bytes(kept.read_bytes()[:-30])
+    assert everything() == known and len(read) == 2
+    assert everything(41) != known and len(read) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # where nothing can be kept
+    assert everything() != known and len(read) == 4
+
+
 def test_endings_are_read_in_either_case(either):
     path = either(
         {"a.PNG": encoded(picture(1)), "a.TXT": b"caption", "b.png": encoded(picture(2)), "b.txt": b"caption"}

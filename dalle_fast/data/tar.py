@@ -11,25 +11,31 @@ its .json entry, as img2dataset has it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
 import sys
 import tarfile
 import time
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dalle_fast.data.folder import Files, is_hidden
-from dalle_fast.data.images import ENDINGS, MAX_BYTES, BadImage, count_passed_over, is_picture
+from dalle_fast.data.images import ENDINGS, MAX_BYTES, OTHERS, BadImage, count_passed_over, is_picture
 from dalle_fast.data.source import DataError
 from dalle_fast.data.strings import Strings
+from dalle_fast.outputs import written_whole
 
 _BLOCK = 512
 MAX_JSON = 2**20  # bytes
 NAMED = 10  # tar files, in a message
+MANY = 1000  # pictures in a shard, of which the index is kept
 LONG = 2  # seconds, until it is told that headers are read
 DOTS = " (A key ends at the first dot of a name, as WebDataset has it: a.0001.png and a.0002.png are of one key.)"
 
@@ -208,15 +214,63 @@ def _index(shards: tuple) -> Index:
         DataError: as of `index_shard`, of all shards that are wrong.
     """
     parts, passed_over, wrong = [], {}, []
-    for number, (path, *_) in enumerate(_bar(shards)):
+    for number, version in enumerate(_bar(shards)):
         try:
-            parts.append(Index.of(number, path, index_shard(path, number, passed_over)))
+            parts.append(_kept_or_made(version, number))
         except DataError as error:
             wrong.append(str(error))
     if wrong:
         raise DataError(_all_of(wrong, len(shards)))
+    for part in parts:
+        for ending, count in part.passed_over.items():
+            passed_over[ending] = passed_over.get(ending, 0) + count
     names, *arrays, _ = zip(*parts, strict=True)
     return Index(Strings.joined(names), *map(np.concatenate, arrays), passed_over)
+
+
+# Of a large shard the index is kept on disk: the headers of 10 million pictures take half an hour, in each process and
+# at each start.
+
+
+def _kept_or_made(version, number) -> Index:
+    kept = _kept_at(version)
+    if kept is not None and (index := _read_kept(kept, number)):
+        return index
+    passed_over = {}
+    index = Index.of(number, version[0], index_shard(version[0], number, passed_over))._replace(passed_over=passed_over)
+    if kept is not None and len(index.names) >= MANY:
+        with contextlib.suppress(OSError):  # a disk that is full, or not to be written to
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(kept) as unfinished:
+                _write_kept(unfinished, index)
+    return index
+
+
+def _kept_at(version) -> Path | None:
+    """The file of a shard's index, named by all that it is made of: place, size and time of the shard, and our rules."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    place = os.path.realpath(version[0]), os.path.basename(version[0])  # a link's name is in those of its pictures
+    digest.update(f"{place} {version[1:]} {ENDINGS} {OTHERS}".encode("utf-8", "surrogateescape"))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches, "dalle_fast", "shards", f"{digest.hexdigest()[:32]}.npz") if os.path.isabs(caches) else None
+
+
+def _write_kept(path, index) -> None:
+    words = np.frombuffer(json.dumps(index.passed_over).encode(), np.uint8)
+    arrays = {"images": index.images, "captions": index.captions, "is_json": index.is_json, "passed_over": words}
+    with open(path, "wb") as file:  # of a path numpy would change the ending
+        np.savez(file, names=index.names.data, lengths=index.names.lengths, **arrays)
+
+
+def _read_kept(path, number) -> Index | None:
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            names = Strings(kept["names"], kept["lengths"].cumsum())
+            passed_over = json.loads(kept["passed_over"].tobytes())
+            shards = np.full(len(names), number, np.int32)
+            return Index(names, shards, kept["images"], kept["captions"], kept["is_json"], passed_over)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+        return None
 
 
 def _bar(shards):
