@@ -10,7 +10,6 @@ import pytest
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held, written_whole
 
-
 FORK = multiprocessing.get_context("fork")
 
 

@@ -32,7 +32,6 @@ from dalle_fast.training import (
     DVAERecipe,
     LoopSettings,
     TrainingError,
-    loop,
     precision,
     processes,
     random_state,
@@ -835,11 +834,11 @@ def test_noise_differs_between_steps_and_seeds_and_batches_follow_the_start():
 
 def test_it_learns_at_low_precision_too(tmp_path):
     recipe = dataclasses.replace(RECIPE, steps=60, tau_share=1.0, beta=0.1, batch_size=8)
-    for precision in ("float32", "bfloat16"):
-        folder = tmp_path / precision
-        train(objective(recipe), folder, settings(steps=60, log_every=10, precision=precision), **QUIET)
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        train(objective(recipe), folder, settings(steps=60, log_every=10, precision=dtype), **QUIET)
         log = log_of(folder)
-        assert log[-1]["reconstruction"] < log[0]["reconstruction"] - 0.3, precision
+        assert log[-1]["reconstruction"] < log[0]["reconstruction"] - 0.3, dtype
         weights = checkpoint.load(folder / checkpoint.CHECKPOINTS).tensors
         assert all(x.dtype == torch.float32 for x in weights.values())
 
