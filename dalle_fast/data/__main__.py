@@ -11,6 +11,7 @@ import numpy as np
 from dalle_fast.data.crops import centre_crop
 from dalle_fast.data.images import left_out
 from dalle_fast.data.source import open_source
+from dalle_fast.outputs import written_whole
 from dalle_fast.pictures import Layout
 
 MARGIN = 10
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     examples = [example._replace(image=np.ascontiguousarray(centre_crop(example.image, size))) for example in examples]
     sheet = contact_sheet(examples, columns=arguments.columns, scale=arguments.scale)
     try:
-        sheet.save(arguments.out)
+        with written_whole(arguments.out) as unfinished:
+            sheet.save(unfinished)
     except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
         print(f"python -m dalle_fast.data: cannot write {arguments.out}: {error}", file=sys.stderr)
         return 1
