@@ -247,7 +247,7 @@ class Uncached:
 
 
 def draw(model, hidden, seeds):
-    return F.codebook_sample(hidden, model.image_weight, seed=seeds, impl=model.impl)
+    return F.codebook_sample(hidden, model.image_weight, seed=seeds, impl=model.codebook_impl)
 
 
 def with_linear(inputs, impl):

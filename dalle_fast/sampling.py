@@ -24,7 +24,7 @@ def draw(dalle, dvae, tokenizer, captions, *, num_images=1, keep=None, **options
 
     The images of one caption are made together as far as `batch_size` allows, as they share what is kept of the caption.
     An image depends on the seed, its caption and its number among the caption's, not on the batches (see
-    `dalle_fast.nn.generation.generate`): equal captions get equal images.
+    `DALLE.generate`): equal captions get equal images.
 
     Scoring with CLIP (`pip install open_clip_torch`; the best 4 of 64):
 
