@@ -61,7 +61,7 @@ class Objective(Protocol):
             the same.
         examples_per_step: for the rate that is shown.
         at_once: set by `train`, how many examples `evaluate` and `pictures` may put through the model at once: as many
-            as a part of a batch has, which fits.
+            as a part of a batch has, which fits; more where they are small.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
     """
 

@@ -21,6 +21,9 @@ from dalle_fast.training import processes, random_state
 from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DVAERecipe
 
+LEAST_PIXELS = (
+    1 << 18
+)  # that go through the model at once where no gradients are kept: small pictures one by one are slow
 SHOWN = 12  # pictures in a grid
 EVALUATED, MEASURED = 1000, 32  # at most, of the validation pictures; the latter for each line of the log
 
@@ -117,7 +120,7 @@ class DVAEObjective:
         if self._measured is None:
             self._measured = next(self._in_order(self.validation, MEASURED))
         counts = 0
-        for images in self._measured.images.split(self.at_once):
+        for images in self._measured.images.split(self._together):
             codes = model.encode(self._pixels(images))
             counts = counts + count_codes(codes, self.config.num_codes)
         perplexity, used = usage(counts)
@@ -126,9 +129,9 @@ class DVAEObjective:
     @torch.no_grad()
     def evaluate(self, model):
         """See `evaluate`: on validation pictures, and, named heldout_..., on held-out ones."""
-        result = evaluate(model, self.validation, self._in_order(self.validation), self.at_once)
+        result = evaluate(model, self.validation, self._in_order(self.validation), self._together)
         if self.heldout is not None:
-            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout), self.at_once)
+            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout), self._together)
             result |= {f"heldout_{name}": value for name, value in of_heldout.items()}
         return result
 
@@ -136,8 +139,12 @@ class DVAEObjective:
     def pictures(self, model):
         """The first validation pictures above what becomes of them."""
         images = next(self._in_order(self.validation, SHOWN)).images
-        drawn = [to_uint8(model.reconstruct(self._pixels(some))) for some in images.split(self.at_once)]
+        drawn = [to_uint8(model.reconstruct(self._pixels(some))) for some in images.split(self._together)]
         return {"reconstructions": picture_grid([images.movedim(1, -1).numpy(), np.concatenate(drawn)])}
+
+    @property
+    def _together(self):
+        return max(self.at_once, LEAST_PIXELS // self.config.image_size**2)
 
     def _pixels(self, images):
         images = images.to(self.device, non_blocking=True)

@@ -27,6 +27,9 @@ from dalle_fast.training.recipes import DALLERecipe
 from dalle_fast.training.stage1 import to_uint8
 
 EVALUATED = 64  # examples at once, at most
+LEAST_POSITIONS = (
+    1 << 12
+)  # that go through the model at once where no gradients are kept: short ones one by one are slow
 SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
 _BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
 
@@ -141,7 +144,7 @@ class DALLEObjective:
         """Losses of the validation examples, in nats per token of text and of image."""
         (text, lengths), codes = self.validation_text, self.validation.codes
         text_total = image_total = 0.0
-        at_once = min(EVALUATED, self.at_once)
+        at_once = min(EVALUATED, self._together)
         for first in range(0, len(codes), at_once):
             part = slice(first, first + at_once)
             batch = self._batch(text[part], lengths[part], codes[part])
@@ -163,11 +166,15 @@ class DALLEObjective:
             self.tokenizer,
             self.shown,
             num_images=SHOWN_OF_EACH,
-            batch_size=self.at_once,
+            batch_size=self._together,
             truncate=self.truncate,
             seed=self.seed,
         )
         return {"samples": picture_grid([to_uint8(row) for row in drawn])}
+
+    @property
+    def _together(self):
+        return max(self.at_once, LEAST_POSITIONS // (self.config.text_len + self.train.codes.shape[1]))
 
     def _with_dropout(self, captions, step):
         """Captions as training sees them. A caption's tokens depend on nothing but it, the step and the run's seed.
