@@ -137,7 +137,7 @@ class DenseLayer:
         self.key[:, :, : key.shape[2]] = key
         self.value[:, :, : key.shape[2]] = value
 
-    def append(self, key, value):
+    def append(self, key, value, *, impl="auto"):
         """(B, H, D)"""
         if not self.cache.whole:
             at = self.cache.T + int(self.cache.position)

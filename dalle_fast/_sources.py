@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-
 ENDINGS = (".cpp", ".h", ".cu", ".cuh", ".in")  # and not what an editor leaves beside them
 
 

@@ -32,7 +32,7 @@ def gumbel_backward(logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad
     )  # fmt: skip
 
 
-def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
+def sample_rows(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
     _extension.native().cuda_sample(
         _logits(logits, bias), (_address(seed), seed_per_row, first_row), _address(temperature), codes.data_ptr(),
@@ -40,7 +40,7 @@ def sample(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     )  # fmt: skip
 
 
-def cross_entropy(logits, bias, target, ignore_index, row_weight, dtype, loss):
+def cross_entropy_rows(logits, bias, target, ignore_index, row_weight, dtype, loss):
     """Fills loss (R,), and with row_weight `results` of logits with the gradient of sum(row_weight * loss)."""
     _extension.native().cuda_cross_entropy(
         _logits(logits, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _address(row_weight),

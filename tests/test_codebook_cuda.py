@@ -456,13 +456,13 @@ def gpu_forward(case, dtype):
 def gpu_sample(case, temperature):
     codes = case.target.new_empty(case.R)
     seed = None if temperature is None else case.seed
-    cuda_rows.sample(case.logits, case.bias, seed, case.first_row, temperature, codes, seed_per_row=case.per_row)
+    cuda_rows.sample_rows(case.logits, case.bias, seed, case.first_row, temperature, codes, seed_per_row=case.per_row)
     return codes
 
 
 def gpu_cross_entropy(case, dtype, row_weight):
     logits, loss = case.logits.clone(), case.logits.new_empty(case.R)
-    cuda_rows.cross_entropy(logits, case.bias, case.target, -100, row_weight, dtype, loss)
+    cuda_rows.cross_entropy_rows(logits, case.bias, case.target, -100, row_weight, dtype, loss)
     return loss, None if row_weight is None else results(logits, dtype)
 
 

@@ -163,7 +163,7 @@ def test_rows_are_numbered_from_the_chunks_first(serve, first_row, per_row):
     N, K = 50, 300
     seed = torch.arange(N) + 2**50 if per_row else torch.tensor([2**50])
     codes = torch.empty(N, dtype=torch.int64, device=serve.device)
-    rows.sample(
+    rows.sample_rows(
         torch.zeros(N, K, device=serve.device), None, seed.to(serve.device), first_row,
         torch.ones(1, device=serve.device), codes, seed_per_row=per_row,
     )  # fmt: skip

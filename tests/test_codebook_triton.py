@@ -356,6 +356,6 @@ def test_codes_and_losses_on_a_gpu(N, K, I, dtype):
             for temperature in (None, torch.ones(1, device="cuda")):
                 seed = None if temperature is None else case.seed
                 expected = torch.empty(N, dtype=torch.int64, device="cuda")
-                cuda_rows.sample(case.logits, case.bias, seed, 0, temperature, expected, seed_per_row=case.per_row)
+                cuda_rows.sample_rows(case.logits, case.bias, seed, 0, temperature, expected, seed_per_row=case.per_row)
                 assert_exact(sample(case, temperature, tiles), expected)
             assert_near("loss", loss_of(case, case.target, tiles).cpu(), exact, 1 + exact, 4)

@@ -474,11 +474,3 @@ def test_impl_names_who_computes():
             module(x, x, x)
     with pytest.raises(ValueError, match="impl must be one of auto, .*, got 'fast'"):
         fnn.MultiheadAttention(E, H, mask=MASK, impl="fast")
-
-
-def test_a_module_from_before_there_was_impl():
-    old = fnn.MultiheadAttention(E, H, mask=MASK)
-    del old.__dict__["impl"]
-    old = pickle.loads(pickle.dumps(copy.deepcopy(old)))
-    x = inputs(False)[0]
-    assert old.impl == "auto" and old(x, x, x)[0].shape == x.shape

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import dalle_fast.nn as fnn
-from dalle_fast import checkpoint, cli
+from dalle_fast import checkpoint, cli, outputs
 from dalle_fast.checkpoint import CheckpointError
 from dalle_fast.commands import train_dalle
 from dalle_fast.data import Example, Tokenizer, loading, open_source
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(dvae, tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
+    monkeypatch.setattr(outputs, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
     assert list(tmp_path.iterdir()) == []
