@@ -687,7 +687,7 @@ def summary_rows(columns: dict, results: list[dict]) -> tuple[list[str], list[li
 
 
 def draw(benchmark, report: dict, path) -> None:
-    """A grouped bar chart: for every case, how many times longer each peer takes than this package."""
+    """A grouped bar chart: for every case, how many times longer each peer takes than this package; below 1 it is faster."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -702,9 +702,10 @@ def draw(benchmark, report: dict, path) -> None:
         heights = [results[n]["ratios"][peer]["ratio"] for n in at]
         offset = (place - (len(peers) - 1) / 2) * width
         several = len({e["name"] for result in results for e in result["contenders"] if e["peer"] == peer}) > 1
-        bars = axes.bar([n + offset for n in at], heights, width, label=f"{peer} (the fastest)" if several else peer)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        label = f"{peer} (the fastest)" if several else peer
+        bars = axes.bar([n + offset for n in at], [height - 1 for height in heights], width, bottom=1, label=label)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=7, padding=1)
+    axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(results)), [result["name"].replace(", ", "\n") for result in results], fontsize=8)
     axes.set_ylabel(f"time / {OURS}'s time")
     axes.set_yscale("log", base=2)  # some peers take a hundred times as long

@@ -574,6 +574,20 @@ def test_an_error_of_most_elements_is_beyond_the_limits(modules):
     assert harness.compare(["out"], [smaller], [exact])["out"]["max_abs"] < allowed["out"]["max_abs"]
 
 
+def test_a_plot_is_drawn_once_more(modules, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots are matplotlib's")
+    import redraw
+
+    results, picture = FOLDER / "results", tmp_path / "a.png"
+    for name in ("codebook_h200", "generate_cpu"):
+        assert redraw.main([str(results / f"{name}.json"), str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+    with pytest.raises(SystemExit):
+        redraw.main([str(results / "verify.json"), str(picture)])
+    assert "is not a results file of a benchmark with a plot" in capsys.readouterr().err
+
+
 def test_memory_is_what_a_call_takes(modules):
     harness, _ = modules
     found = harness.isolated(take_memory, {size: (size,) for size in (0, 8, 40)}, workers=2)
