@@ -812,8 +812,8 @@ def add_shared_flags(parser, *, dtypes: str, rounds: int, seconds: float, passes
     add("--impl", choices=IMPLS, default="auto", help="implementation of this package")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the best present")
     add("--threads", type=integer(1), default=torch.get_num_threads(), help="CPU threads, of all contenders")
-    add("--seconds", type=positive_seconds, help=f"timing per case, all contenders together (default: {seconds:g}, or "
-        f"1 with --quick); at least {rounds} rounds are timed, or 3")  # fmt: skip
+    add("--seconds", type=positive_seconds, help="timing per case, all contenders together (default: "
+        f"{seconds:g}{', or 1 with --quick' * (seconds != 1)}); at least {rounds} rounds are timed, or 3")  # fmt: skip
     add("--json", type=output_file(".json"), metavar="FILE.json", help="write the results there")
     add("--plot", type=output_file(".png"), metavar="FILE.png", help="draw the ratios there")
 

@@ -305,18 +305,19 @@ def plot_title(report: dict) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = harness.make_parser("Time and memory of a training step against SDPA with masks and FlexAttention.")
     add = parser.add_argument
-    sizes = {name: "{} on a CPU, {} on a GPU".format(*values) for name, values in zip(
-        ("layers", "width", "text_len"), zip(*SIZES.values()))}  # fmt: skip
+    layers, width, text_len, _ = (
+        f"{cpu}" if cpu == gpu else f"{cpu} on a CPU, {gpu} on a GPU" for cpu, gpu in zip(SIZES["cpu"], SIZES["cuda"])
+    )
     add("--quick", action="store_true", help="fewer rounds; without the largest grid")
     add("--grid", type=harness.grid, action="append", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or "
         "32x48; repeatable (default: 16, 32 and 64)")  # fmt: skip
     add("--batch", type=harness.integer(1), metavar="B", help=f"batch size (default: {BATCH['cpu']} on a CPU, "
         f"{BATCH['cuda']} on a GPU)")  # fmt: skip
-    add("--layers", type=harness.integer(1), metavar="N", help=f"number of layers (default: {sizes['layers']})")
+    add("--layers", type=harness.integer(1), metavar="N", help=f"number of layers (default: {layers})")
     add("--width", type=harness.integer(HEAD_DIM), metavar="W", help=f"width, of heads of {HEAD_DIM} "
-        f"(default: {sizes['width']})")  # fmt: skip
+        f"(default: {width})")  # fmt: skip
     add("--text-len", type=harness.integer(1), metavar="T", help="number of text tokens "
-        f"(default: {sizes['text_len']})")  # fmt: skip
+        f"(default: {text_len})")  # fmt: skip
     harness.add_shared_flags(
         parser, dtypes="float32, on a GPU bfloat16", rounds=MIN_ROUNDS, seconds=SECONDS, passes=False
     )

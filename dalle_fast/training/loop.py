@@ -216,7 +216,7 @@ def check_folder(out, *, resume: bool) -> bool:
     """
     found = checkpoint.latest(Path(out) / checkpoint.CHECKPOINTS)
     if found and not resume:
-        raise TrainingError(f"{out} holds a run ({found.name}): resume it, or choose another folder")
+        raise TrainingError(f"{out} holds a run ({found.name}): resume it (--resume), or choose another folder")
     if not found and (Path(out) / checkpoint.MODEL).exists():
         raise TrainingError(f"{out} holds a trained model, and no checkpoint to go on from: choose another folder")
     if not found and not _is_log(Path(out) / LOG):
