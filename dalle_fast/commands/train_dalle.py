@@ -5,8 +5,8 @@ copy of the VAE and the tokenizer, so that it is all that dalle-fast generate ne
 terminal that is closed (SIGHUP, unless nohup ignores it) training saves first, and exits with 128 + the signal's number
 (143, 130, 129); --resume goes on from there. Ended while pictures become codes it loses those of the last minute at
 most: the same command goes on. The processes that torchrun starts (torchrun --nproc-per-node N --shutdown-timeout 600
--m dalle_fast train-dalle ...) share every batch, and the pictures that become codes. So long torchrun waits for them to save,
-30 seconds where it is not told.
+-m dalle_fast train-dalle ...) share every batch, and the pictures that become codes. When torchrun is stopped it kills them
+after that many seconds, by default 30: a large model takes longer to save.
 """
 
 from __future__ import annotations

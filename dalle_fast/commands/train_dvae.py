@@ -4,7 +4,7 @@ The run lives in one folder: its log, pictures, checkpoints, and at the end the 
 SIGTERM, Ctrl-C or a terminal that is closed (SIGHUP, unless nohup ignores it) it saves first, and exits with 128 + the
 signal's number (143, 130, 129); --resume goes on from there.
 The processes that torchrun starts (torchrun --nproc-per-node N --shutdown-timeout 600 -m dalle_fast train-dvae ...)
-share every batch. So long torchrun waits for them to save, 30 seconds where it is not told.
+share every batch. When torchrun is stopped it kills them after that many seconds, by default 30.
 """
 
 from __future__ import annotations

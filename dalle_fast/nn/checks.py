@@ -12,12 +12,12 @@ from dalle_fast.ops.calls import has_values
 
 
 def check_size(name, size, least=1) -> int:
-    """`size` as Python's integer; TypeError where it is none, of NumPy's neither, and ValueError where it is too small."""
+    """`size` as a Python integer; TypeError where it is no integer (NumPy's are), ValueError where it is below `least`."""
     return _integer(name, size, minimum=least)
 
 
 def check_number(name, value) -> float:
-    """`value` as a float; TypeError where it is no finite number."""
+    """`value` as a float; TypeError where it is not a finite number (NumPy's are taken)."""
     try:
         if not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value):
             return float(value)

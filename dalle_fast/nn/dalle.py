@@ -339,7 +339,7 @@ class DALLE(nn.Module):
                 `known` those of all positions, not looked at where they are not known.
             known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
                 what is drawn should reach to the bottom right.
-            progress: show a bar; a string is its text, as the batch's number is for who draws several.
+            progress: show a bar. A string is shown beside it, such as "batch 2 of 3".
 
         Returns:
             (P * N, h, w) int64, the N images of the first caption first.
