@@ -10,7 +10,7 @@ import signal
 import sys
 
 import dalle_fast
-from dalle_fast.errors import UserError
+from dalle_fast.errors import UserError, told
 
 COMMANDS = {
     "train-dvae": "dalle_fast.commands.train_dvae",
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         status = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"dalle-fast: error: {error}", file=sys.stderr)
-        return 2
+        return told(error)
     except KeyboardInterrupt:  # training loops save first, and return the same status
         print("dalle-fast: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

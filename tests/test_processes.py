@@ -177,7 +177,8 @@ sys.exit(main(sys.argv[1:]))
 def test_a_lost_process_costs_no_whole_step(data, dvae, tmp_path):
     """The other one meets it in its backward pass, says so in a line, and has saved."""
     (tmp_path / "lost.py").write_text(LOST)
-    process = start(str(tmp_path / "lost.py"), *flags(DVAE, data, tmp_path / "run"))
+    # How often torchrun looks: it ends the other one then, which must not meet it between two lines of Python.
+    process = start("--monitor-interval=2", str(tmp_path / "lost.py"), *flags(DVAE, data, tmp_path / "run"))
     output, _ = process.communicate(timeout=300)
     assert process.returncode and "dalle-fast: error: another of the 2 processes has ended: " in output, output[-4000:]
     assert "loop.py" not in output  # a traceback

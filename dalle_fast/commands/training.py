@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from dalle_fast.errors import UserError
+from dalle_fast.errors import UserError, told
 from dalle_fast.training.precision import PRECISIONS
 
 BYTES_OF_A_PARAMETER = 20  # in float32: itself, its gradient, AdamW's two moments, the average
@@ -98,7 +98,10 @@ def run_training(
     if arguments.workers < 0:
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     with processes.joined():
-        return _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings)
+        try:
+            return _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings)
+        except UserError as error:  # told before the group is left, which takes a while in which torchrun may end us
+            return told(error)
 
 
 def _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings) -> int:

@@ -195,11 +195,11 @@ def _train(run, out, tensorboard, progress):
     objective, settings = run.objective, run.settings
     reports = Reports if run.processes.leads else NoReports
     with (
+        _StopSignals(tell=progress) as stop,
         run.processes.sharing(objective),
         reports(
             out, run.step, run.reported, settings.steps, objective.examples_per_step, tensorboard, progress
         ) as run.reports,
-        _StopSignals(tell=progress) as stop,
     ):
         stopped_by = run.go(stop)
         if run.step < settings.steps:
