@@ -194,12 +194,27 @@ def test_another_number_of_processes_is_another_run(data, dvae, capsys):
     assert main(flags(DVAE, data, dvae, "--resume", "--accumulate", 2)) == 0
 
 
+LATE = """
+import os, sys, time
+from dalle_fast.cli import main
+from dalle_fast.training import codes
+
+def write_later(path, encoded):
+    time.sleep(3 * int(os.environ["RANK"]))
+    write(path, encoded)
+
+write, codes._write = codes._write, write_later
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_two_processes_learn_what_one_does(data, dvae, tmp_path):
     """Stage 2 draws nothing but what a batch consists of: its losses of codes are the same to rounding.
 
-    Of the four batches of pictures that become codes each has two.
+    Of the four batches of pictures that become codes each has two; the lead waits for the other's.
     """
-    output = run("-m", "dalle_fast", *flags(DALLE, data, tmp_path / "two", "--dvae", dvae))
+    (tmp_path / "late.py").write_text(LATE)
+    output = run(str(tmp_path / "late.py"), *flags(DALLE, data, tmp_path / "two", "--dvae", dvae))
     assert ", train: 2 batches of 64" in output
     assert main(flags(DALLE, data, tmp_path / "one", "--dvae", dvae)) == 0
     kept, other = (

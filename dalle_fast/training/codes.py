@@ -81,6 +81,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
             if together.leads and path.exists():
                 print(f"{path} is damaged: computing the codes again", file=sys.stderr)
             _encode(dvae, source, key, path, workers, progress and together.leads, together)
+            together.wait()  # for the others' parts
             with together.lead_first():
                 if together.leads:
                     _write(path, _joined(path, key))

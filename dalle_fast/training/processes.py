@@ -85,14 +85,18 @@ class Processes(NamedTuple):
     def _has_ended(self, error):
         return UserError(f"another of the {self.count} processes has ended: {str(error).splitlines()[0]}")
 
+    def wait(self) -> None:
+        """Until all processes have called this."""
+        self.largest(0)
+
     @contextlib.contextmanager
     def lead_first(self):
-        """What the lead does within this the others do after it."""
+        """What the lead does within this the others do after it. It does not wait for what they did before."""
         if not self.leads:
-            self.largest(0)
+            self.wait()
         yield
         if self.leads:
-            self.largest(0)
+            self.wait()
 
     @contextlib.contextmanager
     def sharing(self, objective):
