@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, unattended and offline, in under ten minutes: the build, the tests, races and
-# memory errors by compute-sanitizer, `dalle-fast verify --gpu`, and the benchmarks of README's GPU tables.
+# memory errors by compute-sanitizer, `dalle-fast verify --gpu`, and the benchmarks of the GPU tables in RESULTS.md.
 #
 #     benchmarks/gpu_run.sh [FOLDER]     results go to FOLDER, benchmarks/results/gpu by default
 #

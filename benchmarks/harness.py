@@ -668,7 +668,7 @@ def ratio_cell(result: dict, peer: str) -> str:
 
 
 def summary_rows(columns: dict, results: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of ratios, one row per case; also what the README shows.
+    """Header and rows of the table of ratios, one row per case; also what RESULTS.md shows.
 
     Args:
         columns: header -> function(result, entries), entries by name; they stand between "ours, ms" (on a GPU with what

@@ -1,4 +1,5 @@
-"""What README.md shows can be copied: each block of Python runs by itself, and each `dalle-fast` command is one."""
+"""What the documents for users show can be copied: each block of Python in README.md runs by itself, and each `dalle-fast`
+command is one."""
 
 import re
 import shlex
@@ -10,15 +11,20 @@ import pytest
 
 from dalle_fast import cli
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "TRAINING.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/NOTES.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+BLOCKS = [
+    block for text in TEXTS.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+]
 SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 
 
 def commands():
     """Every call of dalle-fast in a block, and those in the text that are whole."""
     lines = "\n".join(text.replace("\\\n", " ") for language, text in BLOCKS if language == "sh").splitlines()
-    lines += re.findall(r"`(dalle-fast [^`]+ --out [^`]+)`", README.read_text(encoding="utf-8").replace("\n", " "))
+    for text in TEXTS.values():
+        lines += re.findall(r"`(dalle-fast [^`]+ --out [^`]+)`", text.replace("\n", " "))
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dalle-fast ")]
 
 
@@ -39,12 +45,23 @@ def test_commands_are_commands():
         cli.make_parser().parse_args(["x" if word == "..." else word for word in line])
 
 
-def test_files_that_are_named_are_there():
-    text = README.read_text(encoding="utf-8")
-    names = set(re.findall(r"\((\w[\w/.]+\.(?:md|png))[)#]", text)) | set(
-        re.findall(r"`(benchmarks/results/[\w.]+)`", text)
+def anchors(text):
+    """What the headings of a document are called in links, as GitHub makes it."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", TEXTS[name]):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (path, anchor)
+
+
+def test_results_that_are_named_are_there():
+    text = TEXTS["README.md"] + TEXTS["benchmarks/RESULTS.md"]
+    names = set(re.findall(r"`([a-z]\w+\.json)`", text))
+    assert (
+        len(names) > 15 and [name for name in sorted(names) if not (ROOT / "benchmarks/results" / name).exists()] == []
     )
-    names |= {
-        f"benchmarks/results/{name}" for name in re.findall(r"`([a-z]\w+\.json)`", text) if name != "evidence.json"
-    }
-    assert len(names) > 20 and [name for name in sorted(names) if not (README.parent / name).exists()] == []

@@ -1,12 +1,12 @@
-"""Write a results file of a benchmark into the README as a table, between two markers.
+"""Write a results file of a benchmark into RESULTS.md as a table, between two markers.
 
-    python benchmarks/readme_table.py benchmarks/results/attn_cpu.json
-    python benchmarks/readme_table.py benchmarks/results/attn_gpu.json --name attn_bench_gpu
-    python benchmarks/readme_table.py benchmarks/results/codebook_cpu.json
+    python benchmarks/result_tables.py benchmarks/results/attn_cpu.json
+    python benchmarks/result_tables.py benchmarks/results/attn_gpu.json --name attn_bench_gpu
+    python benchmarks/result_tables.py benchmarks/results/codebook_cpu.json
 
 The markers are `<!-- attn_bench:begin -->` and `<!-- attn_bench:end -->`, each on a line of its own, or the same with
 the name of the benchmark that wrote the file; what is between them is replaced. With --check nothing is written, and
-the exit code is 1 where the README shows something else.
+the exit code is 1 where RESULTS.md shows something else.
 """
 
 from __future__ import annotations
@@ -137,38 +137,37 @@ def marker_name(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = harness.make_parser(
-        "Write a results file of a benchmark into the README, between <!-- NAME:begin --> and <!-- NAME:end -->."
+        "Write a results file of a benchmark into RESULTS.md, between <!-- NAME:begin --> and <!-- NAME:end -->."
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what a benchmark's --json wrote")
-    readme = harness.ROOT / "README.md"
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="file to write into (default: that of this tree)")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="file to write into (default: benchmarks/RESULTS.md)")
     parser.add_argument("--name", type=marker_name, help="name of the markers (default: that of the benchmark, "
         "attn_bench or codebook_bench)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
     args = parser.parse_args(argv)
-    args.readme = args.readme or readme
+    target = args.into or harness.ROOT / "benchmarks" / "RESULTS.md"
     try:
         report = read_report(args.results)
         content, name = render(report), args.name or BENCHMARKS[report["benchmark"]].__name__
         try:
-            with open(args.readme, encoding="utf-8", newline="") as file:
+            with open(target, encoding="utf-8", newline="") as file:
                 before = file.read()
         except OSError as error:
-            raise Refusal(f"{args.readme}: {error.strerror}") from error
+            raise Refusal(f"{target}: {error.strerror}") from error
         try:
             after = insert(before, content, name)
         except Refusal as refusal:
-            raise Refusal(f"{args.readme}: {refusal}") from None
+            raise Refusal(f"{target}: {refusal}") from None
     except Refusal as refusal:
         parser.error(str(refusal))
     if before == after:
-        print(f"{args.readme.name} is up to date")
+        print(f"{target.name} is up to date")
     elif args.check:
-        print(f"{args.readme.name} does not show {args.results.name}; run benchmarks/readme_table.py without --check")
+        print(f"{target.name} does not show {args.results.name}; run benchmarks/result_tables.py without --check")
         return 1
     else:
-        write_text(args.readme, after)
-        print(f"wrote the table into {args.readme.name}")
+        write_text(target, after)
+        print(f"wrote the table into {target.name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks/readme_table.py` puts a results file between the README's markers and touches nothing else."""
+"""`benchmarks/result_tables.py` puts a results file between a document's markers and touches nothing else."""
 
 import copy
 import importlib
@@ -94,19 +94,19 @@ CODEBOOK_REPORT = {
 @pytest.fixture
 def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("readme_table")
+    return importlib.import_module("result_tables")
 
 
 @pytest.fixture
 def files(tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "cpu.json"
-    readme.write_text(BEFORE + "what was here\n| old |\n" + AFTER)
+    document, results = tmp_path / "RESULTS.md", tmp_path / "cpu.json"
+    document.write_text(BEFORE + "what was here\n| old |\n" + AFTER)
     results.write_text(json.dumps(REPORT))
-    return readme, results
+    return document, results
 
 
-def run(tool, readme, results, *more):
-    return tool.main([str(results), "--readme", str(readme), *more])
+def run(tool, document, results, *more):
+    return tool.main([str(results), "--into", str(document), *more])
 
 
 def refused(tool, capsys, *arguments):
@@ -122,18 +122,18 @@ def cells(text):
 
 
 def test_only_what_is_between_the_markers_is_replaced(tool, files):
-    readme, results = files
-    assert run(tool, readme, results) == 0
-    text = readme.read_text()
+    document, results = files
+    assert run(tool, document, results) == 0
+    text = document.read_text()
     assert text.startswith(BEFORE) and text.endswith(AFTER) and "what was here" not in text and "old" not in text
-    assert run(tool, readme, results) == 0
-    assert readme.read_text() == text  # writing again changes nothing
+    assert run(tool, document, results) == 0
+    assert document.read_text() == text  # writing again changes nothing
 
 
 def test_the_table_says_what_was_measured(tool, files):
-    readme, results = files
-    run(tool, readme, results)
-    text = readme.read_text()
+    document, results = files
+    run(tool, document, results)
+    text = document.read_text()
     for fact in ("2026-02-03", "commit 0123456789 ", "A CPU", "2 threads", "avx512", "torch 2.15.0", "grid 32x32"):
         assert fact in text
     assert "A GPU" not in text
@@ -150,11 +150,11 @@ def test_the_table_says_what_was_measured(tool, files):
 
 def test_the_codebooks_table(tool, files):
     """Its markers have the name of the benchmark that wrote the file."""
-    readme, results = files
+    document, results = files
     results.write_text(json.dumps(CODEBOOK_REPORT))
-    readme.write_text(readme.read_text() + "<!-- codebook_bench:begin -->\nold\n<!-- codebook_bench:end -->\n")
-    assert run(tool, readme, results) == 0
-    text = readme.read_text()
+    document.write_text(document.read_text() + "<!-- codebook_bench:begin -->\nold\n<!-- codebook_bench:end -->\n")
+    assert run(tool, document, results) == 0
+    text = document.read_text()
     assert "what was here" in text and "1024 rows" in text and "\nold\n" not in text
     header, _, gumbel, sample = cells(text)[-4:]
     shown = dict(zip(header, gumbel))
@@ -177,20 +177,20 @@ def test_a_gpu_an_interruption_and_a_changed_tree_are_named(tool):
 
 
 def test_two_tables_stand_in_one_file(tool, files):
-    readme, results = files
-    readme.write_text(readme.read_text() + "<!-- gpu:begin -->\n<!-- gpu:end -->\n")
-    assert run(tool, readme, results, "--name", "gpu") == 0
-    assert "what was here" in readme.read_text()
-    assert readme.read_text().index("A CPU") > readme.read_text().index("<!-- gpu:begin -->")
+    document, results = files
+    document.write_text(document.read_text() + "<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    assert run(tool, document, results, "--name", "gpu") == 0
+    assert "what was here" in document.read_text()
+    assert document.read_text().index("A CPU") > document.read_text().index("<!-- gpu:begin -->")
 
 
 def test_check_writes_nothing(tool, files, capsys):
-    readme, results = files
-    before = readme.read_bytes()
-    assert run(tool, readme, results, "--check") == 1
-    assert readme.read_bytes() == before
-    assert run(tool, readme, results) == 0
-    assert run(tool, readme, results, "--check") == 0
+    document, results = files
+    before = document.read_bytes()
+    assert run(tool, document, results, "--check") == 1
+    assert document.read_bytes() == before
+    assert run(tool, document, results) == 0
+    assert run(tool, document, results, "--check") == 0
 
 
 @pytest.mark.parametrize(
@@ -208,11 +208,11 @@ def test_check_writes_nothing(tool, files, capsys):
     ],
 )
 def test_unusable_results_are_refused(tool, files, capsys, content, words):
-    readme, results = files
-    before = readme.read_bytes()
+    document, results = files
+    before = document.read_bytes()
     results.unlink() if content is None else results.write_text(content)
-    assert words in refused(tool, capsys, readme, results)
-    assert readme.read_bytes() == before
+    assert words in refused(tool, capsys, document, results)
+    assert document.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_unusable_results_are_refused(tool, files, capsys, content, words):
     ],
 )
 def test_a_file_without_markers_is_left_alone(tool, files, capsys, text, words):
-    readme, results = files
-    readme.unlink() if text is None else readme.write_text(text)
-    message = refused(tool, capsys, readme, results)
+    document, results = files
+    document.unlink() if text is None else document.write_text(text)
+    message = refused(tool, capsys, document, results)
     assert words in message
-    assert text is None or ("<!-- attn_bench:begin -->" in message and readme.read_text() == text)
+    assert text is None or ("<!-- attn_bench:begin -->" in message and document.read_text() == text)
 
 
 def test_a_bad_marker_name_is_named(tool, files, capsys):
