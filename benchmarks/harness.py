@@ -663,8 +663,17 @@ def max_and_rms(errors: dict) -> list[str]:
 
 
 def ratio_cell(result: dict, peer: str) -> str:
-    """A cell: how many times this package's time a peer takes."""
-    return f"{result['ratios'][peer]['ratio']:.2f}x" if peer in result["ratios"] else "-"
+    """A cell: how many times this package's time a peer takes; behind it, where the host enqueues calls, the same of calls
+    that come one after another from Python, which take as long as the slower of host and GPU (an estimate)."""
+    if peer not in result["ratios"]:
+        return "-"
+    ratio = f"{result['ratios'][peer]['ratio']:.2f}x"
+    ours = result["contenders"][0]
+    theirs = [entry for entry in result["contenders"] if entry["peer"] == peer and "host_s" in entry]
+    if "host_s" not in ours or not theirs:
+        return ratio
+    slower = [max(entry["median_s"], entry["host_s"]) for entry in (ours, *theirs)]
+    return f"{ratio} ({min(slower[1:]) / slower[0]:.2f}x)"
 
 
 def summary_rows(columns: dict, results: list[dict]) -> tuple[list[str], list[list[str]]]:

@@ -67,6 +67,8 @@ def render(report: dict) -> str:
         )
         columns = benchmark.summary_columns(report["cases"])
         table = harness.table(*harness.summary_rows(columns, report["cases"]), markdown=True)
+        if any("host_s" in entry for case in report["cases"] for entry in case["contenders"]):
+            measured += " In brackets: with launch (see above)."
         lines = [measured, "", table]
         if not report["complete"]:
             lines += ["", "The run was interrupted: not every case is here."]

@@ -662,6 +662,15 @@ def test_what_the_host_takes_stands_beside_a_gpus_time(modules, monkeypatch):
     monkeypatch.setattr(attn_bench, "case_title", lambda result: result["name"])
     text = harness.case_text(attn_bench, result)
     assert "host ms" in text and "7.000" in text
+    other = {"name": "SDPA, fused", "peer": "SDPA", "median_s": 6e-3, "host_s": 1e-3}
+    result = {
+        "contenders": [entry, other, {**other, "median_s": 1e-3, "host_s": 14e-3}],
+        "ratios": {"SDPA": {"ratio": 3.0}},
+    }
+    assert harness.ratio_cell(result, "SDPA") == "3.00x (0.86x)"  # 6 of 7
+    del entry["host_s"]
+    assert harness.ratio_cell(result, "SDPA") == "3.00x"
+    result = harness.finish_case({"name": "a case"}, {"dalle_fast": entry}, (), timings)
     del entry["host_s"]
     assert harness.summary_rows({}, [result])[0] == ["case", "ours, ms", "extra MiB"]
 
