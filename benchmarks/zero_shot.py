@@ -28,7 +28,7 @@ from dalle_fast.data.shapes import Shapes, caption_of_scene, read_captions, scen
 from dalle_fast.errors import UserError
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.generation import Sampling
-from dalle_fast.training.stage1 import to_uint8
+from dalle_fast.pictures import to_uint8
 
 SPLITS = {"heldout": "held out", "train": "seen"}
 TARGETS = {"heldout": 0.80, "train": 0.95}

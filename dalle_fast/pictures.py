@@ -51,6 +51,11 @@ def picture_grid(rows) -> np.ndarray:
     return sheet([row.repeat(factor, 1).repeat(factor, 2) for row in rows], layout, background=255)
 
 
+def to_uint8(images) -> np.ndarray:
+    """(B, 3, H, W) float pixels from 0 to 1 as (B, H, W, 3) uint8."""
+    return (images * 255).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()
+
+
 def sheet(rows, layout: Layout, *, background: int) -> np.ndarray:
     """Rows of pictures (n, H, W, 3) uint8 at their places; what is left is a shade of grey."""
     pixels = np.full((*layout.size, 3), background, np.uint8)

@@ -14,7 +14,7 @@ import torch
 from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
-from dalle_fast.pictures import Layout, save_picture, sheet
+from dalle_fast.pictures import Layout, save_picture, sheet, to_uint8
 
 __all__ = ["DoesNotFit", "Drawn", "best_of", "check_fit", "draw", "draw_each", "save_grid"]
 
@@ -297,9 +297,7 @@ def save_grid(images, path, columns=None):
         raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {got}")
     N, _, H, W = images.shape
     columns = min(N, columns or int((N - 1) ** 0.5) + 1)
-    pixels = (
-        (images.float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
-    )
+    pixels = to_uint8(images.float().expand(-1, 3, -1, -1))
     rows = [pixels[first : first + columns] for first in range(0, N, columns)]
     save_picture(sheet(rows, Layout(len(rows), columns, H, W, gap=0), background=0), path)
 

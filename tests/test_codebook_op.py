@@ -373,6 +373,8 @@ def test_vmap(serve):
     targets = torch.stack([target, target.flip(0)])
     expected = torch.stack([loss(*each) for each in zip(x, targets, strict=True)])
     torch.testing.assert_close(torch.func.vmap(loss)(x, targets), expected)
+    beside = x.detach().movedim(0, 1), targets.movedim(0, 1).contiguous()  # in memory a sample's targets lie apart
+    torch.testing.assert_close(torch.func.vmap(loss, in_dims=1)(*beside), expected)
     if serve.device == "cpu":
         with pytest.raises(ValueError, match="target must hold codes"):
             torch.func.vmap(loss)(x, targets + K)

@@ -22,9 +22,8 @@ from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
 from dalle_fast.data.crops import centre_crop
-from dalle_fast.pictures import picture_grid
+from dalle_fast.pictures import picture_grid, to_uint8
 from dalle_fast.training.precision import precision_on
-from dalle_fast.training.stage1 import to_uint8
 
 S = 16
 VAE = fnn.DVAEConfig(image_size=S, downsampling=4, num_codes=12, embedding_dim=4, hidden=16, blocks_per_group=1)

@@ -221,7 +221,7 @@ class _Sheet:
 
 
 def _pixels(drawn):
-    from dalle_fast.training.stage1 import to_uint8
+    from dalle_fast.pictures import to_uint8
 
     return to_uint8(drawn.images)
 

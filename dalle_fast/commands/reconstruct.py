@@ -39,8 +39,7 @@ def reconstructions(model, paths):
     import numpy as np
     import torch
 
-    from dalle_fast.pictures import picture_grid
-    from dalle_fast.training.stage1 import to_uint8
+    from dalle_fast.pictures import picture_grid, to_uint8
 
     originals = torch.from_numpy(np.stack([read_square(path, model.config.image_size) for path in paths]))
     device = next(model.parameters()).device

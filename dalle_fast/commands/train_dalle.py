@@ -91,8 +91,6 @@ def run(arguments) -> int:
         DALLE_RECIPES,
         then,
         evaluations=EVALUATIONS,
-        ema_decay=lambda recipe: recipe.ema_decay,
-        ema_every=lambda recipe: recipe.ema_every,
     )
 
 

@@ -54,7 +54,6 @@ def run(arguments) -> int:
         RECIPES,
         then,
         sources=lambda objective: (objective.source, objective.validation),
-        ema_decay=lambda recipe: arguments.ema_decay,
     )
 
 

@@ -82,7 +82,7 @@ def add_loop_arguments(group, *, evaluations=None) -> None:
 
 
 def run_training(
-    make_objective, arguments, recipes, then: str, *, sources=lambda objective: (), evaluations=None, **loop_settings
+    make_objective, arguments, recipes, then: str, *, sources=lambda objective: (), evaluations=None
 ) -> int:
     """Train, and say how it ended: the command's exit status.
 
@@ -91,7 +91,6 @@ def run_training(
         recipes: by preset. then: what can be done with the model.
         sources: of an objective, those whose bad pictures show only while it is trained.
         evaluations: as of `add_loop_arguments`.
-        loop_settings: those that `add_loop_arguments` does not have, as functions of the recipe.
     """
     from dalle_fast.training import processes
 
@@ -99,12 +98,12 @@ def run_training(
         raise UserError(f"--workers must be at least 0, got {arguments.workers}")
     with processes.joined():
         try:
-            return _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings)
+            return _run_training(make_objective, arguments, recipes, then, sources, evaluations)
         except UserError as error:  # told before the group is left, which takes a while in which torchrun may end us
             return told(error)
 
 
-def _run_training(make_objective, arguments, recipes, then, sources, evaluations, loop_settings) -> int:
+def _run_training(make_objective, arguments, recipes, then, sources, evaluations) -> int:
     from dalle_fast.data import DataError
     from dalle_fast.data.images import tell_of_bad
     from dalle_fast.training import LoopSettings, processes, train
@@ -114,18 +113,8 @@ def _run_training(make_objective, arguments, recipes, then, sources, evaluations
     _check_apart(arguments.data, arguments.out)
     try:
         recipe = replaced(recipes[arguments.preset], vars(arguments))
-        settings = LoopSettings(
-            steps=recipe.steps,
-            clip=recipe.clip,
-            precision=arguments.precision,
-            accumulate=arguments.accumulate,
-            max_skipped=arguments.max_skipped,
-            log_every=arguments.log_every,
-            picture_every=arguments.picture_every,
-            evaluate_every=getattr(arguments, "evaluate_every", recipe.steps // (evaluations or 1)),
-            checkpoint_every=arguments.checkpoint_every,
-            **{name: value(recipe) for name, value in loop_settings.items()},
-        )
+        given = {"evaluate_every": recipe.steps // (evaluations or 1), **vars(arguments), **dataclasses.asdict(recipe)}
+        settings = replaced(LoopSettings(recipe.steps), given)
         mine = together.part([0] * recipe.batch_size)  # refuses what cannot be shared now, not in the first step
         if len(mine) % settings.accumulate:
             of_what = "batch_size" if together.count == 1 else "a process's part of batch_size"

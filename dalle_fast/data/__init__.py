@@ -24,22 +24,7 @@ _HOMES = {
 }
 _PARTS = ("crops", "emoji", "folder", "images", "loading", "shapes", "source", "stamps", "tar", "text")
 
-__all__ = [
-    "Batch",
-    "DataError",
-    "Example",
-    "Scene",
-    "Source",
-    "Tokenizer",
-    "all_scenes",
-    "batches",
-    "caption_of_scene",
-    "draw",
-    "open_source",
-    "read_caption",
-    "read_captions",
-    "scene_of_caption",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name):

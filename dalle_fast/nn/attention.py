@@ -11,9 +11,10 @@ import torch.nn.functional as torch_F
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
-from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM, check_tensor
+from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
+from dalle_fast.ops.dtypes import check_tensor
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

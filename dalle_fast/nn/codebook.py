@@ -11,10 +11,10 @@ import torch
 
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_size
-from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.codebook.op import IMPLS, check_tau
+from dalle_fast.ops.dtypes import check_tensor
 
 
 class GumbelCodebook(torch.nn.Module):

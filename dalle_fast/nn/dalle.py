@@ -298,68 +298,7 @@ class DALLE(nn.Module):
         x = self.image_embedding(codes) + self.row_embedding(row) + self.column_embedding(column)
         return self.transformer.step(x, cache)
 
-    def generate(
-        self,
-        text,
-        *,
-        num_images=1,
-        text_lengths=None,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        guidance=None,
-        seed=None,
-        first_image=0,
-        codes=None,
-        known=None,
-        progress=False,
-    ):
-        """Sample image codes for captions.
-
-        The model is used as it is: in its dtype, or autocast's where that is on. On a GPU its step becomes a CUDA graph;
-        with forward hooks, parameters of FSDP or attention on the reference it is slower, without a graph.
-
-        A caption goes through the whole model once for all its images, then one code after another. The noise of a code is
-        a function of (seed, number of the image among its caption's, position) alone, so an image does not depend on what
-        else is in the batch (matrix products of another size may round otherwise, which decides between codes whose noisy
-        logits are equal in all digits but the last).
-
-        Args:
-            text: (P, T) int64. text_lengths: (P,) int64 or None. As in `DALLE.forward`.
-            num_images: N.
-            temperature: divides the logits; 0 takes the most likely code.
-            top_k: sample among the k most likely codes. top_p: among the fewest most likely ones whose probabilities add up
-                to top_p, in (0, 1]. With both, top_p is taken of the k.
-            guidance: g of classifier-free guidance (Ho and Salimans 2022): logits are u + g * (c - u), c with the caption
-                and u with an empty one. For models that have seen empty captions (text_lengths 0); twice the work. None
-                means 1, without that work.
-            seed: from 0 to 2^20 - 1, or (seed, rank) as of `noise_seed`; None draws such a pair from torch's generator.
-            first_image: number of the first image, to make the N images of a caption in several calls.
-            codes: complete images: (P, n) or (P, rows, w) int64, the codes of the first n positions, or of whole rows. With
-                `known` those of all positions, not looked at where they are not known.
-            known: bool (h, w) or (P, h, w), where `codes` holds. A code is drawn given those before it in raster order, so
-                what is drawn should reach to the bottom right.
-            progress: show a bar. A string is shown beside it, such as "batch 2 of 3".
-
-        Returns:
-            (P * N, h, w) int64, the N images of the first caption first.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong kind, shape or value, and what was expected.
-            TooManyImages: a torch.OutOfMemoryError: what does not fit, and how many images of a caption do.
-        """
-        return generation.generate(
-            self,
-            text,
-            generation.Sampling(temperature, top_k, top_p, guidance),
-            num_images=num_images,
-            text_lengths=text_lengths,
-            seed=seed,
-            first_image=first_image,
-            codes=codes,
-            known=known,
-            progress=progress,
-        )
+    generate = generation.generate
 
     def decay_groups(self, weight_decay):
         """Parameter groups for an optimizer: matrices decay; gains, biases and embeddings do not."""

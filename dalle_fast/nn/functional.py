@@ -17,8 +17,8 @@ from dalle_fast.masks import AttentionMask
 from dalle_fast.ops import attention
 from dalle_fast.ops import codebook as codebook_ops
 from dalle_fast.ops import linear as linear_ops
-from dalle_fast.ops.attention.op import check_tensor
 from dalle_fast.ops.codebook import GumbelCodebookOutput
+from dalle_fast.ops.dtypes import check_tensor
 
 __all__ = [
     "GumbelCodebookOutput",

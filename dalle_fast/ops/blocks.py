@@ -19,10 +19,12 @@ from torch.overrides import has_torch_function
 
 from dalle_fast import _extension
 from dalle_fast.masks import AttentionMask
-from dalle_fast.ops.attention.cpu import DTYPES, MAX_HEAD_DIM, numbers_of
+from dalle_fast.ops.attention.cpu import MAX_HEAD_DIM, numbers_of
 from dalle_fast.ops.attention.decode import check_position
-from dalle_fast.ops.attention.op import TAGS, canonical_lengths, check_text_lengths, library
+from dalle_fast.ops.attention.op import canonical_lengths, check_text_lengths
 from dalle_fast.ops.calls import is_any_autocast_on, is_plain, is_transformed, needs_grad
+from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.registry import register
 
 PER_BLOCK = 12  # parameters: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and down
 
@@ -155,13 +157,6 @@ def _most_samples():
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-library.define(
-    "blocks_step(Tensor x, Tensor[] parameters, float[] epsilons, Tensor(a!)[] caches, int[] masks, int position, "
-    "Tensor? text_lengths) -> Tensor",
-    tags=TAGS,
-)
-_blocks_op = torch.ops.dalle_fast.blocks_step.default
-
 
 def _blocks_kernel(x, parameters, epsilons, caches, masks, position, text_lengths):
     size = len(masks) // (len(caches) // 4)
@@ -203,5 +198,9 @@ def _blocks_fake(x, parameters, epsilons, caches, masks, position, text_lengths)
     return x.new_empty(x.shape)
 
 
-library.impl("blocks_step", _blocks_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dalle_fast::blocks_step", _blocks_fake, lib=library)
+_blocks_op = register(
+    "blocks_step(Tensor x, Tensor[] parameters, float[] epsilons, Tensor(a!)[] caches, int[] masks, int position, "
+    "Tensor? text_lengths) -> Tensor",
+    _blocks_kernel,
+    _blocks_fake,
+)

@@ -48,6 +48,11 @@ def device_type(tensor) -> str:
     return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
+def current_device(tensor):
+    """Kernels are launched on the current device, which need not be the tensors': a context that makes it so."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def is_any_autocast_on() -> bool:
     """Whether autocast is on for some device: sooner known than for which."""
     return _any_autocast()

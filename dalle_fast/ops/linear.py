@@ -19,6 +19,7 @@ from dalle_fast.ops import on_triton
 from dalle_fast.ops.calls import autocast_dtype, is_transformed, needs_grad
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.registry import register
 
 IMPLS = ("auto", "reference", "cpu", "triton")
 ACTIVATIONS = (None, "gelu")
@@ -148,13 +149,6 @@ def _is_captured_too_early(device):
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("dalle_fast", "FRAGMENT")
-_library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str impl) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
-_linear_op = torch.ops.dalle_fast.linear.default
-
 
 def _linear_kernel(x, weight, bias, activation, impl):
     if impl == "cpu":
@@ -190,5 +184,8 @@ def _linear_fake(x, weight, bias, activation, impl):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_library.impl("linear", _linear_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dalle_fast::linear", _linear_fake, lib=_library)
+_linear_op = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str impl) -> Tensor",
+    _linear_kernel,
+    _linear_fake,
+)

@@ -10,7 +10,6 @@ M rows of x, N rows of the weight, K columns of both.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
@@ -163,7 +163,7 @@ def linear(x, weight, bias, activation, tiles=None):
         return out
     tiles = tiles or tiles_for(M, N, K, *_sizes_of(x.device))
     programs = triton.cdiv(N, tiles.block_n)
-    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+    with current_device(x):
         counters = partials = None
         _prepare(x.device)
         if tiles.splits > 1:

@@ -12,8 +12,9 @@ import torch
 
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.calls import has_global_hooks, is_hooked, is_transformed, needs_grad
+from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.registry import register
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 8192  # a row is in the registers of one program
 
 
@@ -51,14 +52,6 @@ def _is_served(x, update, norm):
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("dalle_fast", "FRAGMENT")
-_library.define(
-    # Without an update the sum is a copy: what an operation returns must not be what it was given.
-    "add_norm(Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
-_add_norm_op = torch.ops.dalle_fast.add_norm.default
-
 
 def _add_norm_kernel(x, update, weight, bias, eps):
     from dalle_fast.ops.norm_triton import add_norm
@@ -70,5 +63,9 @@ def _add_norm_fake(x, update, weight, bias, eps):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-_library.impl("add_norm", _add_norm_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dalle_fast::add_norm", _add_norm_fake, lib=_library)
+_add_norm_op = register(
+    # Without an update the sum is a copy: what an operation returns must not be what it was given.
+    "add_norm(Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    _add_norm_kernel,
+    _add_norm_fake,
+)

@@ -3,12 +3,11 @@
 R rows, W width.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["add_norm"]
@@ -53,6 +52,6 @@ def add_norm(x, update, weight, bias, eps):
         return total, out
     BLOCK = triton.next_power_of_2(W)
     warps = min(max(1, BLOCK // (32 * THREAD_ELEMENTS)), MAX_WARPS)
-    with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
+    with current_device(x):
         _launch((R,), x, update, weight, bias, total, out, eps, W, BLOCK, num_warps=warps, enable_fp_fusion=True)
     return total, out

@@ -16,7 +16,7 @@ from dalle_fast.data import batches
 from dalle_fast.data.source import identity
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dvae import DiscreteVAE, DVAEConfig
-from dalle_fast.pictures import picture_grid
+from dalle_fast.pictures import picture_grid, to_uint8
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DVAERecipe
@@ -172,11 +172,6 @@ def usage(counts):
     """
     p = counts.double() / counts.sum()
     return torch.exp(-torch.xlogy(p, p).sum()), (counts > 0).double().mean()
-
-
-def to_uint8(images) -> np.ndarray:
-    """(B, 3, H, W) float pixels from 0 to 1 as (B, H, W, 3) uint8."""
-    return (images * 255).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()
 
 
 def evaluate(model, source, stream, at_once=EVALUATED) -> dict[str, float]:

@@ -19,12 +19,11 @@ from dalle_fast.data.loading import shuffled
 from dalle_fast.data.source import generator
 from dalle_fast.nn import functional as F
 from dalle_fast.nn.dalle import DALLE, DALLEConfig
-from dalle_fast.pictures import picture_grid
+from dalle_fast.pictures import picture_grid, to_uint8
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.codes import Encoded
 from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DALLERecipe
-from dalle_fast.training.stage1 import to_uint8
 
 EVALUATED = 64  # examples at once, at most
 LEAST_POSITIONS = (

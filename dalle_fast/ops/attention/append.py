@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from dalle_fast.masks import AttentionMask
-from dalle_fast.ops.attention.op import TAGS, implementation, library
+from dalle_fast.ops.attention.op import implementation
 from dalle_fast.ops.calls import needs_grad
+from dalle_fast.ops.registry import register
 
 
 def attention_append(image_key, image_value, key, value, mask, position, *, impl="auto"):
@@ -47,13 +48,6 @@ def _is_served(image_key, image_value, key, value, mask):
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-library.define(
-    "attention_append(Tensor(a!) image_key, Tensor(b!) image_value, Tensor key, Tensor value, Tensor position, "
-    "int[] mask) -> ()",
-    tags=TAGS,
-)
-_append_op = torch.ops.dalle_fast.attention_append.default
-
 
 def _append_kernel(image_key, image_value, key, value, position, mask):
     implementation("triton").append(image_key, image_value, key, value, position, AttentionMask.decode(mask))
@@ -63,5 +57,9 @@ def _append_fake(image_key, image_value, key, value, position, mask):
     return None
 
 
-library.impl("attention_append", _append_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dalle_fast::attention_append", _append_fake, lib=library)
+_append_op = register(
+    "attention_append(Tensor(a!) image_key, Tensor(b!) image_value, Tensor key, Tensor value, Tensor position, "
+    "int[] mask) -> ()",
+    _append_kernel,
+    _append_fake,
+)

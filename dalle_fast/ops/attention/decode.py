@@ -17,17 +17,15 @@ from dalle_fast.ops.attention.op import (
     AUTO,
     IMPLS,
     MAX_HEAD_DIM,
-    TAGS,
     canonical_lengths,
     check_scale,
-    check_tensor,
     check_text_lengths,
-    current_device,
     implementation,
-    library,
 )
-from dalle_fast.ops.calls import device_type, has_tangent, is_plain, needs_grad
+from dalle_fast.ops.calls import current_device, device_type, has_tangent, is_plain, needs_grad
 from dalle_fast.ops.choice import check_impl, choose
+from dalle_fast.ops.dtypes import check_tensor
+from dalle_fast.ops.registry import register
 
 _NAME_AND_COST = ("sparse_attention_decode", "copies the keys and values that it looks at")
 
@@ -122,13 +120,6 @@ def check_position(position, mask):
 
 # -- the operation -----------------------------------------------------------------------------------------------------
 
-library.define(
-    "sparse_attention_decode(Tensor query, Tensor text_key, Tensor text_value, Tensor image_key, Tensor image_value, "
-    "Tensor position, Tensor? text_lengths, int[] mask, float scale, str impl) -> Tensor",
-    tags=TAGS,
-)
-_decode_op = torch.ops.dalle_fast.sparse_attention_decode.default
-
 
 def _decode_kernel(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
@@ -158,5 +149,9 @@ def _decode_fake(query, text_key, text_value, image_key, image_value, position, 
     return query.new_empty(query.shape)
 
 
-library.impl("sparse_attention_decode", _decode_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dalle_fast::sparse_attention_decode", _decode_fake, lib=library)
+_decode_op = register(
+    "sparse_attention_decode(Tensor query, Tensor text_key, Tensor text_value, Tensor image_key, Tensor image_value, "
+    "Tensor position, Tensor? text_lengths, int[] mask, float scale, str impl) -> Tensor",
+    _decode_kernel,
+    _decode_fake,
+)

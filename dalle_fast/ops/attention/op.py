@@ -13,7 +13,6 @@ B batch, H heads, S sequence, D head size, T text, N vmapped dimension.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import numbers
@@ -39,6 +38,7 @@ from dalle_fast.ops.calls import (
 )
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.dtypes import check_dense, check_tensor
+from dalle_fast.ops.registry import LIBRARY, register
 
 MAX_HEAD_DIM = 128
 _LARGEST = sys.float_info.max
@@ -166,21 +166,6 @@ torch.serialization.add_safe_globals([AttentionMask])  # checked as it is loaded
 
 # -- the operations ----------------------------------------------------------------------------------------------------
 
-library = torch.library.Library("dalle_fast", "FRAGMENT")
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-library.define(
-    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
-    "bool exact_lse, str impl) -> (Tensor, Tensor)",
-    tags=TAGS,
-)
-library.define(
-    "sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, Tensor? text_lengths, int[] mask, float scale, str impl) -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
-)
-_forward_op = torch.ops.dalle_fast.sparse_attention.default
-_backward_op = torch.ops.dalle_fast.sparse_attention_backward.default
-
 
 def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, impl, *, if_unseen="rounded"):
     mask = AttentionMask.decode(mask)
@@ -198,11 +183,6 @@ def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengt
     text_lengths = canonical_lengths(text_lengths, mask.text_len)
     serving = _choose(impl, query, key, value, mask)
     return serving.backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale)
-
-
-def current_device(tensor):
-    """Kernels are launched on the current device, which need not be the tensors': make it so."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _forward_fake(query, key, value, text_lengths, mask, scale, exact_lse, impl):
@@ -325,20 +305,33 @@ def _vmapped(op, tensors):
     return rule
 
 
-def _register(op, kernel, alone, fake, function, tensors):
+def _register(schema, kernel, alone, fake, function, tensors):
     """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last.
 
     `alone` is the kernel for plain calls without a gradient: it may leave out what only a backward pass would take.
     Returns the function to call the operation by.
     """
-    name = op.name()
-    library.impl(name, kernel, "CompositeExplicitAutograd")  # every device; `_choose` knows who serves which
-    autograd_kernel = _with_autograd(op, function, tensors - 1)
-    library.impl(name, autograd_kernel, "Autograd")
-    torch.library.register_fake(name, fake, lib=library)
-    torch.library.register_vmap(name, _vmapped(op, tensors), lib=library)
+    op = register(schema, kernel, fake)
+    LIBRARY.impl(op.name(), _with_autograd(op, function, tensors - 1), "Autograd")
+    torch.library.register_vmap(op.name(), _vmapped(op, tensors), lib=LIBRARY)
     return _directly(op, kernel, alone, function, tensors)
 
 
-_forward = _register(_forward_op, _forward_kernel, _forward_alone, _forward_fake, _Attention, tensors=4)
-_backward = _register(_backward_op, _backward_kernel, _backward_kernel, _backward_fake, _AttentionBackward, tensors=8)
+_forward = _register(
+    "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
+    "bool exact_lse, str impl) -> (Tensor, Tensor)",
+    _forward_kernel,
+    _forward_alone,
+    _forward_fake,
+    _Attention,
+    tensors=4,
+)
+_backward = _register(
+    "sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor lse, Tensor? text_lengths, int[] mask, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_kernel,
+    _backward_fake,
+    _AttentionBackward,
+    tensors=8,
+)

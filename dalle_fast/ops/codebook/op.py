@@ -9,7 +9,6 @@ N rows, K codes, I size of hidden, D size of an embedding.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
@@ -22,6 +21,7 @@ import torch
 from dalle_fast.ops import choice
 from dalle_fast.ops.calls import (
     autocast_dtype,
+    current_device,
     device_type,
     has_tangent,
     has_transforms,
@@ -32,6 +32,7 @@ from dalle_fast.ops.calls import (
 from dalle_fast.ops.choice import check_impl, choose
 from dalle_fast.ops.codebook import reference
 from dalle_fast.ops.dtypes import check_tensor
+from dalle_fast.ops.registry import LIBRARY, register
 
 # Whom "auto" tries, by operation and device type, the fastest first. On an H200, 8,192 rows and codes in bfloat16, Din =
 # 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 by "cuda" and 0.11 by "triton", a
@@ -112,7 +113,7 @@ def truncated(logits, temperature, top_k, top_p, *, impl="auto"):
 
 def sample_of_logits(logits, seeds, *, impl="auto"):
     """Codes (N,) that `codebook_sample` draws at temperature 1 with seeds (N,), of logits (N, K), of which some are -inf."""
-    with _current_device(logits):
+    with current_device(logits):
         return _serving("codebook_sample of logits", impl, logits=logits).sample_of_logits(logits.contiguous(), seeds)
 
 
@@ -394,34 +395,25 @@ def _serving(operation, impl, **tensors):
     return choose((operation, _COST), impl, device_type(first), _implementation, AUTO[operation], tensors)
 
 
-def _current_device(tensor):
-    """Kernels are launched on the current device, which need not be the tensors': make it so."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 # -- the operations ----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("dalle_fast", "FRAGMENT")
 _ops = torch.ops.dalle_fast
 
 
 def _operation(schema, fake):
     """Register the decorated function as the operation `schema` for every device; `_serving` knows who serves which."""
 
-    def register(kernel):
-        name = schema.split("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-        def below(*args, **kwargs):
+    def decorate(kernel):
+        def below(*args):
+            # Kernels read codes and seeds one behind the other, and a sample of a vmap may have its own apart.
+            args = [x.contiguous() if isinstance(x, torch.Tensor) and x.dtype == torch.int64 else x for x in args]
             # no_grad: operations without a derivative come here with autograd at work.
-            with torch.no_grad(), _current_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
-                return kernel(*args, **kwargs)
+            with torch.no_grad(), current_device(args[0]), torch.autocast(args[0].device.type, enabled=False):
+                return kernel(*args)
 
-        _library.impl(name, below, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dalle_fast::{name}", fake, lib=_library)
-        return f"dalle_fast::{name}"
+        return register(schema, below, fake, tags=(torch.Tag.pt2_compliant_tag,)).name()
 
-    return register
+    return decorate
 
 
 def _wide(tensor):
@@ -640,7 +632,7 @@ def _gumbel_softmax_autograd(ctx, grad_soft, _):
 
 
 def _differentiable(name, backward, setup):
-    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=LIBRARY)
 
 
 _differentiable(_gumbel_codebook, _gumbel_codebook_autograd, _gumbel_codebook_setup)

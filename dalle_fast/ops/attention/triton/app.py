@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_append"]
@@ -74,7 +75,7 @@ def attention_append(image_key, image_value, key, value, position, mask):
     B, H, D = key.shape
     if B * H == 0:
         return
-    with launch.device_guard(key):
+    with current_device(key):
         _launch(
             (triton.cdiv(B * H, HEADS),),
             key,

@@ -48,6 +48,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     window,
     window_allows,
 )
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_backward"]
@@ -424,7 +425,7 @@ def attention_backward(
     # Rounded to float32 once, as the forward kernel had it: lse belongs to those scores, to the last bit of the factor.
     scale_log2 = scale * LOG2E.value
     inputs = tuple(itertools.chain(*zip(tensors, strides)))
-    with launch.device_guard(query):
+    with current_device(query):
         cut, numbers = query_tiles or launch.chosen_tiles("grad_query", query, mask)
         _launch_query(
             launch.query_grid(B * H, S, numbers, cut),

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
 from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile, tile_pointers
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_decode"]
@@ -308,7 +309,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     parts = torch.empty((B, H, text_parts, BLOCK_D), dtype=torch.float32, device=query.device)
     stats = torch.empty((B, H, text_parts, 2), dtype=torch.float32, device=query.device)
     scale_log2, sign = abs(scale) * LOG2E.value or 1.0, (scale > 0) - (scale < 0)
-    with launch.device_guard(query):
+    with current_device(query):
         if T:
             _launch_text(
                 (P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),),

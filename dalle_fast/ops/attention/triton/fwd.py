@@ -24,6 +24,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     window,
     window_allows,
 )
+from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
 __all__ = ["attention_forward"]
@@ -138,7 +139,7 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
         return out, lse
     cut, numbers = tiles or launch.chosen_tiles("forward", query, mask)
     strides = query.stride(), key.stride(), value.stride()
-    with launch.device_guard(query):
+    with current_device(query):
         _launch(
             launch.query_grid(B * H, S, numbers, cut),
             query,

@@ -1,6 +1,5 @@
 """What every launcher of the Triton attention kernels needs: tiles, grids, options, the device."""
 
-import contextlib
 import functools
 
 import torch
@@ -12,7 +11,6 @@ from dalle_fast.ops.on_triton import capability_of
 
 __all__ = [
     "chosen_tiles",
-    "device_guard",
     "input_precision",
     "key_programs",
     "options",
@@ -20,11 +18,6 @@ __all__ = [
     "query_grid",
     "wide",
 ]
-
-
-def device_guard(tensor):
-    """Makes the tensor's device current for a launch; Triton launches on that device's current stream."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def chosen_tiles(kernel: str, query, mask):
