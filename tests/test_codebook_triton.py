@@ -30,14 +30,14 @@ from dalle_fast.ops.codebook import triton as streaming
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
-from faster_interpreter import look_once
+from faster_interpreter import make_faster
 
 from dalle_fast.ops.codebook import streaming_triton
 from dalle_fast.ops.codebook.streaming_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
-    look_once()
+    make_faster()
 HALVES = (torch.float16, torch.bfloat16)
 CASES = 28  # that are interpreted; a change of a parameter list changes it, knowingly
 SIZES = [

@@ -39,7 +39,7 @@ from dalle_fast.testing import (
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 import triton.language as tl
-from faster_interpreter import look_once
+from faster_interpreter import make_faster
 
 from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import bwd, configs, dec, fwd, launch, primitives
@@ -47,7 +47,7 @@ from dalle_fast.ops.linear_triton import Tiles
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
-    look_once()
+    make_faster()
 MINUTES = 20  # until the process with the cases counts as hung
 CASES = 137  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
