@@ -29,8 +29,9 @@ def look_once():
 def check_no_overflow():
     """Leave out what is computed for an assertion that is not made."""
     builder = interpreter.interpreter_builder
-    if not builder.options.debug:
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    options = getattr(builder, "options", None)
+    if hasattr(options, "sanitize_overflow") and not options.debug:
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 def keep_dtypes():
@@ -47,6 +48,8 @@ def keep_dtypes():
 
 
 def make_faster():
+    """All of it, as far as this Triton has it: the last two were written for 3.8."""
     look_once()
     check_no_overflow()
-    keep_dtypes()
+    if hasattr(interpreter, "_get_np_dtype"):
+        keep_dtypes()
