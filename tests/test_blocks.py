@@ -176,9 +176,8 @@ def test_a_sample_does_not_depend_on_the_others_nor_on_the_threads(served, threa
             return steps_from(cache, model, inputs)
 
         alone = torch.cat([steps(sample[None], 1) for sample in inputs])
-        for count in (1, 2, 3):
-            for B in (1, 5, MANY):
-                assert torch.equal(steps(inputs[:B], count), alone[:B])
+        for B, count in ((5, 1), (MANY, 1), (1, 2), (MANY, 2), (5, 3)):
+            assert torch.equal(steps(inputs[:B], count), alone[:B])
     assert served
 
 
