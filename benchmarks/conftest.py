@@ -23,13 +23,15 @@ def time_contender(benchmark):
     import harness
     import torch
 
+    from dalle_fast.nn.memory import free_memory
+
     def time_contender(module, args, case, contender):
         torch.set_num_threads(args.threads)
         benchmark.group = f"{case.name} ({case.sizes})"
         inputs = _inputs_of(module, case, args.device)
         with harness.strict_compile():
             try:
-                harness.check_memory(contender, case, harness.free_bytes(args.device))
+                harness.check_memory(contender, case, free_memory(torch.device(args.device)))
                 call = module.make_call(contender.build(case, args.device), case, inputs)
                 call()
             except (harness.NotRun, RuntimeError) as reason:

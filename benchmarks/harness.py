@@ -48,6 +48,7 @@ try:
 except ImportError as error:
     sys.exit(f"dalle_fast cannot be imported ({error}); install it from the repository's root: pip install -e .")
 
+from dalle_fast.nn.memory import free_memory
 from dalle_fast.ops.choice import IMPLS
 from dalle_fast.outputs import can_write
 
@@ -213,15 +214,6 @@ def _bytes_of(outputs) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def available_bytes() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 # Imports that take a process two seconds: all of ours go through `strict_compile`.
 PRELOADED = ["torch", "torch._dynamo", "torch._inductor.compile_fx"]
 
@@ -320,11 +312,6 @@ def check_memory(contender: Contender, case, available: int | None) -> None:
         raise TooLarge(f"its dense logits need about {need}, {have} are free")
 
 
-def free_bytes(device: str) -> int | None:
-    """Bytes that can be had on the device; None where the system does not say."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
-
-
 @contextlib.contextmanager
 def strict_compile():
     """Forget earlier variants, and make torch.compile fail where it would run eagerly: past its limit of them."""
@@ -361,7 +348,7 @@ def extra_memory(make_inputs, make_call, contender: Contender, case, device: str
 def measure_memory(benchmark, case, contenders, args, tick=lambda fraction: None) -> dict:
     """name -> extra bytes, or the exception that says why there is no such number."""
     device = args.device
-    found, available, done = {}, free_bytes(device), 0
+    found, available, done = {}, free_memory(torch.device(device)), 0
     for contender in contenders:
         try:
             check_memory(contender, case, available)

@@ -263,16 +263,11 @@ class AttentionMask:
         """
         import torch
 
-        size = self.check_seq_len("seq_len", self.seq_len if seq_len is None else seq_len)
-        positions = torch.arange(size, device=device)
-        return self.allows(positions[:, None], positions[None, :])
-
-    def check_seq_len(self, name: str, seq_len: int) -> int:
-        """Return `seq_len` if it is a prefix of this mask, else raise ValueError naming `name`."""
-        seq_len = _integer(name, seq_len, minimum=0)
+        seq_len = self.seq_len if seq_len is None else _integer("seq_len", seq_len, minimum=0)
         if seq_len > self.seq_len:
-            raise ValueError(f"{name} must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
-        return seq_len
+            raise ValueError(f"seq_len must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
+        positions = torch.arange(seq_len, device=device)
+        return self.allows(positions[:, None], positions[None, :])
 
     def plot(self, path: str | os.PathLike | None = None, *, max_size: int = 1024) -> Figure:
         """Draw the mask: the (S, S) matrix beside what one image query sees on the grid.
@@ -389,18 +384,21 @@ def _mask_mod(mask: AttentionMask, batch, head, q_idx, kv_idx):
 
 @functools.lru_cache(maxsize=256)
 def _num_pairs(mask: AttentionMask) -> int:
+    text = mask.text_len * (mask.text_len + 1) // 2 + mask.image_len * mask.text_len
+    return text + sum(int(seen.sum()) for _, seen in _within_reach(mask))
+
+
+def _within_reach(mask: AttentionMask):
+    """Image keys (rows, reach) of some image queries after others, and which of them are seen."""
     import torch
 
     N, reach = mask.image_len, mask.kv_reach
-    text = mask.text_len * (mask.text_len + 1) // 2 + N * mask.text_len
     rows = max(1, _COUNT_CHUNK // reach)
     back = torch.arange(reach, device="cpu")
-    image = 0
     for start in range(0, N, rows):
         i = torch.arange(start, min(start + rows, N), device="cpu")[:, None]
         j = i - back
-        image += int((mask._image_allows(i, j) & (j >= 0)).sum())
-    return text + image
+        yield j, mask._image_allows(i, j) & (j >= 0)
 
 
 def _full_name(device) -> str:
@@ -427,13 +425,8 @@ def _visible_slots(mask: AttentionMask, device: str):
     if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new
         slots = torch.arange(N, dtype=torch.int32, device="cpu")
         return slots.expand(N, N), slots + 1
-    back = torch.arange(mask.kv_reach, device="cpu")
-    rows = max(1, _COUNT_CHUNK // mask.kv_reach)
     tables = []
-    for start in range(0, N, rows):
-        i = torch.arange(start, min(start + rows, N), device="cpu")[:, None]
-        j = i - back
-        seen = mask._image_allows(i, j) & (j >= 0)
+    for j, seen in _within_reach(mask):
         slots = torch.where(seen, mask.cache_slot(j), C).sort(1).values  # the hidden ones to the end
         tables.append(slots[:, : int(seen.sum(1).max())].to(torch.int32))
     width = max(table.shape[1] for table in tables)

@@ -26,8 +26,6 @@ from dalle_fast.ops.calls import is_any_autocast_on, is_plain, is_transformed, n
 from dalle_fast.ops.dtypes import DTYPES
 from dalle_fast.ops.registry import register
 
-PER_BLOCK = 12  # parameters: weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and down
-
 # The most samples for which one call is faster than one operation after another, by the instruction set in use, in the dtypes'
 # order. Measured on an Intel Sapphire Rapids with each (MKL and oneDNN held to it), 12 layers of width 512 and 3 of width
 # 1,536, against torch's layers: 1 sample 1.3 to 2.6 times as fast, 16 in float32 1.05 to 1.4, 64 with AMX in bfloat16 1.5.
@@ -116,7 +114,8 @@ def blocks_step(x, parameters, epsilons, caches, position, text_lengths):
 
     Args:
         x: (B, W).
-        parameters: PER_BLOCK for each block, and the last norm's weight and bias.
+        parameters: twelve for each block, weight and bias of the attention's norm, qkv, out, the perceptron's norm, up and
+            down; and the last norm's weight and bias.
         epsilons: of a block's two norms, and the last one's.
         caches: a `BlockCaches`.
         position: an integer, in the image.

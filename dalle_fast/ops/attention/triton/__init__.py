@@ -7,14 +7,12 @@ put the module in the place of this package's function `forward`.
 
 from __future__ import annotations
 
-import torch
-
 from dalle_fast.ops import on_triton
+from dalle_fast.ops.dtypes import DTYPES
 
 __all__ = ["append", "backward", "decode", "forward", "why_not"]
 
 _MAX_HEAD_SIZE = 128
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_POSITIONS = 1 << 30  # a window's bounds are sums of two positions in 32 bits
 
 
@@ -23,7 +21,7 @@ def why_not(query, key, value, mask) -> list[str]:
     reasons = on_triton.why_not(
         query, "query"
     )  # the operation has checked that key and value have its device and dtype
-    if query.dtype not in _DTYPES:
+    if query.dtype not in DTYPES:
         reasons.append(f"dtype must be float32, float16 or bfloat16, query is {query.dtype}")
     head_size = query.shape[-1]
     if not 1 <= head_size <= _MAX_HEAD_SIZE:
