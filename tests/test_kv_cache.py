@@ -228,6 +228,23 @@ def test_a_cache_keeps_nothing_of_a_graph():
             assert not tensor.requires_grad and torch.equal(tensor.nan_to_num(), other.nan_to_num())
 
 
+def test_a_backward_pass_with_checkpointing_leaves_the_cache_alone():
+    """The blocks that checkpointing computes again would take the text's keys, and the first tokens', once more."""
+    model = make_model(PAPER, "cpu").requires_grad_(True)
+    model.transformer.activation_checkpointing = True
+    text, codes = make_batch(3)
+    cache = make_cache(model)
+    hidden = model.hidden(text[::N], codes[::N, :3], cache=cache)
+    with torch.no_grad():
+        for position in range(3, G - 1):
+            model.step(codes[:, position], cache)
+    before = [tensor.clone() for index in range(len(PAPER)) for tensor in cache.layer(index).tensors]
+    hidden.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.transformer.parameters())
+    after = [tensor for index in range(len(PAPER)) for tensor in cache.layer(index).tensors]
+    assert all(map(torch.equal, before, after))
+
+
 def test_a_caches_lengths_are_its_own():
     model = make_model(PAPER, "cpu", hide_padding=True)
     lengths = torch.tensor([3, 1])

@@ -238,7 +238,8 @@ class Transformer(nn.Module):
                 None if cache is None else cache.layer(index),
                 self.gradient_scale[index].unbind() if scaled else None,
             )
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            # Not with a cache: a backward pass would compute the block again, and put these keys over later ones.
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, *arguments, use_reentrant=False)
             else:
                 x = block(x, *arguments)
