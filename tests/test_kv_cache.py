@@ -314,6 +314,8 @@ def test_a_cache_of_another_size_is_refused():
             {"masks": [row_mask(3, 4), row_mask(4, 4)]},
             "masks must hold at least one, all of one text_len and grid, got",
         ),
+        ({"text_lengths": [3]}, r"text_lengths must be an integer tensor or None, got list"),
+        ({"text_lengths": torch.tensor([3, 4])}, r"text_lengths must have shape \(1,\), got \(2,\)"),
     ],
     ids=str,
 )

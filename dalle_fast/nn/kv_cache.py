@@ -12,6 +12,7 @@ from dalle_fast.nn import functional as F
 from dalle_fast.nn.checks import check_masks, check_size
 from dalle_fast.ops.attention import attention_append
 from dalle_fast.ops.attention.decode import waits_for_device
+from dalle_fast.ops.attention.op import check_text_lengths
 from dalle_fast.ops.blocks import BlockCaches
 
 
@@ -101,8 +102,10 @@ class KVCache:
         masks = tuple(masks)
         check_masks(masks)
         self.num_prompts, self.num_images, self.num_heads, self.head_dim = sizes.values()
-        is_tensor = isinstance(text_lengths, torch.Tensor)  # attention refuses what is not
-        self.text_lengths = text_lengths.clone() if is_tensor else text_lengths  # the caller may change theirs
+        if text_lengths is not None:  # on which device they are matters in a step alone: sizes need none
+            check_text_lengths(text_lengths, self.num_prompts, getattr(text_lengths, "device", None))
+            text_lengths = text_lengths.clone()  # the caller may change theirs
+        self.text_lengths = text_lengths
         self.device, self.dtype = device, dtype
         self.length, self.has_text = 0, False
         self.plan = None  # of `Transformer.step`: what it need not look at again
