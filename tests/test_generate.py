@@ -268,6 +268,13 @@ def test_16_bit(model, text):
     assert ((codes == exact)[:, 0, 0].sum() >= 5) and ((half == exact)[:, 0, 0].sum() >= 5)
 
 
+def test_float64_is_left_alone_by_autocast(text):
+    model = make_model("reference").double()
+    codes = model.generate(text, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(text, seed=0), codes)
+
+
 def test_progress(model, text, capsys):
     model.generate(text, seed=0, progress=True)
     shown = capsys.readouterr().err

@@ -24,6 +24,7 @@ from dalle_fast.nn.checks import check_integers, check_number, check_range, chec
 from dalle_fast.nn.kv_cache import KVCache
 from dalle_fast.nn.transformer import INIT_STD, Linear, Transformer
 from dalle_fast.ops.attention.op import MAX_HEAD_DIM
+from dalle_fast.ops.calls import autocast_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,6 @@ class DALLE(nn.Module):
             text_lengths: (P,) or None, those of the call of `hidden`. device: None means the model's.
         """
         own = self.head.weight
-        autocast = not own.is_meta and torch.is_autocast_enabled(own.device.type)  # which knows no device "meta"
         return KVCache(
             self.config.masks,
             num_prompts=num_prompts,
@@ -276,7 +276,7 @@ class DALLE(nn.Module):
             head_dim=self.config.head_dim,
             text_lengths=self.attention_lengths(text_lengths),
             device=own.device if device is None else device,
-            dtype=torch.get_autocast_dtype(own.device.type) if autocast else own.dtype,
+            dtype=autocast_dtype(own) or own.dtype,  # as its attention has them
         )
 
     def step(self, codes, cache):
