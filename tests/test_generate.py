@@ -199,6 +199,9 @@ def test_a_seed_that_is_drawn_is_one_of_2_to_the_31(model, text):
     assert torch.equal(model.generate(text, seed=(seed, rank), first_image=2), together[:, 2])
     assert torch.equal(model.generate(text, seed=(seed, 0)), model.generate(text, seed=seed))
     assert not torch.equal(model.generate(text, seed=seed), together[:, 0])
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        assert generation.random_seed() == (seed, rank)
 
 
 def test_arguments_are_not_changed(model, text):

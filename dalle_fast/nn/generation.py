@@ -322,7 +322,8 @@ def random_seed():
 
     For what draws one image in several calls, which all need the same.
     """
-    return int(torch.randint(1 << 20, ())), int(torch.randint(1 << 11, ()))
+    seed, rank = (torch.randint(limit, (), device="cpu") for limit in (1 << 20, 1 << 11))  # also under torch.device
+    return int(seed), int(rank)
 
 
 def _first_seed(seed, first_image, num_images, image_len):
