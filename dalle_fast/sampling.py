@@ -5,6 +5,7 @@ P captions, N images of each, C channels, H x W pixels, h x w grid of codes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -79,13 +80,18 @@ class DoesNotFit(torch.OutOfMemoryError):
 
     def __init__(self, what, argument, fits, *, known=True, otherwise="not even one fits", reason=""):
         self.what, self.argument, self.fits, self.known = what, argument if fits > 0 else None, fits, known
-        self.otherwise, self.reason = otherwise, f" ({reason})" if reason else ""
+        self.otherwise, self.reason = otherwise, str(reason)
         super().__init__(self.worded(f"{argument}={fits}"))
+
+    def __reduce__(self):  # an exception's own would call the class with the message alone
+        options = {"known": self.known, "otherwise": self.otherwise, "reason": self.reason}
+        return functools.partial(type(self), **options), (self.what, self.argument, self.fits)
 
     def worded(self, choice):
         """The message, with the argument as the caller spells it."""
         advice = f"{choice} would fit" if self.known else f"try {choice}"
-        return f"{self.what}: {advice if self.argument else self.otherwise}{self.reason}"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.what}: {advice if self.argument else self.otherwise}{reason}"
 
 
 def draw_each(

@@ -4,6 +4,7 @@ P captions, N images of each, C channels, H x W pixels.
 """
 
 import dataclasses
+import pickle
 import re
 import types
 
@@ -13,6 +14,7 @@ import torch
 
 import dalle_fast.nn as fnn
 from dalle_fast import sampling
+from dalle_fast.nn.generation import TooManyImages
 
 DVAE = fnn.DVAEConfig(
     image_size=12, downsampling=4, num_codes=11, embedding_dim=6, hidden=8, blocks_per_group=1, min_log_scale=-2.0
@@ -317,3 +319,18 @@ def test_a_grid_is_saved_row_by_row(tmp_path):
     for columns, kind in ((-1, ValueError), (0, ValueError), (2.0, TypeError)):
         with pytest.raises(kind, match=f"columns must be .*, got {columns}"):
             sampling.save_grid(images, tmp_path / "none.png", columns)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sampling.DoesNotFit("much", "batch_size", 3, known=False, reason=MemoryError("no room")),
+        sampling.DoesNotFit("much", "num_images", 0, otherwise="pass fewer captions"),
+        TooManyImages("too many", 2, 5, None),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_told_to_other_processes(error):
+    """As a pool of processes does, which waits for ever for an exception that cannot be unpickled."""
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)

@@ -282,6 +282,9 @@ class TooManyImages(torch.OutOfMemoryError):
         super().__init__(message)
         self.num_prompts, self.num_images, self.fits = num_prompts, num_images, fits
 
+    def __reduce__(self):  # an exception's own would call the class with the message alone
+        return type(self), (str(self), self.num_prompts, self.num_images, self.fits)
+
 
 class Memory:
     """What generating takes, and how many images of a caption would fit.
