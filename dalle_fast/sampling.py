@@ -138,6 +138,8 @@ def draw_each(
     check_size("num_images", num_images)
     check_size("batch_size", batch_size)
     keep = _checked_keep(keep, num_images)
+    if score is not None and not callable(score):
+        raise TypeError(f"score must be a callable of images and their caption, or None, got {type(score).__name__}")
     device = dalle.head.weight.device
     completed = {"codes": codes, "known": known}  # of each caption, or what generate takes or refuses as it is
     of_each = [name for name, given in completed.items() if _dim(given) > (0 if name == "codes" else 2)]
@@ -148,8 +150,9 @@ def draw_each(
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": generation.random_seed() if seed is None else seed, "progress": progress}
     _check_room(dvae.config, num_images, device)
-    # Of no captions: refuses now what it would refuse of a later batch.
-    dalle.generate(text[:0].to(device), num_images=num_images, **options, **({} if captions else completed))
+    # Refused now, not with a later batch: completions, all of them; options, also those that batches have of their own.
+    generation.completion(dalle, codes, known, text.to(device))
+    dalle.generate(text[:0].to(device), num_images=num_images, text_lengths=None, first_image=0, **options)
 
     @torch.no_grad()
     def draw_all():

@@ -199,6 +199,17 @@ def test_bad_requests_are_refused_before_anything_is_drawn(parts):
     with pytest.raises(TypeError, match="captions must be a sequence of strings, got the string 'a cat'"):
         sampling.draw(*parts, "a cat")
     assert sampling.draw(*parts, ["much too long"], truncate=True).shape == (1, 1, 3, 12, 12)
+    codes = torch.zeros(5, 9, dtype=torch.int64)
+    for options, kind, message in (
+        ({"score": 5}, TypeError, "score must be a callable of images and their caption, or None, got int"),
+        ({"known": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "known needs codes, got none"),
+        ({"codes": [1, 2]}, TypeError, "codes must be an int64 tensor, got list"),
+        ({"codes": codes.index_fill(0, torch.tensor(4), 11)}, ValueError, "codes must be from 0 to 10, .* to 11"),
+        ({"codes": codes, "known": torch.ones(3, 4, dtype=torch.bool)}, ValueError, "known must have shape"),
+        ({"first_image": 1}, TypeError, "multiple values for keyword argument 'first_image'"),
+    ):
+        with pytest.raises(kind, match=message):
+            sampling.draw_each(*parts, CAPTIONS, batch_size=1, **options)
 
 
 class GenerateError(torch.OutOfMemoryError):

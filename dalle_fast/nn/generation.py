@@ -87,7 +87,7 @@ def generate(
     guidance = sampling.guidance
     num_images = check_size("num_images", num_images)
     first_seed = _first_seed(seed, first_image, num_images, G)
-    codes, known, n = _completion(model, codes, known, text)
+    codes, known, n = completion(model, codes, known, text)
     if n == G or P == 0:
         return codes.repeat_interleave(num_images, 0).view(-1, *model.config.grid)
     drawing = P * sampling.bytes_of_draw(model.config.num_codes)
@@ -342,8 +342,12 @@ def _first_seed(seed, first_image, num_images, image_len):
     return F.noise_seed(seed, rank=rank) + first_image * image_len
 
 
-def _completion(model, codes, known, text):
-    """codes (P, G), 0 where not known; known, bool (P, G), or None where only the first are; n, of those first ones."""
+def completion(model, codes, known, text):
+    """codes (P, G), 0 where not known; known, bool (P, G), or None where only the first are; n, of those first ones.
+
+    Raises:
+        TypeError, ValueError: the model cannot complete them.
+    """
     P, G = len(text), model.config.image_len
     if codes is None:
         if known is not None:
