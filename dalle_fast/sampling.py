@@ -51,9 +51,9 @@ def draw(dalle, dvae, tokenizer, captions, *, num_images=1, keep=None, **options
     """
     captions = _checked_captions(captions)
     check_size("num_images", num_images)
-    keep = _checked_keep(keep, num_images)
-    shape, device = (len(captions), keep, *_image_shape(dvae.config)), dalle.head.weight.device
-    _check_room(dvae.config, num_images, device, all_of=len(captions), keep=keep)
+    kept = _checked_keep(keep, num_images)
+    shape, device = (len(captions), kept, *_image_shape(dvae.config)), dalle.head.weight.device
+    _check_room(dvae.config, num_images, keep, device, all_of=len(captions))
     drawn = draw_each(dalle, dvae, tokenizer, captions, num_images=num_images, keep=keep, **options)
     pictures = torch.empty(shape, dtype=torch.float32, device=device)
     for of_caption in pictures:
@@ -137,7 +137,7 @@ def draw_each(
     captions = _checked_captions(captions)
     check_size("num_images", num_images)
     check_size("batch_size", batch_size)
-    keep = _checked_keep(keep, num_images)
+    kept = _checked_keep(keep, num_images)
     if score is not None and not callable(score):
         raise TypeError(f"score must be a callable of images and their caption, or None, got {type(score).__name__}")
     device = dalle.head.weight.device
@@ -149,7 +149,7 @@ def draw_each(
             raise ValueError(f"{name} must be of as many images as there are captions, got {sizes}")
     text, lengths = tokenizer.encode(captions, dalle.config.text_len, truncate=truncate)
     options |= {"seed": generation.random_seed() if seed is None else seed, "progress": progress}
-    _check_room(dvae.config, num_images, device)
+    _check_room(dvae.config, num_images, keep, device)
     # Refused now, not with a later batch: completions, all of them; options, also those that batches have of their own.
     generation.completion(dalle, codes, known, text.to(device))
     dalle.generate(text[:0].to(device), num_images=num_images, text_lengths=None, first_image=0, **options)
@@ -169,7 +169,7 @@ def draw_each(
                 **completed | {name: completed[name][part] for name in of_each},
             )
             for caption, of_caption in zip(captions[part], drawn, strict=True):
-                yield _kept(_decoded(dvae, of_caption, batch_size), caption, score, keep)
+                yield _kept(_decoded(dvae, of_caption, batch_size), caption, score, kept)
 
     return draw_all()
 
@@ -226,28 +226,37 @@ def _image_shape(config):
     return config.channels, config.image_size, config.image_size
 
 
-def _check_room(config, num_images, device, *, all_of=None, keep=0):
-    """Raise where the images of a caption, with the `keep` of each of `all_of` captions, are not to be held.
+def _check_room(config, num_images, keep, device, *, all_of=None):
+    """Raise where the images of a caption, with those kept of each of `all_of` captions, are not to be held.
 
     A CPU would begin to swap, or end the process, hours later.
 
     Those of a caption are there twice while what `decode` returns in parts becomes one tensor.
+
+    Args:
+        keep: None where all are kept, also if fewer are drawn.
     """
-    image, free = 4 * math.prod(_image_shape(config)), free_memory(device)
-    needed = ((all_of or 0) * keep + 2 * num_images) * image
-    if free is not None and needed > free:
-        of_what = "a caption" if all_of is None else f"each of {all_of} captions"
-        what = f"{num_images} images of {of_what} take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on {device}"
-        fits = free // (image * ((all_of or 0) + 2))
-        otherwise = "not even one fits" if all_of is None else "pass fewer captions"
-        raise DoesNotFit(what, "num_images", fits, otherwise=otherwise)
+    image, free, held = 4 * math.prod(_image_shape(config)), free_memory(device), all_of or 0
+    needed = (held * (keep or num_images) + 2 * num_images) * image
+    if free is None or needed <= free:
+        return
+    what = f"{num_images} images of " + ("a caption" if all_of is None else f"each of {all_of} captions")
+    what += "" if keep is None else f", {keep} of them kept,"
+    what += f" take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on {device}"
+    if keep is None:
+        fits, otherwise = free // (image * (held + 2)), "not even one fits"
+    else:
+        fits, otherwise = (free // image - held * keep) // 2, f"not even {keep} fit"
+    if all_of is not None:
+        otherwise = "pass fewer captions" + ("" if keep is None else ", or keep fewer")
+    raise DoesNotFit(what, "num_images", fits if fits >= (keep or 1) else 0, otherwise=otherwise)
 
 
 def best_of(images, score, keep=1):
     """The `keep` images with the highest scores, best first; of equal ones those that come first.
 
     Args:
-        images: (N, ...), not changed. score: a callable of them that returns N numbers.
+        images: (N, ...). score: a callable of them, which it may not change, that returns N numbers.
 
     Raises:
         ValueError: keep is not from 1 to N, or the scores are not N numbers. TypeError: they are no numbers at all.

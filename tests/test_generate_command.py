@@ -394,6 +394,12 @@ def test_what_does_not_fit_in_memory_is_one_line(generate, tmp_path, capsys, mon
     assert generate(CAPTION, "--best-of", 10**9, "--score", "math:fsum", out=folder) == 2
     assert ": --best-of " in capsys.readouterr().err
     with monkeypatch.context() as patch:
+        patch.setattr(sampling, "free_memory", lambda device: 7 * 4 * 3 * S * S)
+        best = ["--num-images", 4, "--best-of", 6, "--score", "math:fsum"]
+        assert generate(CAPTION, *best) == 2  # not "--best-of 3", which --num-images 4 would not let be
+    assert "6 images of a caption, 4 of them kept, take " in (error := capsys.readouterr().err)
+    assert error.endswith(" are free on cpu: not even 4 fit\n")
+    with monkeypatch.context() as patch:
         patch.setattr(
             fnn.DALLE, "generate", lambda self, text, **_: raising(MemoryError("no room"))() if len(text) else 0
         )

@@ -262,6 +262,19 @@ def test_pictures_that_cannot_be_held_are_refused_before_any_is_drawn(parts, mon
         monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
         with pytest.raises(torch.OutOfMemoryError, match=f"6 images of a caption .* free on cpu: {advice}"):
             sampling.draw_each(*parts, CAPTIONS, num_images=6)
+    for free, advice in ((21 * image, "num_images=5 would fit"), (13 * image, "pass fewer captions, or keep fewer")):
+        monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
+        with pytest.raises(
+            sampling.DoesNotFit, match=f"6 .* 5 captions, 2 of them kept, take .* cpu: {advice}"
+        ) as told:
+            sampling.draw(*parts, CAPTIONS, num_images=6, keep=2)
+        if told.value.argument:  # that many fit, and no more
+            with pytest.raises(pytest.fail.Exception, match="drawn in vain"):
+                sampling.draw(*parts, CAPTIONS, num_images=told.value.fits, keep=2)
+    for free, advice in ((11 * image, "num_images=5 would fit"), (3 * image, "not even 2 fit")):
+        monkeypatch.setattr(sampling, "free_memory", lambda device, free=free: free)
+        with pytest.raises(sampling.DoesNotFit, match=f"6 images of a caption, 2 of them kept, .* on cpu: {advice}"):
+            sampling.draw_each(*parts, CAPTIONS, num_images=6, keep=2)
     monkeypatch.undo()
     monkeypatch.setattr(sampling, "free_memory", lambda device: 10**15)
     with pytest.raises(ValueError, match="num_images must be at most 477218588 images of a caption, got 477218589"):

@@ -106,7 +106,7 @@ def run(arguments) -> int:
             captions,
             num_images=arguments.best_of or arguments.num_images,
             score=score,
-            keep=arguments.num_images,
+            keep=arguments.num_images if arguments.best_of else None,
             batch_size=arguments.batch_size,
             truncate=arguments.truncate,
             codes=codes,
