@@ -177,7 +177,8 @@ def draw_each(
 def _kept(images, caption, score, keep):
     if score is None:
         return Drawn(images[:keep], list(range(keep)), None)
-    best, scores = _best(images, lambda x: score(x, caption), keep)
+    # Of a copy, as it may work in place: of a caption's images there are two anyway while they are decoded.
+    best, scores = _best(images, lambda x: score(x.clone(), caption), keep)
     return Drawn(images[best], best.tolist(), scores.tolist())
 
 

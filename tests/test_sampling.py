@@ -96,6 +96,12 @@ def test_the_best_of_many_are_kept_best_first(parts):
         assert drawn.scores == pytest.approx(brightness(best[number], "").tolist(), abs=1e-5)
 
 
+def test_a_score_may_work_in_place(parts):
+    whole = sampling.draw(*parts, CAPTIONS, num_images=3, seed=1)
+    scored = sampling.draw(*parts, CAPTIONS, num_images=3, seed=1, score=lambda x, _: -x.sub_(5)[:, 0, 0, 0], keep=3)
+    assert torch.equal(scored.sort(1).values, whole.sort(1).values)
+
+
 def test_completion_goes_with_its_caption(parts):
     codes = torch.randint(11, (5, 3, 3), generator=torch.Generator().manual_seed(0))
     known = torch.zeros(5, 3, 3, dtype=torch.bool)
