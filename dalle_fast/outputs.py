@@ -15,16 +15,21 @@ UNFINISHED = ".writing-"  # before the name of what is being written
 
 
 def can_write(path: str | os.PathLike) -> bool:
-    """Whether a file can be written there; tried in its folder, which is left as it is, as is a file that is there.
+    """Whether `written_whole` can write a file there; tried in its folder, which is left as it is, as is a file that is
+    there.
 
-    What the folder's permissions say is not enough: root has all of them in /proc, where no file can be made.
+    What the folder's permissions say is not enough: root has all of them in /proc, where no file can be made. The name
+    that is tried is the one that will be written, as it is the longer one, behind a link in another folder.
     """
-    path = Path(path)
+    path, unfinished = _whole_and_unfinished(path)
     try:
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-            return False
-        with tempfile.TemporaryFile(dir=path.parent):
-            return True
+        for other in (path, unfinished):  # what a killed process left, too
+            if other.exists() and not (other.is_file() and os.access(other, os.W_OK)):
+                return False
+        if not unfinished.exists():
+            unfinished.touch(exist_ok=False)
+            unfinished.unlink()
+        return True
     except OSError:
         return False
 
@@ -58,8 +63,7 @@ def written_whole(path: str | os.PathLike, *, durable: bool = False):
     Raises:
         OSError: `path` cannot be written to.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
-    unfinished = path.with_name(UNFINISHED + path.name)
+    path, unfinished = _whole_and_unfinished(path)
     try:
         if path.exists():
             open(path, "ab").close()  # refused where it is a folder, or is not to be written to
@@ -71,6 +75,12 @@ def written_whole(path: str | os.PathLike, *, durable: bool = False):
             fsync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _whole_and_unfinished(path) -> tuple[Path, Path]:
+    """The file that is written, as a link stays one, and its name until it is whole."""
+    path = Path(os.path.realpath(path))
+    return path, path.with_name(UNFINISHED + path.name)
 
 
 def fsync(path: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dalle_fast.errors import UserError
-from dalle_fast.outputs import held, written_whole
+from dalle_fast.outputs import can_write, held, written_whole
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,6 +59,43 @@ def test_a_forked_process_that_leaves_the_block_lets_nothing_go(tmp_path):
     holding.__exit__(None, None, None)
     with held(tmp_path, "it"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "possible"),
+    [
+        ("new", True),
+        ("old", True),
+        ("n" * 246, True),
+        ("n" * 247, False),  # its name until it is whole is of 256 bytes
+        ("n" * 256, False),
+        ("missing/new", False),
+        ("to_old", True),
+        ("to_new", True),
+        ("to_missing", False),
+        ("to_nowhere_in_proc", False),
+        (".", False),
+        ("old/new", False),
+        ("left", True),  # by a process that was killed
+        ("taken", False),
+    ],
+)
+def test_can_write_is_true_of_what_is_then_written(tmp_path, name, possible):
+    (tmp_path / "old").write_text("old")
+    for link, target in (("old", "old"), ("new", "new"), ("missing", "missing/x"), ("nowhere_in_proc", "/proc/x")):
+        os.symlink(target, tmp_path / f"to_{link}")
+    (tmp_path / ".writing-left").write_text("half")
+    (tmp_path / ".writing-taken").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    assert can_write(tmp_path / name) == possible
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "old").read_text() == "old"
+    if possible:
+        with written_whole(tmp_path / name) as unfinished:
+            unfinished.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
+    else:
+        with pytest.raises(OSError), written_whole(tmp_path / name) as unfinished:
+            unfinished.write_text("whole")
 
 
 @pytest.mark.parametrize("durable", [False, True])
