@@ -23,7 +23,8 @@ import torch
 
 from dalle_fast import sampling
 from dalle_fast.commands import training
-from dalle_fast.commands.generate import load_parts, write
+from dalle_fast.commands.drawing import write
+from dalle_fast.commands.generate import load_parts
 from dalle_fast.data.shapes import Shapes, caption_of_scene, read_captions, scene_of_caption
 from dalle_fast.errors import UserError
 from dalle_fast.nn import functional as F

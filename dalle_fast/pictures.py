@@ -52,8 +52,8 @@ def picture_grid(rows) -> np.ndarray:
 
 
 def to_uint8(images) -> np.ndarray:
-    """(B, 3, H, W) float pixels from 0 to 1 as (B, H, W, 3) uint8."""
-    return (images * 255).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()
+    """(B, C, H, W) float pixels from 0 to 1 as (B, H, W, 3) uint8; C is 3, or 1 of shades of grey."""
+    return (images * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
 
 
 def sheet(rows, layout: Layout, *, background: int) -> np.ndarray:

@@ -316,7 +316,7 @@ def save_grid(images, path, columns=None):
         raise ValueError(f"images must have shape (N, C, H, W) with N > 0 and C 1 or 3, got {got}")
     N, _, H, W = images.shape
     columns = min(N, columns or int((N - 1) ** 0.5) + 1)
-    pixels = to_uint8(images.float().expand(-1, 3, -1, -1))
+    pixels = to_uint8(images.float())
     rows = [pixels[first : first + columns] for first in range(0, N, columns)]
     save_picture(sheet(rows, Layout(len(rows), columns, H, W, gap=0), background=0), path)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -17,6 +18,7 @@ from PIL import Image
 import dalle_fast
 import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli, sampling
+from dalle_fast.commands import drawing
 from dalle_fast.commands import generate as generate_command
 from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
@@ -184,6 +186,33 @@ def test_a_picture_says_how_it_is_drawn_again(generate, model, tmp_path, scores,
     text = Image.open(tmp_path / "out.png").text
     assert text["Description"] == f"{CAPTION}\n{OTHER}" and "number" not in json.loads(text["Comment"])
     generate(CAPTION, out=tmp_path / "one.jpg")
+
+
+def test_a_vae_of_one_channel_draws_shades_of_grey(generate, tmp_path, capsys):
+    picture = np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "colours.png")
+    Image.fromarray(picture).convert("L").save(tmp_path / "grey.png")
+    (tmp_path / "vae").mkdir()
+    vae = make(fnn.DiscreteVAE, dataclasses.replace(VAE, channels=1))
+    checkpoint.export(tmp_path / "vae" / checkpoint.MODEL, vae)
+    alone = generate(CAPTION, "--dvae", tmp_path / "vae")
+    assert alone.shape == (S, S, 3) and alone.std() > 0 and (alone == alone[..., :1]).all()
+    generate(CAPTION, OTHER, "--dvae", tmp_path / "vae", out=f"{tmp_path}/pictures/")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "pictures" / "0000-0000.png")), alone)
+    colours, grey = (
+        generate(CAPTION, "--dvae", tmp_path / "vae", "--complete", tmp_path / f"{name}.png")
+        for name in ("colours", "grey")
+    )
+    assert np.array_equal(colours, grey) and not np.array_equal(grey, alone)
+    flags = ["--model", tmp_path / "vae", "--out", tmp_path / "both.png", "--device", "cpu"]
+    assert cli.main([*map(str, ["reconstruct", tmp_path / "colours.png", *flags])]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "both.png"))
+    images = torch.from_numpy(np.array(Image.open(tmp_path / "grey.png")))[None, None] / 255
+    assert np.array_equal(sheet, picture_grid([to_uint8(images), to_uint8(vae.reconstruct(images))]))
+    checkpoint.export(tmp_path / "vae" / checkpoint.MODEL, make(fnn.DiscreteVAE, dataclasses.replace(VAE, channels=4)))
+    capsys.readouterr()
+    assert generate(CAPTION, "--dvae", tmp_path / "vae") == 2
+    assert "vae must have 1 or 3 channels, as pictures have, got 4\n" in capsys.readouterr().err
 
 
 def test_many_pictures_of_a_caption_go_on_in_another_row(generate, model):
@@ -384,7 +413,7 @@ def test_what_does_not_fit_in_memory_is_one_line(generate, tmp_path, capsys, mon
     assert generate(CAPTION, "--num-images", 10**9) == 2
     error = capsys.readouterr().err
     assert (
-        "out.png takes 8.67e+04 GB of memory, and " in error and "for 786 x 12250000002 pixels: choose a fol" in error
+        "out.png takes 1.16e+05 GB of memory, and " in error and "for 786 x 12250000002 pixels: choose a fol" in error
     )
     folder = f"{tmp_path}/pictures/"
     assert generate(CAPTION, "--num-images", 10**9, out=folder) == 2

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
-import io
 import json
 import os
 import re
@@ -13,16 +13,14 @@ import traceback
 from pathlib import Path
 
 import dalle_fast
-from dalle_fast.commands import training
-from dalle_fast.commands.reconstruct import read_square
+from dalle_fast.commands import drawing, training
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.errors import UserError
 
 COLUMNS = 8  # of a sheet: more pictures of a caption go on in another row
-SHEETS = 3  # as many times as it has pixels a sheet is in memory, where it is made
 TABLE = "metadata.csv"  # with a column file_name, as tools expect beside a folder's pictures
 DRAWN = re.compile(r"\d{4,}-\d{4,}\.png")
-KEPT = ("temperature", "top_k", "top_p", "guidance", "best_of", "score", "truncate", "keep_rows")  # in a PNG file
+KEPT = ("temperature", "top_k", "top_p", "guidance", "best_of", "score", "truncate")  # in a PNG file
 
 
 def add_arguments(parser) -> None:
@@ -68,10 +66,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments) -> int:
     from dalle_fast import sampling
-    from dalle_fast.nn import generation
     from dalle_fast.nn.memory import is_out_of_memory
-    from dalle_fast.progress import tell
-    from dalle_fast.training.precision import precision_on
 
     captions = _captions(arguments)
     if arguments.num_images < 1:
@@ -86,12 +81,28 @@ def run(arguments) -> int:
     if arguments.keep_rows is not None and arguments.complete is None:
         raise UserError("--keep-rows needs --complete, the picture whose rows are kept")
     score = None if arguments.score is None else _function(arguments.score)
-    device = training.device(arguments.device)
-    precision = precision_on(device, arguments.precision)
     try:
-        dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device, precision=precision)
-        codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
-        _check_out(arguments.out, len(captions), arguments.num_images, dvae.config.image_size)
+        _draw(arguments, captions, score, training.device(arguments.device))
+    except sampling.DoesNotFit as error:
+        flags = {"batch_size": "--batch-size", "num_images": "--best-of" if arguments.best_of else "--num-images"}
+        raise UserError(error.worded(f"{flags.get(error.argument)} {error.fits}")) from error
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        if isinstance(error, (RuntimeError, MemoryError)) and not is_out_of_memory(error):
+            raise
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _draw(arguments, captions, score, device):
+    from dalle_fast import sampling
+    from dalle_fast.nn import generation
+    from dalle_fast.progress import tell
+    from dalle_fast.training.precision import precision_on
+
+    precision = precision_on(device, arguments.precision)
+    dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device, precision=precision)
+    codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
+    with _checked_out(arguments.out, len(captions), arguments.num_images, dvae.config.image_size):
         if arguments.guidance not in (None, 1) and dalle.trained_with.get("caption_dropout") == 0:
             never = f"the model in {arguments.model} never saw: it was trained with --caption-dropout 0"
             warning = (
@@ -129,14 +140,6 @@ def run(arguments) -> int:
             out.end()
             if 0 < out.done < len(captions):
                 tell(f"stopped after {out.done} of {len(captions)} captions, whose pictures are written")
-    except sampling.DoesNotFit as error:
-        flags = {"batch_size": "--batch-size", "num_images": "--best-of" if arguments.best_of else "--num-images"}
-        raise UserError(error.worded(f"{flags.get(error.argument)} {error.fits}")) from error
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        if isinstance(error, (RuntimeError, MemoryError)) and not is_out_of_memory(error):
-            raise
-        raise UserError(str(error)) from error
-    return 0
 
 
 def load_parts(folder, *, dvae=None, device="cpu", precision="float32"):
@@ -159,7 +162,7 @@ def load_parts(folder, *, dvae=None, device="cpu", precision="float32"):
     own = dvae is None
     if own and not (folder / DVAE).is_dir():
         raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one with --dvae")
-    dvae = checkpoint.load_model(folder / DVAE if own else dvae, kind="DiscreteVAE", device=device)
+    dvae = drawing.load_dvae(folder / DVAE if own else dvae, device)
     try:
         tokenizer = Tokenizer.load(folder / TOKENIZER)
         sampling.check_fit(dalle, dvae, tokenizer)
@@ -179,7 +182,7 @@ class _Folder:
         for place, picture in enumerate(_pixels(drawn)):
             name, number = f"{self.done:04d}-{place:04d}.png", drawn.numbers[place]
             path = os.path.join(self.path, name)
-            _save(picture, path, _texts([caption], {**self.about, "number": number}))
+            drawing.write([[picture]], path, _texts([caption], {**self.about, "number": number}))
             print(path)
             lines.append((name, caption, self.about["seed"], number, drawn.scores[place] if drawn.scores else ""))
         path = os.path.join(self.path, TABLE)
@@ -216,7 +219,7 @@ class _Sheet:
     def end(self):
         if self.rows:
             alone = {"number": self.first} if len(self.rows) == len(self.rows[0]) == 1 else {}
-            write(self.rows, self.path, _texts(self.captions, {**self.about, **alone}))
+            drawing.write(self.rows, self.path, _texts(self.captions, {**self.about, **alone}))
             print(self.path)
 
 
@@ -224,26 +227,6 @@ def _pixels(drawn):
     from dalle_fast.pictures import to_uint8
 
     return to_uint8(drawn.images)
-
-
-def write(rows, path, texts=None) -> None:
-    """Write pictures: rows of arrays (N, S, S, 3) uint8. One alone keeps its size; of several small ones are enlarged.
-
-    Args:
-        texts: see `save_picture`.
-    """
-    from dalle_fast.pictures import picture_grid
-
-    _save(rows[0][0] if len(rows) == len(rows[0]) == 1 else picture_grid(rows), path, texts)
-
-
-def _save(picture, path, texts):
-    from dalle_fast.pictures import save_picture
-
-    try:
-        save_picture(picture, path, texts)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _texts(captions, about):
@@ -259,47 +242,20 @@ def _is_folder(path) -> bool:
     return os.path.isdir(path) or str(path).endswith(os.sep)
 
 
-def _check_out(path, captions, num_images, size) -> None:
-    """Refuse what could not be written now, not when all is drawn. It makes folders, but leaves no file."""
-    import torch
+@contextlib.contextmanager
+def _checked_out(path, captions, num_images, size):
+    """Refuse what could not be written now, not when all is drawn."""
+    from dalle_fast.outputs import make_folder
 
-    from dalle_fast.nn.memory import free_memory
-    from dalle_fast.outputs import can_write, make_folder
-    from dalle_fast.pictures import grid_layout
-
-    if _is_folder(path):
-        make_folder(path, "--out")
-        if found := sorted(name for name in os.listdir(path) if name == TABLE or DRAWN.fullmatch(name)):
-            raise UserError(f"--out {path} holds pictures of another run ({found[0]}): choose another folder")
+    if not _is_folder(path):
+        rows = captions * -(-num_images // COLUMNS)
+        drawing.check_out(path, rows, min(num_images, COLUMNS), size, "a folder for a file of each")
+        yield
         return
-    height, width = size, size
-    if captions * num_images > 1:
-        height, width = grid_layout(captions * -(-num_images // COLUMNS), min(num_images, COLUMNS), size).size
-    try:
-        _try_to_save(path, 1, 1)
-    except (KeyError, OSError, ValueError) as error:  # KeyError: of formats that Pillow only reads
-        raise UserError(f"--out must end as a colour picture that Pillow writes, as .png does, got {path}") from error
-    needed, free = SHEETS * 3 * height * width, free_memory(torch.device("cpu"))
-    if free is not None and needed > free:
-        room = f"{needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free"
-        raise UserError(f"--out {path} takes {room}, for {width} x {height} pixels: choose a folder for a file of each")
-    try:  # a format's limits are of a side
-        _try_to_save(path, width, 1)
-        _try_to_save(path, 1, height)
-    except (OSError, ValueError, OverflowError) as error:
-        too_large = f"--out {path} cannot hold {width} x {height} pixels, which all pictures together have"
-        raise UserError(f"{too_large}: choose .png, or a folder for a file of each") from error
-    make_folder(os.path.dirname(path) or ".", "--out's folder")
-    if not can_write(path):
-        raise UserError(f"--out must name a file that can be written, got {path}")
-
-
-def _try_to_save(path, width, height):
-    from PIL import Image
-
-    memory = io.BytesIO()
-    memory.name = path  # whose ending says the format
-    Image.new("RGB", (width, height)).save(memory)
+    make_folder(path, "--out")
+    if found := sorted(name for name in os.listdir(path) if name == TABLE or DRAWN.fullmatch(name)):
+        raise UserError(f"--out {path} holds pictures of another run ({found[0]}): choose another folder")
+    yield
 
 
 def _captions(arguments) -> list[str]:
@@ -358,15 +314,10 @@ def _where(error):
 
 def _first_rows(dvae, arguments, count):
     """The codes (count, rows, w) of the first rows of the picture to complete, of its middle square."""
-    import torch
-
-    size, rows = dvae.config.image_size, arguments.keep_rows
-    rows = dvae.config.grid // 2 if rows is None else rows
+    rows = dvae.config.grid // 2 if arguments.keep_rows is None else arguments.keep_rows
     if not 1 <= rows < dvae.config.grid:
         raise UserError(
             f"--keep-rows must be from 1 to {dvae.config.grid - 1}, as there are {dvae.config.grid} rows, got {rows}"
         )
-    pixels = read_square(arguments.complete, size)
-    device = next(dvae.parameters()).device
-    images = torch.from_numpy(pixels).movedim(-1, 0)[None].to(device).float() / 255
-    return dvae.encode(images)[:, :rows].repeat(count, 1, 1)
+    picture = drawing.read_square(arguments.complete, dvae.config)
+    return dvae.encode(drawing.images_for(dvae, picture[None]))[:, :rows].repeat(count, 1, 1)

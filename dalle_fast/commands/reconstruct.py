@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dalle_fast.commands import training
+from dalle_fast.commands import drawing, training
 from dalle_fast.errors import UserError
+
+BATCH = 64  # pictures that go through the model at once
 
 
 def add_arguments(parser) -> None:
@@ -14,49 +16,35 @@ def add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
-    from dalle_fast.checkpoint import load_model
-    from dalle_fast.pictures import save_picture
+    from dalle_fast.nn.memory import is_out_of_memory
 
-    model = load_model(arguments.model, kind="DiscreteVAE", device=training.device(arguments.device))
-    picture = reconstructions(model, arguments.images)
+    device = training.device(arguments.device)
     try:
-        save_picture(picture, arguments.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {arguments.out}: {error}") from error
+        model = drawing.load_dvae(arguments.model, device)
+        drawing.check_out(arguments.out, 2, len(arguments.images), model.config.image_size, "fewer pictures")
+        drawing.write(reconstructions(model, arguments.images), arguments.out)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"reconstructing {len(arguments.images)} pictures ran out of memory: {error}") from error
     print(arguments.out)
     return 0
 
 
 def reconstructions(model, paths):
-    """Pictures from files, cropped to a square of the model's size, above their reconstructions.
+    """Pictures from files, cropped to a square of the model's size, and their reconstructions.
 
     Returns:
-        (height, width, 3) uint8.
+        Two rows (N, S, S, 3) uint8.
 
     Raises:
         UserError: a file that cannot be read as a picture, or one smaller than the model's.
     """
     import numpy as np
-    import torch
 
-    from dalle_fast.pictures import picture_grid, to_uint8
+    from dalle_fast.pictures import to_uint8
 
-    originals = torch.from_numpy(np.stack([read_square(path, model.config.image_size) for path in paths]))
-    device = next(model.parameters()).device
-    pixels = originals.movedim(-1, 1).to(device).float() / 255
-    return picture_grid([originals.numpy(), to_uint8(model.reconstruct(pixels))])
-
-
-def read_square(path, size):
-    """The middle square of the picture in a file, resized: (size, size, 3) uint8.
-
-    Raises:
-        UserError: it cannot be read as a picture, or is smaller.
-    """
-    from dalle_fast.data.crops import centre_crop
-    from dalle_fast.data.images import BadImage, decode, read_file
-
-    try:
-        return centre_crop(decode(read_file(path), draft=size), size)
-    except (BadImage, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+    originals = np.stack([drawing.read_square(path, model.config) for path in paths])  # what is wrong is told first
+    parts = (originals[first : first + BATCH] for first in range(0, len(originals), BATCH))
+    drawn = [to_uint8(model.reconstruct(drawing.images_for(model, part))) for part in parts]
+    return [originals, np.concatenate(drawn)]
