@@ -188,6 +188,14 @@ def test_a_picture_says_how_it_is_drawn_again(generate, model, tmp_path, scores,
     generate(CAPTION, out=tmp_path / "one.jpg")
 
 
+def test_a_name_that_stdout_cannot_say_ends_nothing(generate, tmp_path, monkeypatch):
+    said = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", said)
+    assert generate(CAPTION, "--num-images", "2", out=f"{tmp_path}/caf\u00e9\udce9/") == 0
+    lines = said.buffer.getvalue().decode("ascii").splitlines()
+    assert lines == [f"{tmp_path}/caf\\xe9\\udce9/0000-000{number}.png" for number in range(2)]
+
+
 def test_a_vae_of_one_channel_draws_shades_of_grey(generate, tmp_path, capsys):
     picture = np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "colours.png")
