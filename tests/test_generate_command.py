@@ -188,6 +188,22 @@ def test_a_picture_says_how_it_is_drawn_again(generate, model, tmp_path, scores,
     generate(CAPTION, out=tmp_path / "one.jpg")
 
 
+def test_an_interruption_among_a_captions_pictures_leaves_a_line_for_each(generate, tmp_path, monkeypatch, capsys):
+    write, names = drawing.write, ["0000-0000.png", "0000-0001.png", "0000-0002.png", "0001-0000.png"]
+
+    def interrupted(rows, path, texts):
+        if os.path.basename(path) == "0001-0001.png":
+            raise KeyboardInterrupt
+        write(rows, path, texts)
+
+    monkeypatch.setattr(drawing, "write", interrupted)
+    assert generate(CAPTION, OTHER, "--num-images", "3", out=f"{tmp_path}/pictures/") == 130
+    assert sorted(os.listdir(tmp_path / "pictures")) == [*names, "metadata.csv"]
+    with open(tmp_path / "pictures" / "metadata.csv", newline="") as file:
+        assert [line["file_name"] for line in csv.DictReader(file)] == names
+    assert [os.path.basename(line) for line in capsys.readouterr().out.splitlines()] == names
+
+
 def test_a_name_that_stdout_cannot_say_ends_nothing(generate, tmp_path, monkeypatch):
     said = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", said)

@@ -178,22 +178,25 @@ class _Folder:
         self.path, self.about, self.done = path, about, 0
 
     def add(self, caption, drawn):
-        lines = []
         for place, picture in enumerate(_pixels(drawn)):
             name, number = f"{self.done:04d}-{place:04d}.png", drawn.numbers[place]
             path = os.path.join(self.path, name)
             drawing.write([[picture]], path, _texts([caption], {**self.about, "number": number}))
+            self._add_line(name, caption, self.about["seed"], number, drawn.scores[place] if drawn.scores else "")
             print(path)
-            lines.append((name, caption, self.about["seed"], number, drawn.scores[place] if drawn.scores else ""))
+        self.done += 1
+
+    def _add_line(self, *fields):
+        """At once: what ends the run among the pictures of a caption leaves each with its line."""
         path = os.path.join(self.path, TABLE)
         try:
             with open(path, "a", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
                 if file.tell() == 0:
-                    lines.insert(0, ("file_name", "caption", "seed", "number", "score"))
-                csv.writer(file).writerows(lines)
+                    table.writerow(("file_name", "caption", "seed", "number", "score"))
+                table.writerow(fields)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
-        self.done += 1
 
     def end(self):
         """All is written."""
