@@ -24,6 +24,7 @@ from dalle_fast.commands.generate import load_parts
 from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
 from dalle_fast.data.crops import centre_crop
+from dalle_fast.outputs import held
 from dalle_fast.pictures import picture_grid, to_uint8
 from dalle_fast.training.precision import precision_on
 
@@ -202,6 +203,22 @@ def test_an_interruption_among_a_captions_pictures_leaves_a_line_for_each(genera
     with open(tmp_path / "pictures" / "metadata.csv", newline="") as file:
         assert [line["file_name"] for line in csv.DictReader(file)] == names
     assert [os.path.basename(line) for line in capsys.readouterr().out.splitlines()] == names
+
+
+def test_a_folder_is_drawn_into_by_one_run_at_a_time(generate, tmp_path, monkeypatch, capsys):
+    draw_each, folder = sampling.draw_each, f"{tmp_path}/pictures/"
+
+    def drawn_beside_another(*arguments, **options):
+        monkeypatch.setattr(sampling, "draw_each", draw_each)
+        assert generate(OTHER, out=folder) == 2  # which would find no picture yet
+        return draw_each(*arguments, **options)
+
+    monkeypatch.setattr(sampling, "draw_each", drawn_beside_another)
+    generate(CAPTION, out=folder)
+    assert capsys.readouterr().err == f"dalle-fast: error: --out {folder} is in use by another process\n"
+    assert json.loads(Image.open(f"{folder}0000-0000.png").text["Comment"])["number"] == 0
+    with held(folder, "it"):
+        pass
 
 
 def test_a_name_that_stdout_cannot_say_ends_nothing(generate, tmp_path, monkeypatch):

@@ -247,8 +247,8 @@ def _is_folder(path) -> bool:
 
 @contextlib.contextmanager
 def _checked_out(path, captions, num_images, size):
-    """Refuse what could not be written now, not when all is drawn."""
-    from dalle_fast.outputs import make_folder
+    """Refuse what could not be written now, not when all is drawn; a folder is this run's own until it is left."""
+    from dalle_fast.outputs import held, make_folder
 
     if not _is_folder(path):
         rows = captions * -(-num_images // COLUMNS)
@@ -256,9 +256,10 @@ def _checked_out(path, captions, num_images, size):
         yield
         return
     make_folder(path, "--out")
-    if found := sorted(name for name in os.listdir(path) if name == TABLE or DRAWN.fullmatch(name)):
-        raise UserError(f"--out {path} holds pictures of another run ({found[0]}): choose another folder")
-    yield
+    with held(path, "--out"):  # before a look at what is there
+        if found := sorted(name for name in os.listdir(path) if name == TABLE or DRAWN.fullmatch(name)):
+            raise UserError(f"--out {path} holds pictures of another run ({found[0]}): choose another folder")
+        yield
 
 
 def _captions(arguments) -> list[str]:
