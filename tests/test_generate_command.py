@@ -189,6 +189,14 @@ def test_a_picture_says_how_it_is_drawn_again(generate, model, tmp_path, scores,
     generate(CAPTION, out=tmp_path / "one.jpg")
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_completion_says_what_it_completes(generate, tmp_path, rows):
+    Image.new("RGB", (S, S)).save(tmp_path / "top.png")
+    generate(CAPTION, "--complete", tmp_path / "top.png", *([] if rows is None else ["--keep-rows", rows]))
+    about = json.loads(Image.open(tmp_path / "out.png").text["Comment"])
+    assert about["complete"] == "top.png" and about["keep_rows"] == (rows or 2)
+
+
 def test_an_interruption_among_a_captions_pictures_leaves_a_line_for_each(generate, tmp_path, monkeypatch, capsys):
     write, names = drawing.write, ["0000-0000.png", "0000-0001.png", "0000-0002.png", "0001-0000.png"]
 

@@ -131,6 +131,8 @@ def _draw(arguments, captions, score, device):
         if arguments.seed is None:
             tell(f"seed {seed}")
         options = {name: getattr(arguments, name) for name in KEPT} | {"precision": precision}
+        if codes is not None:
+            options |= {"complete": os.path.basename(arguments.complete), "keep_rows": codes.shape[1]}
         about = {"seed": seed, **{name: value for name, value in options.items() if value is not None}}
         out = (_Folder if _is_folder(arguments.out) else _Sheet)(arguments.out, about)
         try:
