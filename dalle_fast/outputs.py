@@ -7,6 +7,7 @@ import fcntl
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from dalle_fast.errors import UserError
@@ -94,10 +95,12 @@ def fsync(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def held(path: str | os.PathLike, name: str, *, wait: bool = False):
-    """While entered, no other process that asks can hold the folder, which must be there.
+    """While entered, no other process that asks can hold the folder, which must be there; nor another thread. The one that
+    holds it may ask again.
 
-    It is let go when the process ends, however it ends, also where processes that it forked live on. A file system
-    without locks holds nothing.
+    It is let go when the process ends, however it ends, also where processes that it forked live on. Where folders cannot
+    be locked a file ".lock" in it is; where that cannot be either, nothing is held. A file system of several machines may
+    keep a folder's lock to one of them, as Linux's NFS does.
 
     Args:
         name: what the folder is, for the message. wait: for the other process, instead of an error.
@@ -105,33 +108,45 @@ def held(path: str | os.PathLike, name: str, *, wait: bool = False):
     Raises:
         UserError: another process holds it.
     """
-    folder = os.open(path, os.O_RDONLY)
-    _holding.add(folder)
+    found = os.stat(path)
+    place = found.st_dev, found.st_ino, threading.get_ident()
+    if place in _holding:  # another descriptor of it would wait for ours
+        yield
+        return
+    _holding[place] = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
-                raise UserError(f"{name} {path} is in use by another process") from error
-            print(f"waiting for another process that uses {name} {path}", file=sys.stderr, flush=True)
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            _lock(_holding[place], path, name, wait)
         except OSError:
-            pass
+            with contextlib.suppress(OSError):
+                file = os.open(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+                os.close(_holding[place])
+                _holding[place] = file
+                _lock(file, path, name, wait)
         yield
     finally:
-        if folder in _holding:  # not in a forked process
-            _holding.remove(folder)
-            os.close(folder)
+        if place in _holding:  # not in a forked process
+            os.close(_holding.pop(place))
 
 
-_holding: set[int] = set()  # descriptors
+def _lock(descriptor, path, name, wait) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not wait:
+            raise UserError(f"{name} {path} is in use by another process") from error
+        print(f"waiting for another process that uses {name} {path}", file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+_holding: dict[tuple[int, int, int], int] = {}  # device, inode, thread -> descriptor
 
 
 def _let_go() -> None:
     """In a process that was forked, such as one that loads pictures: it shares the lock as long as it has the descriptor,
     and outlives a parent that is killed by seconds."""
     while _holding:
-        os.close(_holding.pop())
+        os.close(_holding.popitem()[1])
 
 
 os.register_at_fork(after_in_child=_let_go)

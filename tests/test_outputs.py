@@ -1,8 +1,11 @@
 """A folder is held by one process, as long as that lives; a file is written whole."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
+import stat
 import time
 
 import pytest
@@ -39,6 +42,18 @@ def test_a_folder_is_free_once_its_process_is_killed_though_a_forked_one_lives_o
         os.kill(child, signal.SIGKILL)
 
 
+def _is_held(path):
+    """As another process finds it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with held(path, "it"):
+                os._exit(0)
+        except UserError:
+            os._exit(1)
+    return bool(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
 def test_a_forked_process_that_leaves_the_block_lets_nothing_go(tmp_path):
     """Nor does it close what has the descriptor's number there by then."""
     holding = held(tmp_path, "it")
@@ -54,11 +69,39 @@ def test_a_forked_process_that_leaves_the_block_lets_nothing_go(tmp_path):
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    with pytest.raises(UserError, match="in use by another process"), held(tmp_path, "it"):
-        pass
+    assert _is_held(tmp_path)
     holding.__exit__(None, None, None)
+    assert not _is_held(tmp_path)
+
+
+def test_who_holds_a_folder_may_ask_again_by_another_name(tmp_path):
+    """As where codes are kept in a run's folder: a second lock of it would wait for the first one, without end."""
+    (tmp_path / "link").symlink_to(tmp_path)
     with held(tmp_path, "it"):
-        pass
+        with held(tmp_path / "link", "it"):
+            pass
+        assert _is_held(tmp_path)
+    assert not _is_held(tmp_path)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_where_folders_cannot_be_locked_a_file_is(tmp_path, monkeypatch, writable):
+    """Nothing, where that cannot be made; and no file is left where a folder can be locked."""
+    with held(tmp_path, "it"):
+        assert os.listdir(tmp_path) == []
+    flock = fcntl.flock
+
+    def refusing(descriptor, how):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    if not writable:
+        (tmp_path / ".lock").mkdir()
+    with held(tmp_path, "it"):
+        assert _is_held(tmp_path) == writable
+    assert not _is_held(tmp_path)
 
 
 @pytest.mark.parametrize(

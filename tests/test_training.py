@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -26,7 +27,6 @@ from dalle_fast import checkpoint
 from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
 from dalle_fast.errors import UserError
-from dalle_fast.outputs import held
 from dalle_fast.training import (
     DVAEObjective,
     DVAERecipe,
@@ -404,8 +404,11 @@ def test_a_log_that_is_no_runs_is_not_emptied(tmp_path, resume):
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
-    with held(tmp_path, "the folder"), pytest.raises(UserError, match="is in use by another process"):
+    other = os.open(tmp_path, os.O_RDONLY)  # as another process has it
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="is in use by another process"):
         train(objective(), tmp_path, settings(), **QUIET)
+    os.close(other)
     train(objective(), tmp_path, settings(), **QUIET)
 
 
