@@ -47,8 +47,10 @@ import copy, torch
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import dalle_fast.nn as fnn
+from dalle_fast.data import open_source
 from dalle_fast.nn.generation import why_not_captured
 from dalle_fast.training import processes
+from dalle_fast.training.codes import encode_source
 
 with processes.joined():
     us = processes.current()
@@ -65,6 +67,25 @@ with processes.joined():
         us.check_same(us.number, "the step")
     except processes.UserError as error:
         assert str(error) == "the step must be the same for all 2 processes, got 0 to 1"
+    else:
+        raise AssertionError
+    us.check_same_values({"a": [1, 2], "b": None}, "the settings")
+    for values, words in (
+        ({"c": "same", "b": us.number, "a": 0.5 + us.number}, f"the settings must be the same for all 2 processes, got a {us.number}.5, b {us.number} in process {us.number}"),
+        ({"a": 0, **{str(n): 0 for n in range(us.number)}}, "the names of the settings must be the same for all 2 processes, got"),
+    ):
+        try:
+            us.check_same_values(values, "the settings")
+        except processes.UserError as error:
+            assert str(error).startswith(words), error
+        else:
+            raise AssertionError
+    # As of data on each machine's own disk.
+    source = open_source("shapes", image_size=16)
+    try:
+        encode_source(fnn.DiscreteVAE(fnn.DVAEConfig(image_size=16, downsampling=8, num_codes=12, embedding_dim=4, hidden=8, blocks_per_group=1)), source, folder="/dev/null", split="train", count=100 + 100 * us.number)
+    except processes.UserError as error:
+        assert str(error).startswith("the pictures and the VAE must be the same for all 2 processes, got count "), error
     else:
         raise AssertionError
     # What waits for the lead has a group of its own: of one that hangs in a backward pass torch's limit is the shorter.

@@ -66,11 +66,14 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
         seed: of order and crops. workers: processes that load. progress: say what is computed, on stderr.
 
     Raises:
-        UserError: `folder` or the file cannot be written. DataError: the source cannot be read.
+        UserError: `folder` or the file cannot be written; processes that train together have other data or another
+            dVAE. DataError: the source cannot be read.
     """
     key = key_of(dvae, source, split=split, count=count, seed=seed)
     path = path_of(folder, key)
     together = processes.current()
+    # As where each machine has data of its own: of other numbers of batches they would wait for one another without end.
+    together.check_same_values(key, "the pictures and the VAE")
     if not _lacking(path, key, together):
         return _read(path, key)
     with contextlib.ExitStack() as stack:

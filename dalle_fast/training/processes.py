@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import json
 import os
 import warnings
 from typing import NamedTuple
@@ -50,7 +52,7 @@ class Processes(NamedTuple):
         return self._reduced([number], torch.int64, distributed.ReduceOp.MAX)[0]
 
     def of_lead(self, numbers: list[int]) -> list[int]:
-        """The lead's numbers, none negative, where the others have as many."""
+        """The lead's numbers, none negative. The others must have as many: other ones would wait without end."""
         if self.count == 1:
             return numbers
         return self._reduced(numbers if self.leads else [0] * len(numbers), torch.int64, distributed.ReduceOp.MAX)
@@ -71,6 +73,26 @@ class Processes(NamedTuple):
         least, most = -self.largest(-number), self.largest(number)
         if least != most:
             raise UserError(f"{what} must be the same for all {self.count} processes, got {least} to {most}")
+
+    def check_same_values(self, values: dict, what: str) -> None:
+        """Refuse values, by their names, that differ between the processes. JSON must be able to hold them.
+
+        Raises:
+            UserError: `what` is not the same; which values differ, and what this process has.
+        """
+        if self.count == 1:
+            return
+        names = sorted(values)
+        self.check_same(_hash(names), f"the names of {what}")  # only as many numbers can be compared
+        hashes = [_hash(values[name]) for name in names]
+        largest = self._reduced([*hashes, *(-number for number in hashes)], torch.int64, distributed.ReduceOp.MAX)
+        most, least = largest[: len(names)], largest[len(names) :]
+        differing = [name for name, a, b in zip(names, most, least, strict=True) if a != -b]
+        if differing:
+            got = ", ".join(f"{name} {values[name]!r}" for name in differing)
+            raise UserError(
+                f"{what} must be the same for all {self.count} processes, got {got} in process {self.number}"
+            )
 
     def _reduced(self, numbers, dtype, how):
         # A group that a caller made may know GPUs alone.
@@ -135,6 +157,11 @@ class Processes(NamedTuple):
             if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
                 raise self._has_ended(error) from error
             raise
+
+
+def _hash(value) -> int:
+    """Of what JSON can hold, in 56 bits: its negative is an int64 too."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7], "big")
 
 
 def current() -> Processes:
