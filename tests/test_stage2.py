@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from dalle_fast.checkpoint import CheckpointError
 from dalle_fast.commands import train_dalle
 from dalle_fast.data import Example, Tokenizer, loading, open_source
 from dalle_fast.data.crops import caption_crop
+from dalle_fast.data.strings import Strings
 from dalle_fast.nn import dalle
 from dalle_fast.outputs import held
 from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, loop, stage2, train
@@ -276,6 +278,41 @@ def test_a_damaged_part_is_computed_again(dvae, tmp_path, monkeypatch, batch):
     monkeypatch.setattr(codes, "BATCH", batch)
     again = encode_source(dvae, few(size=9), folder=tmp_path / "parts", split="train", progress=False)
     assert torch.equal(again.codes, whole.codes) and again.captions == whole.captions
+
+
+def test_of_parts_that_overlap_one_is_taken(dvae, tmp_path, monkeypatch):
+    """As two runs leave them where the folder cannot be held; what is not in it is computed again."""
+    monkeypatch.setattr(codes, "BATCH", 2)
+    whole = encode_source(dvae, few(size=9), folder=tmp_path, split="train", progress=False)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    some, captions = whole.codes.clone(), [*whole.captions]
+    path.unlink()
+    for first, end in ((0, 3), (2, 4)):  # of five batches
+        part = codes.Encoded(
+            some[2 * first : 2 * end], Strings.of(captions[2 * first : 2 * end]), codes._key_of_part(whole.key, first)
+        )
+        codes._write(codes._part(path, first), part)
+    seen, encode = [], dvae.encode
+    monkeypatch.setattr(dvae, "encode", lambda images: seen.append(len(images)) or encode(images))
+    encode_source(dvae, few(size=9), folder=tmp_path, split="train", progress=False)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] and seen == [2, 1]
+
+
+def test_what_a_process_left_that_was_killed_before_it_removed_its_parts_is_removed(dvae, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(codes, "_remove_parts", lambda path: raise_ended())
+        encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    path = codes.path_of(tmp_path, codes.key_of(dvae, few(), split="train", count=None, seed=0))
+    (tmp_path / f".writing-{path.stem}-part-000000007.safetensors").write_bytes(b"cut short")
+    assert len(list(tmp_path.iterdir())) == 3
+    other = os.open(tmp_path, os.O_RDONLY)  # as another process has it, at work on other codes
+    fcntl.flock(other, fcntl.LOCK_EX)
+    encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    assert len(list(tmp_path.iterdir())) == 3
+    os.close(other)
+    encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def raise_ended():

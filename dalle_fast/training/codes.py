@@ -25,7 +25,8 @@ from dalle_fast.data.crops import caption_crop, centre_crop
 from dalle_fast.data.loading import epoch_order
 from dalle_fast.data.source import can_crop, identity
 from dalle_fast.data.strings import Strings
-from dalle_fast.outputs import held, make_folder
+from dalle_fast.errors import UserError
+from dalle_fast.outputs import UNFINISHED, held, make_folder
 from dalle_fast.training import processes
 
 BATCH = 64
@@ -75,6 +76,9 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
     # As where each machine has data of its own: of other numbers of batches they would wait for one another without end.
     together.check_same_values(key, "the pictures and the VAE")
     if not _lacking(path, key, together):
+        if together.leads and any(_files_of_parts(path)):  # of a process that was killed before it had removed them
+            with contextlib.suppress(UserError, OSError), held(folder, "the folder of codes"):
+                _remove_parts(path)
         return _read(path, key)
     with contextlib.ExitStack() as stack:
         if together.leads:
@@ -219,11 +223,15 @@ def _key_of_part(key, first_batch) -> dict:
 
 
 def _parts(path, key) -> Iterator[tuple[int, Encoded]]:
-    """The parts that there are, each behind the number of its first batch, in order."""
+    """The parts that there are, each behind the number of its first batch, in order. Of two that overlap, as two runs leave
+    them where no folder can be held, the later one is none: what is lacking then is computed again."""
+    end = 0
     for file in sorted(path.parent.glob(f"{path.stem}-part-*{path.suffix}")):
-        first = file.stem.rpartition("-")[2]
-        if first.isdecimal() and (part := _kept(file, _key_of_part(key, int(first)))):
-            yield int(first), part
+        number = file.stem.rpartition("-")[2]
+        first = int(number) if number.isdecimal() else -1
+        if first >= end and (part := _kept(file, _key_of_part(key, first))):
+            end = first + _batches_of(part)
+            yield first, part
 
 
 def _batches_of(part) -> int:
@@ -240,8 +248,14 @@ def _joined(path, key) -> Encoded:
     return Encoded(codes, captions, key)
 
 
+def _files_of_parts(path) -> Iterator[Path]:
+    """Also of one that was cut short."""
+    for start in ("", UNFINISHED):
+        yield from path.parent.glob(f"{start}{path.stem}-part-*")
+
+
 def _remove_parts(path) -> None:
-    for part in path.parent.glob(f"{path.stem}-part-*"):
+    for part in _files_of_parts(path):
         part.unlink(missing_ok=True)
 
 
