@@ -43,7 +43,8 @@ def log_of(folder):
 
 
 IN_BOTH = """
-import copy, torch
+import copy, time, torch
+from pathlib import Path
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import dalle_fast.nn as fnn
@@ -137,6 +138,15 @@ with processes.joined():
     for name, parameter in empty.named_parameters():
         spread = model.get_parameter(name).std(correction=0).item()
         assert abs(parameter.full_tensor().std(correction=0).item() - spread) <= 0.3 * spread, name
+
+    written = Path(__file__).with_name("written")
+    if us.leads:
+        time.sleep(0.3)
+        written.write_text("the last checkpoint")
+    us.end_together()
+    assert written.exists()
+    if not us.leads:
+        us.end_together()  # the lead does not come, but ends
 """
 
 

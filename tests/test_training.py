@@ -214,6 +214,22 @@ def send(*numbers):
         os.kill(os.getpid(), number)
 
 
+@pytest.mark.parametrize(("stopped", "last"), [(False, "evaluation.json"), (True, "step-000000003")])
+def test_processes_that_train_together_end_once_all_is_written(tmp_path, monkeypatch, stopped, last):
+    """When one of them ends torchrun soon kills the others. And a signal does not end one that waits."""
+    found = []
+
+    def end_together(self):
+        send(signal.SIGTERM)
+        found.append({path.name for path in tmp_path.rglob("*")})
+
+    monkeypatch.setattr(processes.Processes, "end_together", end_together)
+    stop = StopAt(2 if stopped else 99, lambda: send(signal.SIGTERM))
+    result = train(stop(objective()), tmp_path, settings(steps=4), **QUIET)
+    assert result.signal == (signal.SIGTERM if stopped else None)
+    assert len(found) == 1 and last in found[0]
+
+
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -545,6 +561,9 @@ def test_settings_must_be_those_of_the_run(tmp_path):
 
 class Several(processes.Processes):
     """Two processes, of which the other one goes on from another step."""
+
+    def check_same_values(self, values, what):
+        pass
 
     def largest(self, number):
         return max(number, 5)

@@ -202,9 +202,9 @@ def _train(run, out, tensorboard, progress):
         ) as run.reports,
     ):
         stopped_by = run.go(stop)
-        if run.step < settings.steps:
-            return TrainResult(run.step, stopped_by or None, {})
-        return TrainResult(run.step, None, run.finish())
+        evaluation = {} if stopped_by else run.finish()
+        run.processes.end_together()  # here, where a signal to one of those that wait does not end it
+        return TrainResult(run.step, stopped_by or None, evaluation)
 
 
 def check_folder(out, *, resume: bool) -> bool:

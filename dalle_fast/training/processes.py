@@ -111,6 +111,16 @@ class Processes(NamedTuple):
         """Until all processes have called this."""
         self.largest(0)
 
+    def end_together(self) -> None:
+        """Until all processes have called this, or one of them has ended, whose own error says why: the lead may still
+        write or evaluate for long, and when another one ends torchrun gives it 30 seconds, another machine's 5 minutes.
+
+        A group that a caller made is not waited for: it may be used up, or end the process when its limit has passed.
+        """
+        if _patient is not None:
+            with contextlib.suppress(UserError):
+                self.wait()
+
     @contextlib.contextmanager
     def lead_first(self):
         """What the lead does within this the others do after it. It does not wait for what they did before."""
