@@ -581,6 +581,18 @@ def test_processes_that_would_resume_from_other_steps_are_refused(tmp_path, monk
     assert o.at_once == 1
 
 
+def test_processes_with_other_settings_are_refused_before_the_first_step(tmp_path, monkeypatch):
+    """As of machines of which one multiplies in bfloat16. What is compared: tests/test_processes.py."""
+
+    def refuse(self, values, what):
+        raise UserError(f"{what}: {values['precision']}, seed {values['seed']}")
+
+    monkeypatch.setattr(processes.Processes, "check_same_values", refuse)
+    with pytest.raises(UserError, match="^the settings of a run: float32, seed 0$"):
+        train(objective(), tmp_path, settings(precision="float32"), **QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
 class OwnModel(fnn.DiscreteVAE):
     pass
 

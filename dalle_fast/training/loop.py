@@ -173,11 +173,14 @@ def train(
             loads batches ended.
         ValueError: a model or settings that a checkpoint cannot hold.
         CheckpointError: a checkpoint cannot be written, or the one in `out` is of a run with other settings.
-        UserError: `out` cannot be written to, or is in use by another process.
+        UserError: `out` cannot be written to, or is in use by another process; processes that train together have other
+            settings.
         OSError: a log or picture cannot be written.
     """
     out = Path(out)
     run = _Run(objective, out, settings)
+    # As where "auto" finds another precision on another machine: the run of them all could not be resumed by any.
+    run.processes.check_same_values(run.settings_that_matter, "the settings of a run")
     make_folder(out / checkpoint.CHECKPOINTS, "the folder of checkpoints")
     with held(out, "the folder") if run.processes.leads else contextlib.nullcontext():
         with run.processes.lead_first():
