@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -218,7 +219,8 @@ def test_a_folder_is_drawn_into_by_one_run_at_a_time(generate, tmp_path, monkeyp
 
     def drawn_beside_another(*arguments, **options):
         monkeypatch.setattr(sampling, "draw_each", draw_each)
-        assert generate(OTHER, out=folder) == 2  # which would find no picture yet
+        with ThreadPoolExecutor(1) as another:  # as another process, and would find no picture yet
+            assert another.submit(generate, OTHER, out=folder).result() == 2
         return draw_each(*arguments, **options)
 
     monkeypatch.setattr(sampling, "draw_each", drawn_beside_another)
