@@ -1,5 +1,6 @@
 """Sources of files and fonts: what they show, and what bad input gets."""
 
+import gc
 import io
 import os
 import pickle
@@ -471,7 +472,7 @@ def test_shards_are_indexed_once_for_both_splits(shard, monkeypatch):
 
 
 def test_the_index_of_a_large_shard_is_kept(shard, monkeypatch, tmp_path):
-    """Until the shard is another; a damaged one is made anew."""
+    """Until the shard is another, also of the same size and time; a damaged one is made anew."""
     pytest.importorskip("webdataset")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(tar, "MANY", 40)
@@ -488,11 +489,28 @@ def test_the_index_of_a_large_shard_is_kept(shard, monkeypatch, tmp_path):
     known = everything(40)
     (kept,) = (tmp_path / "caches" / "dalle_fast" / "shards").iterdir()
     assert everything() == known and len(read) == 1
-    kept.write_bytes(kept.read_bytes()[:-30])
-    assert everything() == known and len(read) == 2
+    whole, npy = kept.read_bytes(), io.BytesIO()
+    np.save(npy, np.zeros(3))
+    method = whole.index(b"PK\1\2") + 10  # of compression, one that there is not
+    for damaged in (whole[:-30], npy.getvalue(), whole[:method] + b"\x63" + whole[method + 1 :]):
+        read.clear()
+        kept.write_bytes(damaged)
+        assert everything() == known and len(read) == 1
+    before = os.stat(known[0])
+    shard([*reversed([*entries(0, 40)]), ("alone.txt", b""), ("other.heic", b"")])
+    os.utime(known[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.path.getsize(known[0]) == before.st_size
+    assert everything()[1] == known[1][::-1] and len(read) == 2
     assert everything(41) != known and len(read) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # where nothing can be kept
     assert everything() != known and len(read) == 4
+
+
+def test_the_headers_of_a_shard_are_not_all_in_memory(shard):
+    path = shard([(f"{number}.txt", b"") for number in range(50)])
+    for number, _ in enumerate(tar._entries(path)):
+        there = [x for x in gc.get_objects() if type(x) is tarfile.TarInfo] if number == 49 else []
+        assert len(there) < 25
 
 
 def test_endings_are_read_in_either_case(either):

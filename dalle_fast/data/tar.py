@@ -20,7 +20,6 @@ import re
 import sys
 import tarfile
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,9 +166,10 @@ def shards_in(folder: str) -> list[str]:
     return [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
 
 
-def _version(path: str) -> tuple[str, int, int]:
+def _version(path: str) -> tuple[str, int, int, int, int]:
+    """A shard, and all that tells it from another at its place: stores and reproducible builds give all files one time."""
     found = os.stat(path)
-    return path, found.st_size, found.st_mtime_ns
+    return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 class Index(NamedTuple):
@@ -247,12 +247,20 @@ def _kept_or_made(version, number) -> Index:
 
 
 def _kept_at(version) -> Path | None:
-    """The file of a shard's index, named by all that it is made of: place, size and time of the shard, and our rules."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """The file of a shard's index, named by all that it is made of: the shard's place and version, and our rules."""
+    digest = hashlib.sha256(_rules())
     place = os.path.realpath(version[0]), os.path.basename(version[0])  # a link's name is in those of its pictures
     digest.update(f"{place} {version[1:]} {ENDINGS} {OTHERS}".encode("utf-8", "surrogateescape"))
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(caches, "dalle_fast", "shards", f"{digest.hexdigest()[:32]}.npz") if os.path.isabs(caches) else None
+
+
+@functools.cache
+def _rules() -> bytes:
+    """The sources of what makes an index, and of how it is kept."""
+    library = _webdataset("tariterators").__file__
+    ours = (Path(__file__).with_name(name) for name in ("tar.py", "folder.py", "images.py", "strings.py"))
+    return b"".join(Path(path).read_bytes() for path in (*ours, library))
 
 
 def _write_kept(path, index) -> None:
@@ -269,7 +277,7 @@ def _read_kept(path, number) -> Index | None:
             passed_over = json.loads(kept["passed_over"].tobytes())
             shards = np.full(len(names), number, np.int32)
             return Index(names, shards, kept["images"], kept["captions"], kept["is_json"], passed_over)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged
+    except Exception:  # noqa: BLE001, not there, or damaged, of which zipfile and numpy make errors of many classes
         return None
 
 
@@ -346,6 +354,7 @@ def _entries(path: str):
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
+                tar.members.clear()  # it keeps them all, with 400 bytes each
                 _check_entry(path, entry)
                 if entry.isreg():
                     yield entry
