@@ -24,7 +24,6 @@ import torch
 from dalle_fast import sampling
 from dalle_fast.commands import training
 from dalle_fast.commands.drawing import write
-from dalle_fast.commands.generate import load_parts
 from dalle_fast.data.shapes import Shapes, caption_of_scene, read_captions, scene_of_caption
 from dalle_fast.errors import UserError
 from dalle_fast.nn import functional as F
@@ -158,7 +157,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
-        parts = load_parts(args.model, device=args.device)
+        parts = sampling.load(args.model, device=args.device)
     except UserError as error:
         raise SystemExit(f"zero_shot.py: error: {error}") from error
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "guidance", "seed")}

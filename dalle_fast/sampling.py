@@ -8,16 +8,49 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from dalle_fast import checkpoint
+from dalle_fast.data.text import Tokenizer
+from dalle_fast.errors import UserError
 from dalle_fast.nn import generation
 from dalle_fast.nn.checks import check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.pictures import Layout, save_picture, sheet, to_uint8
 
-__all__ = ["DoesNotFit", "Drawn", "best_of", "check_fit", "draw", "draw_each", "save_grid"]
+__all__ = ["DoesNotFit", "Drawn", "best_of", "check_fit", "draw", "draw_each", "load", "save_grid"]
+
+DVAE, TOKENIZER = "dvae", "tokenizer.json"  # in the folder of a run of stage 2
+
+
+def load(folder, *, dvae=None, device="cpu", precision="float32"):
+    """What draws: the `DALLE`, the `DiscreteVAE` and the `Tokenizer` of a run of stage 2, finished or not.
+
+    Args:
+        folder: of a run of `dalle-fast train-dalle`, or of `dalle_fast.training.train` with a `DALLEObjective`.
+        dvae: folder of another VAE than the run's own.
+        precision: "float32" or "bfloat16", of the transformer; the VAE draws its pixels in float32.
+
+    Raises:
+        UserError: one of them is not there, or they do not fit each other.
+    """
+    folder = Path(folder)
+    dalle = checkpoint.load_model(folder, kind="DALLE", device=device)
+    own = dvae is None
+    if own and not (folder / DVAE).is_dir():
+        raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one (--dvae)")
+    dvae = checkpoint.load_model(folder / DVAE if own else dvae, kind="DiscreteVAE", device=device)
+    if not (folder / TOKENIZER).exists():
+        raise UserError(f"{folder} has no {TOKENIZER}, the tokenizer of its captions")
+    try:
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        check_fit(dalle, dvae, tokenizer)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: {error}") from error
+    return dalle.to(getattr(torch, precision)), dvae, tokenizer
 
 
 def draw(dalle, dvae, tokenizer, captions, *, num_images=1, keep=None, **options):

@@ -21,12 +21,11 @@ import dalle_fast.nn as fnn
 from dalle_fast import checkpoint, cli, sampling
 from dalle_fast.commands import drawing
 from dalle_fast.commands import generate as generate_command
-from dalle_fast.commands.generate import load_parts
-from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.data import Tokenizer
 from dalle_fast.data.crops import centre_crop
 from dalle_fast.outputs import held
 from dalle_fast.pictures import picture_grid, to_uint8
+from dalle_fast.sampling import DVAE, TOKENIZER
 from dalle_fast.training.precision import precision_on
 
 S = 16
@@ -72,7 +71,7 @@ def generate(model, tmp_path):
 
 def drawn(model, captions=(CAPTION,), **options):
     """The same by the library, (P, N, S, S, 3) uint8."""
-    pictures = sampling.draw(*load_parts(model), captions, seed=3, **options)
+    pictures = sampling.draw(*sampling.load(model), captions, seed=3, **options)
     return np.stack([to_uint8(row) for row in pictures])
 
 
@@ -295,7 +294,7 @@ def test_bfloat16_draws_the_same_in_every_batch(generate, model, flags):
     auto = generate(CAPTION, "--num-images", "5", "--precision", "auto", *flags)
     plain = generate(CAPTION, "--num-images", "5", *flags)
     assert np.array_equal(auto, whole if precision_on(torch.device("cpu"), "auto") == "bfloat16" else plain)
-    dalle, dvae, _ = load_parts(model, precision="bfloat16")
+    dalle, dvae, _ = sampling.load(model, precision="bfloat16")
     assert dalle.head.weight.dtype == torch.bfloat16 and next(dvae.parameters()).dtype == torch.float32
 
 
@@ -384,7 +383,7 @@ def test_completing_keeps_the_codes_of_the_first_rows(generate, model, tmp_path,
     Image.fromarray(picture).save(tmp_path / "top.png")
     flags = [] if rows is None else ["--keep-rows", rows]
     completed = generate(CAPTION, "--complete", tmp_path / "top.png", *flags)
-    _, dvae, _ = load_parts(model)
+    _, dvae, _ = sampling.load(model)
     codes = dvae.encode(torch.from_numpy(picture).movedim(-1, 0)[None].float() / 255)[:, : rows or 2]
     assert np.array_equal(completed, drawn(model, codes=codes)[0, 0])
     assert generate("--complete", tmp_path / "top.png", *flags).shape == (S, S, 3)  # without a caption
@@ -498,7 +497,7 @@ def test_what_does_not_fit_in_memory_is_one_line(generate, tmp_path, capsys, mon
             "decode",
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         ),
-        (generate_command, "load_parts", torch.OutOfMemoryError("CUDA out of memory")),
+        (sampling, "load", torch.OutOfMemoryError("CUDA out of memory")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raising(error))

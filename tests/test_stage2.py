@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 import dalle_fast.nn as fnn
-from dalle_fast import checkpoint, cli, outputs
+from dalle_fast import checkpoint, cli, outputs, sampling
 from dalle_fast.checkpoint import CheckpointError
 from dalle_fast.commands import train_dalle
 from dalle_fast.data import Example, Tokenizer, loading, open_source
 from dalle_fast.data.crops import caption_crop
 from dalle_fast.data.strings import Strings
+from dalle_fast.errors import UserError
 from dalle_fast.nn import dalle
 from dalle_fast.outputs import held
 from dalle_fast.training import DALLEObjective, DALLERecipe, LoopSettings, codes, loop, stage2, train
@@ -728,15 +729,28 @@ def command(dvae, out, *flags):
 def test_a_run_is_all_that_generating_needs(folders):
     _, run = folders
     model = checkpoint.load_model(run, kind="DALLE")
-    tokenizer = Tokenizer.load(run / train_dalle.TOKENIZER)
+    tokenizer = Tokenizer.load(run / sampling.TOKENIZER)
     assert model.config.vocab_size == tokenizer.vocab_size == 300
     assert (model.config.num_codes, model.config.grid) == (12, (4, 4))  # the VAE's
-    copy = checkpoint.load_model(run / train_dalle.DVAE, kind="DiscreteVAE").state_dict()
+    copy = checkpoint.load_model(run / sampling.DVAE, kind="DiscreteVAE").state_dict()
     assert all(torch.equal(tensor, copy[name]) for name, tensor in make_dvae().state_dict().items())
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation.keys() == {"step", "examples", "text_loss", "image_loss"} and evaluation["examples"] == 20
     assert (run / "pictures" / "samples-000000004.png").exists()
-    assert len((run / train_dalle.CAPTIONS).read_text().splitlines()) == stage2.SHOWN
+    assert len((run / stage2.CAPTIONS).read_text().splitlines()) == stage2.SHOWN
+
+
+def test_a_run_of_train_is_all_that_drawing_needs(objective, dvae, tmp_path):
+    """As one of the command is. What it has is not replaced when it goes on."""
+    made = objective()
+    train(made, tmp_path, LoopSettings(steps=1), **QUIET)
+    drawn = sampling.draw(*sampling.load(tmp_path), ["a red circle"], num_images=2, seed=1)
+    trained = checkpoint.load_model(tmp_path)
+    assert torch.equal(drawn, sampling.draw(trained, dvae, made.tokenizer, ["a red circle"], num_images=2, seed=1))
+    (tmp_path / sampling.TOKENIZER).unlink()
+    train(objective(), tmp_path, LoopSettings(steps=1), resume=True, **QUIET)
+    with pytest.raises(UserError, match=f"{tmp_path} has no tokenizer.json"):
+        sampling.load(tmp_path)
 
 
 def test_resume_takes_codes_and_tokenizer_of_the_run(folders, monkeypatch, capsys):
@@ -775,8 +789,8 @@ def test_a_resume_with_other_flags_is_refused_before_pictures_become_codes(folde
 
 def test_a_tokenizer_can_be_given(folders, tmp_path):
     dvae, run = folders
-    assert command(dvae, tmp_path, "--tokenizer", run / train_dalle.TOKENIZER, "--codes", run / train_dalle.CODES) == 0
-    assert (tmp_path / train_dalle.TOKENIZER).read_bytes() == (run / train_dalle.TOKENIZER).read_bytes()
+    assert command(dvae, tmp_path, "--tokenizer", run / sampling.TOKENIZER, "--codes", run / train_dalle.CODES) == 0
+    assert (tmp_path / sampling.TOKENIZER).read_bytes() == (run / sampling.TOKENIZER).read_bytes()
     assert not (tmp_path / train_dalle.CODES).exists()
 
 
@@ -785,7 +799,7 @@ def test_a_run_begins_with_another_ones_model(folders, tmp_path, capsys):
     dvae, run = folders
     other = ["--final-learning-rate", "0", "--seed", "1", "--truncate"]
     assert command(None, tmp_path / "more", "--init", run, "--learning-rate", "1e-12", *other) == 0
-    for name in (train_dalle.TOKENIZER, f"{train_dalle.DVAE}/{checkpoint.MODEL}"):
+    for name in (sampling.TOKENIZER, f"{sampling.DVAE}/{checkpoint.MODEL}"):
         assert (tmp_path / "more" / name).read_bytes() == (run / name).read_bytes()
     old, new = (checkpoint.load_model(folder) for folder in (run, tmp_path / "more"))
     assert new.config == old.config
@@ -906,7 +920,7 @@ def test_captions_are_refused_before_pictures_become_codes(folders, tmp_path, ca
     stem = open_source(str(captioned_folder(tmp_path / "data")), image_size=16, split=split).named_caption(1)[1]
     data = captioned_folder(tmp_path / "long", **{stem: "a red circle " * 20})
     monkeypatch.setattr(codes, "_encode", forbid)
-    for flags in ([], ["--tokenizer", run / train_dalle.TOKENIZER]):
+    for flags in ([], ["--tokenizer", run / sampling.TOKENIZER]):
         assert command(dvae, tmp_path / "out", "--data", data, "--examples", "200", *flags) == 2
         *_, line = capsys.readouterr().err.splitlines()
         assert " captions are longer than text_len 30, " in line
@@ -962,7 +976,7 @@ def test_the_tokenizer_is_of_the_captions_whose_pictures_are_good(folders, tmp_p
         text, lengths = (checkpoint.load_tensors(kept)[0][name] for name in ("captions", "caption_lengths"))
         captions = [bytes(part.tolist()).decode() for part in text.split(lengths.tolist())]
         train_(captions, 300).save(tmp_path / "expected.json")
-        found = tmp_path / str(bad) / train_dalle.TOKENIZER
+        found = tmp_path / str(bad) / sampling.TOKENIZER
         assert found.read_bytes() == (tmp_path / "expected.json").read_bytes()
 
 
@@ -1002,7 +1016,7 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
         (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be an integer of at least 0, got -1",
         (dvae, tmp_path / "out", "--learning-rate", "1e300"): "learning_rate must be a positive number below 1e+38",
     }
-    tokenizer = json.loads((run / train_dalle.TOKENIZER).read_text())
+    tokenizer = json.loads((run / sampling.TOKENIZER).read_text())
     tokenizer["model"]["unk_token"] = "a"
     (tmp_path / "unknown.json").write_text(json.dumps(tokenizer))
     for arguments, words in cases.items():

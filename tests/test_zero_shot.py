@@ -34,7 +34,7 @@ def measure(monkeypatch, tmp_path):
     torch.manual_seed(0)
     vae = fnn.DiscreteVAE(fnn.DVAEConfig(image_size=32, downsampling=8, num_codes=9, hidden=4, blocks_per_group=1))
     dalle = fnn.DALLE("tiny")
-    monkeypatch.setattr(zero_shot, "load_parts", lambda *_, **__: (dalle, vae, None))
+    monkeypatch.setattr(zero_shot.sampling, "load", lambda *_, **__: (dalle, vae, None))
 
     def measure(share):
         monkeypatch.setattr(zero_shot.sampling, "draw", artist(share))

@@ -10,18 +10,10 @@ from dalle_fast.errors import UserError
 SHEETS = 4  # as many times as it has pixels a sheet is in memory where it is made: 3.3 were measured
 
 
-def load_dvae(folder, device):
-    """The `DiscreteVAE` of a run, in float32.
-
-    Raises:
-        UserError: there is none, or not of pictures.
-    """
-    from dalle_fast.checkpoint import load_model
-
-    dvae = load_model(folder, kind="DiscreteVAE", device=device)
+def check_channels(dvae, folder) -> None:
+    """Refuse a `DiscreteVAE`, of a run's folder, that is not of pictures."""
     if dvae.config.channels not in (1, 3):
         raise UserError(f"the dVAE in {folder} must have 1 or 3 channels, as pictures have, got {dvae.config.channels}")
-    return dvae
 
 
 def read_square(path, config):

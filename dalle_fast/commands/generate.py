@@ -14,7 +14,6 @@ from pathlib import Path
 
 import dalle_fast
 from dalle_fast.commands import drawing, training
-from dalle_fast.commands.train_dalle import DVAE, TOKENIZER
 from dalle_fast.errors import UserError
 
 COLUMNS = 8  # of a sheet: more pictures of a caption go on in another row
@@ -100,7 +99,8 @@ def _draw(arguments, captions, score, device):
     from dalle_fast.training.precision import precision_on
 
     precision = precision_on(device, arguments.precision)
-    dalle, dvae, tokenizer = load_parts(arguments.model, dvae=arguments.dvae, device=device, precision=precision)
+    dalle, dvae, tokenizer = sampling.load(arguments.model, dvae=arguments.dvae, device=device, precision=precision)
+    drawing.check_channels(dvae, arguments.dvae or arguments.model)
     codes = None if arguments.complete is None else _first_rows(dvae, arguments, len(captions))
     with _checked_out(arguments.out, len(captions), arguments.num_images, dvae.config.image_size):
         if arguments.guidance not in (None, 1) and dalle.trained_with.get("caption_dropout") == 0:
@@ -142,35 +142,6 @@ def _draw(arguments, captions, score, device):
             out.end()
             if 0 < out.done < len(captions):
                 tell(f"stopped after {out.done} of {len(captions)} captions, whose pictures are written")
-
-
-def load_parts(folder, *, dvae=None, device="cpu", precision="float32"):
-    """What draws: the `DALLE`, the `DiscreteVAE` and the `Tokenizer` of a run of train-dalle, finished or not.
-
-    Args:
-        dvae: folder of another VAE than the run's own.
-        precision: "float32" or "bfloat16", of the transformer; the VAE draws its pixels in float32.
-
-    Raises:
-        UserError: one of them is not there, or they do not fit each other.
-    """
-    import torch
-
-    from dalle_fast import checkpoint, sampling
-    from dalle_fast.data.text import Tokenizer
-
-    folder = Path(folder)
-    dalle = checkpoint.load_model(folder, kind="DALLE", device=device)
-    own = dvae is None
-    if own and not (folder / DVAE).is_dir():
-        raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one with --dvae")
-    dvae = drawing.load_dvae(folder / DVAE if own else dvae, device)
-    try:
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
-        sampling.check_fit(dalle, dvae, tokenizer)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}: {error}") from error
-    return dalle.to(getattr(torch, precision)), dvae, tokenizer
 
 
 class _Folder:

@@ -16,11 +16,13 @@ def add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
+    from dalle_fast.checkpoint import load_model
     from dalle_fast.nn.memory import is_out_of_memory
 
     device = training.device(arguments.device)
     try:
-        model = drawing.load_dvae(arguments.model, device)
+        model = load_model(arguments.model, kind="DiscreteVAE", device=device)
+        drawing.check_channels(model, arguments.model)
         drawing.check_out(arguments.out, 2, len(arguments.images), model.config.image_size, "fewer pictures")
         drawing.write(reconstructions(model, arguments.images), arguments.out)
     except (RuntimeError, MemoryError) as error:

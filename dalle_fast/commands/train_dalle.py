@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dalle_fast.data import Tokenizer
     from dalle_fast.nn import DALLE, DALLEConfig, DiscreteVAE
 
-DVAE, TOKENIZER, CODES, CAPTIONS = "dvae", "tokenizer.json", "codes", "captions.txt"  # in the folder of a run
+CODES = "codes"  # in the folder of a run
 MASKS, LAST_MASK = "row,column,row,row", "conv_flat"  # the paper's: what DALLEConfig.rules is where it is None
 VALIDATION = 1000  # at most, of the validation pictures
 EVALUATIONS = 10  # of a run, so that it shows when it only learns by heart; they take 2% of the time of `tiny`
@@ -95,8 +95,7 @@ def run(arguments) -> int:
 
 
 def make_objective(arguments, recipe):
-    """The `DALLEObjective` of the flags, trained by `recipe`; tokenizer, codes and a copy of the VAE are in the run's
-    folder afterwards.
+    """The `DALLEObjective` of the flags, trained by `recipe`; tokenizer and codes are in the run's folder afterwards.
 
     Raises:
         ValueError: a flag's value that the model, the recipe or the data refuse.
@@ -104,6 +103,7 @@ def make_objective(arguments, recipe):
     """
     from dalle_fast.data.images import tell_of_bad
     from dalle_fast.outputs import held
+    from dalle_fast.sampling import TOKENIZER
     from dalle_fast.training import processes
 
     together, out = processes.current(), Path(arguments.out)
@@ -126,7 +126,7 @@ def make_objective(arguments, recipe):
                 tokenizer = _new_tokenizer(encoded["train"].captions, run.preset.vocab_size)
             objective = _objective(arguments, recipe, run, tokenizer, encoded)
             if together.leads and not run.going_on:  # a run's own are never replaced: what does not fit them is refused
-                _leave(out, objective)
+                tokenizer.save(out / TOKENIZER)
             return objective
 
 
@@ -210,6 +210,7 @@ def _objective(arguments, recipe, run, tokenizer, encoded):
 def _dvae(arguments, going_on, device):
     """The frozen discrete VAE: what is not given is that of the run, or of --init."""
     from dalle_fast import checkpoint
+    from dalle_fast.sampling import DVAE
     from dalle_fast.training.codes import fingerprint
 
     if not (arguments.dvae or arguments.init or going_on):
@@ -224,6 +225,7 @@ def _dvae(arguments, going_on, device):
 def _tokenizer(arguments, folder):
     """The one that is given, or of the run in `folder`; None where one is to be trained."""
     from dalle_fast.data import Tokenizer
+    from dalle_fast.sampling import TOKENIZER
 
     if not (arguments.tokenizer or folder):
         return None
@@ -324,16 +326,6 @@ def _chosen(arguments, split, source) -> dict:
     """Which pictures of a split become codes."""
     count = arguments.examples if split == "train" else min(VALIDATION, len(source))
     return {"split": split, "count": count, "seed": arguments.seed}
-
-
-def _leave(out, objective) -> None:
-    """What generating needs beside the model, and the captions that are drawn on the way."""
-    from dalle_fast import checkpoint
-
-    (out / DVAE).mkdir(parents=True, exist_ok=True)
-    checkpoint.export(out / DVAE / checkpoint.MODEL, objective.dvae)
-    objective.tokenizer.save(out / TOKENIZER)
-    (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in objective.shown), encoding="utf-8")
 
 
 def _new_tokenizer(captions, vocab_size):

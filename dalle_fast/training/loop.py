@@ -53,6 +53,8 @@ class TrainingError(UserError, RuntimeError):
 class Objective(Protocol):
     """What differs between the stages.
 
+    It may have `leave(out)` too, which is called once, where a run begins: to put what its model needs into the folder.
+
     Attributes:
         model: a `DiscreteVAE` or a `DALLE`, on its device. What it has as `unscale_gradients` is called after each
             backward pass. While several processes train, torch's DistributedDataParallel of it is in its place, for
@@ -188,6 +190,8 @@ def train(
                 run.restore(checkpoint.load(out / checkpoint.CHECKPOINTS, settings=run.settings_that_matter))
             else:
                 random_state.seed(objective.settings.get("seed", 0))
+                if run.processes.leads and hasattr(objective, "leave"):
+                    objective.leave(out)
         # As where each has a folder of its own, or one alone finds the newest checkpoint damaged: they would go on with
         # other states of the optimizer and other learning rates.
         run.processes.check_same(run.step, f"the step that {out} is resumed from")

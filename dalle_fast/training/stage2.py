@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dalle_fast import sampling
-from dalle_fast.checkpoint import config_to_json
+from dalle_fast import checkpoint, sampling
 from dalle_fast.data.loading import shuffled
 from dalle_fast.data.source import generator
 from dalle_fast.nn import functional as F
@@ -30,6 +30,7 @@ LEAST_POSITIONS = (
     1 << 12
 )  # that go through the model at once where no gradients are kept: short ones one by one are slow
 SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
+CAPTIONS = "captions.txt"  # in the folder of a run: those that are drawn on the way
 _BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
 
 
@@ -49,7 +50,7 @@ def known_settings(config: DALLEConfig, recipe: DALLERecipe, key: dict, *, seed,
     """
     return {
         "stage": 2,
-        **{f"model.{name}": value for name, value in config_to_json(config).items()},
+        **{f"model.{name}": value for name, value in checkpoint.config_to_json(config).items()},
         **dataclasses.asdict(recipe),
         "seed": seed,
         "truncate": truncate,
@@ -111,6 +112,15 @@ class DALLEObjective:
             "tokenizer": hashlib.sha256(self.validation_text[0].numpy().tobytes()).hexdigest(),
             **begin_with(self.model, initial),
         }
+
+    def leave(self, out):
+        """Put what drawing needs beside the model into the run's folder `out`, see `sampling.load`, and the captions that
+        are drawn on the way."""
+        out = Path(out)
+        (out / sampling.DVAE).mkdir(parents=True, exist_ok=True)
+        checkpoint.export(out / sampling.DVAE / checkpoint.MODEL, self.dvae)
+        self.tokenizer.save(out / sampling.TOKENIZER)
+        (out / CAPTIONS).write_text("".join(f"{caption}\n" for caption in self.shown), encoding="utf-8")
 
     def parameter_groups(self):
         return self.model.decay_groups(self.recipe.weight_decay)
