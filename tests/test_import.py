@@ -1,8 +1,11 @@
 """Importing the package is cheap: no Triton, no matplotlib, no CUDA, and well under a second beyond torch's own import."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +90,14 @@ def test_every_part_that_users_import_is_an_attribute():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'dalle_fast' has no attribute 'transformer'"):
         _ = dalle_fast.transformer
+
+
+@pytest.mark.parametrize("name", ["data", "training"])
+def test_names_that_load_when_first_used_are_seen_before(name):
+    """By dir, and by type checkers, which read the imports that never run."""
+    package = importlib.import_module(f"dalle_fast.{name}")
+    assert set(package.__all__) <= set(dir(package))
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    found = {alias.asname: line.module for line in seen.body for alias in line.names}
+    assert found == {x: f"{package.__name__}.{home}" for x, home in package._HOMES.items()}

@@ -97,6 +97,13 @@ def objective(dvae, tokenizer, encoded):
     return make
 
 
+def test_what_is_no_codes_is_refused(objective, encoded):
+    with pytest.raises(
+        TypeError, match="validation must be codes and captions, as encode_source makes .* got FewShapes"
+    ):
+        objective(encoded=[encoded[0], few()])
+
+
 # -- codes -------------------------------------------------------------------------------------------------------------
 
 

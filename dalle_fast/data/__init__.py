@@ -5,6 +5,23 @@ makes a stream of it that can be resumed anywhere. Nothing is imported before it
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not see what is imported when it is used
+    from dalle_fast.data.loading import Batch as Batch
+    from dalle_fast.data.loading import batches as batches
+    from dalle_fast.data.shapes import Scene as Scene
+    from dalle_fast.data.shapes import all_scenes as all_scenes
+    from dalle_fast.data.shapes import caption_of_scene as caption_of_scene
+    from dalle_fast.data.shapes import draw as draw
+    from dalle_fast.data.shapes import read_caption as read_caption
+    from dalle_fast.data.shapes import read_captions as read_captions
+    from dalle_fast.data.shapes import scene_of_caption as scene_of_caption
+    from dalle_fast.data.source import DataError as DataError
+    from dalle_fast.data.source import Example as Example
+    from dalle_fast.data.source import Source as Source
+    from dalle_fast.data.source import open_source as open_source
+    from dalle_fast.data.text import Tokenizer as Tokenizer
 
 _HOMES = {
     "Batch": "loading",

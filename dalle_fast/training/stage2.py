@@ -66,12 +66,13 @@ class DALLEObjective:
         initial: None, or a `DALLE` with the weights to begin with instead; see `begin_with`, which takes it.
         recipe: see `DALLERecipe`.
         dvae, tokenizer: what made the codes, and what cuts the captions.
-        train, validation: see `Encoded`. Of validation captions the first few are drawn while training.
+        train, validation: what `encode_source` returns of sources. Of validation captions the first few are drawn while training.
         seed: of weights, order and dropout, from 0 to 2^20 - 1.
         truncate: cut captions longer than T instead of refusing them.
         device: of the model. activation_checkpointing: as of `DALLE`.
 
     Raises:
+        TypeError: train or validation is no `Encoded`.
         ValueError: dVAE or tokenizer do not fit the model; a caption that is too long; a wrong seed.
     """
 
@@ -91,6 +92,12 @@ class DALLEObjective:
         activation_checkpointing=False,
     ):
         F.noise_seed(seed)  # refuses what is out of range
+        for name, part in (("train", train), ("validation", validation)):
+            if not isinstance(part, Encoded):
+                got = type(part).__name__
+                raise TypeError(
+                    f"{name} must be codes and captions, as encode_source makes them of a source, got {got}"
+                )
         self.config, self.recipe, self.dvae, self.tokenizer = config, recipe, dvae, tokenizer
         self.train, self.validation, self.seed, self.truncate = train, validation, seed, truncate
         self.device = torch.device(device)
