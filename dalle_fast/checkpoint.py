@@ -183,7 +183,9 @@ def kind_of(model) -> str:
     kind = type(model).__name__
     if kind not in MODELS or type(model).__module__ != MODELS[kind][0]:
         got = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, which files are read as, got {got}")
+        raise ValueError(
+            f"model must be a {' or a '.join(MODELS)}, itself and no subclass, as files hold no others, got {got}"
+        )
     return kind
 
 

@@ -28,6 +28,7 @@ from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
 from dalle_fast.errors import UserError
 from dalle_fast.training import (
+    DALLERecipe,
     DVAEObjective,
     DVAERecipe,
     LoopSettings,
@@ -125,6 +126,12 @@ def test_cosine_is_monotone_and_never_outside_its_ends():
 def test_warmup():
     assert [warmup(step, steps=4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert warmup(0, steps=0) == 1
+
+
+def test_the_loop_takes_its_numbers_from_a_recipe():
+    found = LoopSettings.of(DALLERecipe(steps=7), log_every=3)
+    assert found == LoopSettings(steps=7, clip=4.0, ema_decay=0.99, ema_every=25, log_every=3)
+    assert LoopSettings.of(dataclasses.replace(RECIPE, clip=0.5), steps=5, ema_decay=0.9) == LoopSettings(5, 0.5, 0.9)
 
 
 # -- the average -------------------------------------------------------------------------------------------------------
@@ -601,7 +608,7 @@ def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(tmp_path
     o = objective()
     o.model.__class__ = OwnModel
     with pytest.raises(
-        ValueError, match="model must be one of DiscreteVAE, DALLE, which files are read as, got .*OwnModel"
+        ValueError, match="model must be a DiscreteVAE or a DALLE, itself and no subclass, .*, got .*OwnModel"
     ):
         train(o, tmp_path, settings(), **QUIET)
     for value, reason in ((torch.float32, "dtype is not JSON serializable"), (math.nan, "not JSON compliant")):
@@ -895,6 +902,7 @@ def test_it_learns_at_low_precision_too(tmp_path):
         (lambda: LoopSettings(steps=1, log_every=1.5), ["log_every must be an integer of at least 0, got 1.5"]),
         (lambda: LoopSettings(steps=1, max_skipped=-1), ["max_skipped must be an integer of at least 0, got -1"]),
         (lambda: LoopSettings(steps=1, clip=-1.0), ["clip", "-1"]),
+        (lambda: LoopSettings.of(RECIPE, clip=-1.0), ["clip", "-1"]),
         (lambda: LoopSettings(steps=1, precision="float8"), ["precision", "bfloat16", "float8"]),
         (lambda: objective(seed=-1), ["seed", "-1"]),
         (lambda: objective(config=dataclasses.replace(SMALL, channels=1)), ["channels", "3", "1"]),

@@ -110,6 +110,13 @@ def test_parts_of_a_batch_are_a_batch(tmp_path):
         assert len({objective().loss(same, 0, part)[0].item() for part in range(4)}) == 4
 
 
+def test_parts_are_of_batches_that_can_be_dealt(tmp_path):
+    o = objective()
+    o.batches = lambda start: iter([torch.zeros(4, 3, 16, 16)])
+    with pytest.raises(TypeError, match="batches must give NamedTuples .* where accumulate is above 1, got Tensor"):
+        train(o, tmp_path, settings(accumulate=2), **QUIET)
+
+
 # -- steps that are not finite -----------------------------------------------------------------------------------------
 
 

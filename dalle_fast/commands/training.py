@@ -113,8 +113,8 @@ def _run_training(make_objective, arguments, recipes, then, sources, evaluations
     _check_apart(arguments.data, arguments.out)
     try:
         recipe = replaced(recipes[arguments.preset], vars(arguments))
-        given = {"evaluate_every": recipe.steps // (evaluations or 1), **vars(arguments), **dataclasses.asdict(recipe)}
-        settings = replaced(LoopSettings(recipe.steps), given)
+        given = {"evaluate_every": recipe.steps // (evaluations or 1), **vars(arguments)}
+        settings = replaced(LoopSettings.of(recipe), given)
         mine = together.part([0] * recipe.batch_size)  # refuses what cannot be shared now, not in the first step
         if len(mine) % settings.accumulate:
             of_what = "batch_size" if together.count == 1 else "a process's part of batch_size"

@@ -51,7 +51,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 class Objective(Protocol):
-    """What differs between the stages.
+    """How a `DiscreteVAE` or a `DALLE` is trained, and no other model, as a run's files are read as one of them.
 
     It may have `leave(out)` too, which is called once, where a run begins: to put what its model needs into the folder.
 
@@ -98,7 +98,7 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How long and how the loop runs.
+    """How long and how the loop runs. `LoopSettings.of(recipe)` has a recipe's numbers in place of these defaults.
 
     Attributes:
         steps: updates in all. clip: largest norm of the gradient, 0 for any. ema_decay, ema_every: see `EMA`.
@@ -131,6 +131,14 @@ class LoopSettings:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @classmethod
+    def of(cls, recipe, **others) -> LoopSettings:
+        """What a `DVAERecipe` or a `DALLERecipe` says of the loop, as its steps and clip; the rest, and what is to differ,
+        are `others`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        shared = {name: value for name, value in dataclasses.asdict(recipe).items() if name in names}
+        return cls(**{**shared, **others})
 
     def that_matter(self) -> dict:
         """Those that numbers depend on, but for the precision, which "auto" leaves to the device, and the parts of a batch,
@@ -621,6 +629,11 @@ def _dealt(batch, count):
     in all are the same ones."""
     if count == 1:
         return [batch]
+    if not hasattr(batch, "_fields"):
+        raise TypeError(
+            f"objective.batches must give NamedTuples of tensors and lists where accumulate is above 1, got "
+            f"{type(batch).__name__}"
+        )
     return [type(batch)(*(rows[number::count] for rows in batch)) for number in range(count)]
 
 
