@@ -132,11 +132,8 @@ def export(path, model) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    try:
-        with written_whole(path, durable=True) as unfinished:
-            _write_model(unfinished, model)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    with _written(path) as unfinished:
+        _write_model(unfinished, model)
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], *, header: dict) -> None:
@@ -145,11 +142,20 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], *, header: dict) -> Non
     Raises:
         CheckpointError: it cannot be written.
     """
+    with _written(path) as unfinished:
+        _write_tensors(unfinished, tensors, header)
+
+
+@contextlib.contextmanager
+def _written(path):
+    """`written_whole` to last, whose error is a CheckpointError."""
     try:
         with written_whole(path, durable=True) as unfinished:
-            _write_tensors(unfinished, tensors, header)
+            yield unfinished
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        there = Path(path).absolute().parent.is_dir()  # where not, the error is of a file that no one has named
+        reason = error.strerror or error if there else "there is no such folder"
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
 
 
 def write_json(path, value) -> None:
@@ -360,19 +366,23 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     """The trained model in `folder`, with its EMA weights, in evaluation mode, without gradients.
 
     Args:
-        folder: of a finished run, of an unfinished one (its newest good checkpoint is taken), or a checkpoint.
+        folder: of a finished run, of an unfinished one (its newest good checkpoint is taken), or a checkpoint; or the
+            file of a model itself.
         kind: "DiscreteVAE" or "DALLE", where only one will do.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another kind.
     """
     folder = Path(folder)
-    if (folder / MODEL).exists():
+    if folder.is_file():
+        path = folder
+    elif (folder / MODEL).exists():
         path = folder / MODEL
     elif _all(folder / CHECKPOINTS):
         path = load(folder / CHECKPOINTS).path / MODEL
     else:
-        raise CheckpointError(f"{folder} holds no model: neither {MODEL} nor a checkpoint in {CHECKPOINTS}/")
+        lacks = f"neither {MODEL} nor a checkpoint in {CHECKPOINTS}/" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder} holds no model: {lacks}")
     weights, metadata = _read_tensors(path)
     header = _header_of(metadata)
     found = header.get("kind")
@@ -543,4 +553,5 @@ def _check_settings(path, found: dict, expected: dict) -> None:
     names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     if names:
         differences = "; ".join(f"{name} {found.get(name)!r}, not {expected.get(name)!r}" for name in names)
-        raise CheckpointError(f"{path} is of a run with {differences}")
+        longer = " (--init begins a run that trains its model further)" if "steps" in names else ""
+        raise CheckpointError(f"{path} is of a run with {differences}{longer}")

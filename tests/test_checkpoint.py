@@ -294,7 +294,7 @@ def test_files_that_really_cannot_grow(save, tmp_path):
 
 def test_other_settings_are_named_with_both_values(save, tmp_path):
     save(1)
-    with pytest.raises(CheckpointError, match=r"step-000000001 .*seed 1, not 2; steps None, not 5"):
+    with pytest.raises(CheckpointError, match=r"step-000000001 .*seed 1, not 2; steps None, not 5 .--init begins"):
         checkpoint.load(tmp_path, settings={"seed": 2, "steps": 5})
     with pytest.raises(CheckpointError, match=r"step-000000001 is of a run with seed 1, not None$"):
         checkpoint.load(tmp_path, settings={})
@@ -356,6 +356,19 @@ def test_models_that_are_none(tmp_path, spoil, words):
         checkpoint.load_model(tmp_path, kind="DiscreteVAE")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_model_is_found_by_its_file_too(tmp_path):
+    checkpoint.export(tmp_path / "any.safetensors", fnn.DiscreteVAE(SMALL))
+    assert checkpoint.load_model(tmp_path / "any.safetensors").config == SMALL
+    with pytest.raises(CheckpointError, match="none holds no model: there is no such folder"):
+        checkpoint.load_model(tmp_path / "none")
+
+
+def test_a_missing_folder_is_named_and_no_temporary_file(tmp_path):
+    path = tmp_path / "none" / checkpoint.MODEL
+    with pytest.raises(CheckpointError, match=f"^cannot write {path}: there is no such folder$"):
+        checkpoint.export(path, fnn.DiscreteVAE(SMALL))
 
 
 class Bomb:
