@@ -10,7 +10,9 @@ from PIL import Image
 
 from dalle_fast.data import DataError, Example, batches, loading, open_source
 from dalle_fast.data.crops import caption_crop, centre_crop, random_crop
-from dalle_fast.data.source import generator
+from dalle_fast.data.source import generator, identity
+
+PICTURE = np.zeros((40, 50, 3), np.uint8)
 
 
 class Numbers:
@@ -117,7 +119,9 @@ def test_a_source_that_is_not_to_be_cropped_is_taken_whole():
     for image, caption, index in zip(*batch):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), source[index].image)
         assert source.check(image.permute(1, 2, 0).numpy()) == caption
-    with pytest.raises(ValueError, match="image_size must be that of the source shapes, 32, got 16"):
+    with pytest.raises(
+        ValueError, match="image_size must be that of the source shapes, got 16 and a picture of 32 x 32"
+    ):
         stream(source, 1, image_size=16)
 
 
@@ -235,6 +239,25 @@ def test_pictures_of_another_kind_are_an_error(picture, got):
     message = rf"source must give pictures as \(height, width, 3\) uint8 arrays, got {got} for number \d"
     with pytest.raises(TypeError, match=message):
         stream(Others(3), 1)
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (PICTURE, r"source must give \(image, caption\), as .*Example, got ndarray for number \d"),
+        ({"image": PICTURE, "caption": ""}, r"\(image, caption\), .* got dict"),
+        ((PICTURE, None), 'captions as text, "" for none, got None for number'),
+    ],
+    ids=["no caption", "by name", "None"],
+)
+def test_what_is_no_example_is_an_error(example, words):
+    class Others(Numbers):
+        def __getitem__(self, index):
+            return example
+
+    for look in (lambda source: stream(source, 1), identity):
+        with pytest.raises(TypeError, match=words):
+            look(Others(3))
 
 
 def test_a_source_without_pictures_is_an_error():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dalle_fast.data.crops import caption_crop, centre_crop, random_crop
-from dalle_fast.data.source import DataError, can_crop, check_count, generator
+from dalle_fast.data.source import DataError, can_crop, check_count, check_example, generator
 
 _SHUFFLE, _CROP = 3, 4  # uses of randomness
 
@@ -64,7 +64,7 @@ def batches(
 
     Raises:
         DataError: too many bad pictures; see `open_source`.
-        TypeError: the source gives something else than (height, width, 3) uint8 arrays.
+        TypeError: the source gives something else than `Example`s: (height, width, 3) uint8 arrays with their captions.
         ValueError: an argument out of range; a picture smaller than the crop, or, where `crop` is False, of another
             size.
     """
@@ -121,12 +121,7 @@ class _Loading(torch.utils.data.Dataset):
             return error, "", index, [], None
         if example is None:
             return None, "", index, looked, None
-        image, caption = example
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
-            kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise TypeError(
-                f"source must give pictures as (height, width, 3) uint8 arrays, got {kind} for number {index}"
-            )
+        image, caption = check_example(example, index)
         long = self._too_long(*image.shape[:2], looked[-1][0] if looked else index)
         image = self._crop(image, epoch, index)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), caption, index, looked, long
@@ -147,8 +142,10 @@ class _Loading(torch.utils.data.Dataset):
         if can_crop(self.source):
             image = self.crop(image, self.image_size, rng) if self.train else centre_crop(image, self.image_size)
         elif image.shape[:2] != (self.image_size, self.image_size):
+            height, width = image.shape[:2]
+            has = f"a picture of {height} x {width}, where none is cropped"
             raise ValueError(
-                f"image_size must be that of the source {self.source.name}, {image.shape[0]}, got {self.image_size}"
+                f"image_size must be that of the source {self.source.name}, got {self.image_size} and {has}"
             )
         if self.train and self.flip and rng.random() < 0.5:
             image = image[:, ::-1]

@@ -50,6 +50,20 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def check_example(example, index: int) -> Example:
+    """What `source[index]` gave, else TypeError."""
+    if not (isinstance(example, tuple) and len(example) == 2):
+        got = type(example).__name__
+        raise TypeError(f"source must give (image, caption), as dalle_fast.data.Example, got {got} for number {index}")
+    image, caption = example
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        got = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise TypeError(f"source must give pictures as (height, width, 3) uint8 arrays, got {got} for number {index}")
+    if not isinstance(caption, str):
+        raise TypeError(f'source must give captions as text, "" for none, got {caption!r} for number {index}')
+    return Example(image, caption)
+
+
 def can_crop(source) -> bool:
     """Whether crops of its pictures are as good as the whole; see `Source`."""
     return getattr(source, "crop", True)
@@ -73,7 +87,7 @@ def identity(source) -> str:
             digest.update(part)
     else:
         for index in probed:
-            image, caption = source[index]
+            image, caption = check_example(source[index], index)
             digest.update(f"{image.shape} {caption}".encode())
             digest.update(image.tobytes())
     name = os.path.basename(os.path.normpath(source.name))
