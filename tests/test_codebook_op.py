@@ -534,6 +534,18 @@ def test_module_blames_hidden(hidden, error, message):
             function(hidden)
 
 
+@pytest.mark.parametrize(
+    ("codes", "error", "message"),
+    [
+        (torch.tensor([0, K]), ValueError, f"codes must be from 0 to {K - 1}, .*, got values from 0 to {K}"),
+        (torch.tensor([0.0]), TypeError, "codes must be an int64 tensor, got torch.float32"),
+    ],
+)
+def test_module_blames_codes(codes, error, message):
+    with pytest.raises(error, match=message):
+        fnn.GumbelCodebook(I, K, D).decode(codes)
+
+
 def test_module_under_autocast_takes_mixed_dtypes():
     module, hidden = fnn.GumbelCodebook(I, K, D), torch.randn(2, I, 3)
     with torch.autocast("cpu", torch.bfloat16):

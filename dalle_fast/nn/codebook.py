@@ -10,7 +10,7 @@ import math
 import torch
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import check_size
+from dalle_fast.nn.checks import check_integers, check_range, check_size
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.codebook.op import IMPLS, check_tau
@@ -101,7 +101,14 @@ class GumbelCodebook(torch.nn.Module):
         return F.codebook_argmax(self._rows(hidden), self.weight, self.bias, impl=self.impl)
 
     def decode(self, codes):
-        """The embeddings (B, D, ...) of codes (B, ...)."""
+        """The embeddings (B, D, ...) of codes (B, ...) int64.
+
+        Raises:
+            TypeError, ValueError: codes are not int64 or, on a CPU, not codes.
+        """
+        check_integers("codes", codes)
+        num_codes = len(self.codebook)
+        check_range("codes", codes, num_codes - 1, f"the last of the codebook's {num_codes} codes")
         return torch.nn.functional.embedding(codes, self.codebook).movedim(-1, 1)
 
     def extra_repr(self):
