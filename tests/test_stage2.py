@@ -952,6 +952,18 @@ def test_a_run_that_may_learn_by_heart_says_so(folders, tmp_path, capsys, monkey
         assert (f"--examples {10 * len(source)} takes ten crops" in capsys.readouterr().err) == told
 
 
+@pytest.mark.parametrize(
+    ("used", "num_codes", "warned"),
+    [(12, 12, False), (11, 12, True), (16, 64, False), (163, 8192, True), (164, 8192, False)],
+)
+def test_how_many_codes_the_pictures_use_is_told(used, num_codes, warned, capsys):
+    """Of codes that are counted part by part, and of all codes that an int16 holds."""
+    of_each = torch.arange(num_codes - used, num_codes, dtype=torch.int16)
+    train_dalle._tell_of_used_codes(of_each.repeat(9000 // used + 1)[:, None], num_codes)
+    error = capsys.readouterr().err
+    assert f"the pictures use {used} of {num_codes} codes\n" in error and ("collapsed" in error) == warned
+
+
 def test_a_model_that_does_not_fit_is_refused_before_pictures_become_codes(folders, tmp_path, capsys, monkeypatch):
     _, run = folders
     monkeypatch.setattr(codes, "_encode", forbid)

@@ -34,6 +34,9 @@ MASKS, LAST_MASK = "row,column,row,row", "conv_flat"  # the paper's: what DALLEC
 VALIDATION = 1000  # at most, of the validation pictures
 EVALUATIONS = 10  # of a run, so that it shows when it only learns by heart; they take 2% of the time of `tiny`
 OFTEN = 20  # times that a crop is seen, of which more are recommended
+# A VAE that learned has most of its codes in use (65% of `tiny`'s on shapes), a collapsed one a handful, however many it
+# has. Of both the bounds are far.
+FEW_CODES, FEW_SHARE = 16, 0.02
 
 
 def add_arguments(parser) -> None:
@@ -116,6 +119,8 @@ def make_objective(arguments, recipe):
                 captions, ahead = _look_ahead(arguments, run)
         encoded = _encoded(arguments, run)  # each has its share of them
         tell_of_bad(*run.sources.values())
+        if together.leads:
+            _tell_of_used_codes(encoded["train"].codes, run.dvae.config.num_codes)
         with together.lead_first():  # which leaves what the others read
             tokenizer = run.tokenizer
             if tokenizer is None and not together.leads:
@@ -248,6 +253,19 @@ def _tell_of_few_crops(arguments, recipe, source) -> None:
         tell(
             f"each of {len(source)} pictures is seen {times:.0f} times, always in the same crop: "
             f"--examples {10 * len(source)} takes ten crops of each"
+        )
+
+
+def _tell_of_used_codes(codes, num_codes) -> None:
+    from dalle_fast.training.codes import codes_used
+    from dalle_fast.training.reports import tell
+
+    used = codes_used(codes, num_codes)
+    tell(f"the pictures use {used} of {num_codes} codes")
+    if used < min(num_codes, max(FEW_CODES, FEW_SHARE * num_codes)):
+        tell(
+            "warning: so few that pictures of them show little: the discrete VAE has collapsed, or all pictures are alike "
+            "(dalle-fast reconstruct shows what it keeps; a smaller --beta of train-dvae may help)"
         )
 
 

@@ -165,6 +165,14 @@ def _count(source, split, count):
     return count
 
 
+def codes_used(codes, num_codes: int) -> int:
+    """How many of `num_codes` codes there are among codes (N, G), of which little is in memory at once."""
+    used = torch.zeros(num_codes, dtype=torch.bool)
+    for some in codes.split(1 << 12):
+        used |= torch.bincount(some.flatten(), minlength=num_codes) > 0
+    return int(used.sum())
+
+
 def fingerprint(model) -> str:
     """A hash of a model's config and weights."""
     digest = hashlib.sha256(json.dumps(checkpoint.config_to_json(model.config), sort_keys=True).encode())
