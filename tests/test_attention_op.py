@@ -232,6 +232,17 @@ def test_checkpoint(server, make):
         assert torch.equal(a, b)
 
 
+def test_heads_in_place_of_the_sequence_are_warned_of(make):
+    """As where (batch, sequence, heads, head size) is given, as other libraries take it."""
+    wrong = make((1, S, H, D))[0]
+    with pytest.warns(UserWarning, match=rf"{H} positions of {S} heads, .* use transpose\(1, 2\)") as caught:
+        out = sparse_attention(wrong, wrong, wrong, MASK)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(torch.compile(sparse_attention, fullgraph=True, backend="eager")(*[wrong] * 3, MASK), out)
+
+
 # -- who serves --------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,23 @@ def inputs(batch_first, length=S, sizes=(E, E, E)):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
+def test_a_batch_in_place_of_the_sequence_is_warned_of(batch_first):
+    """As where batch_first was forgotten. Once for each place, and not of what fits, nor of a graph that is compiled."""
+    _, ours = pair(batch_first=batch_first)
+    wrong = inputs(not batch_first)[0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for x in (*inputs(batch_first), wrong, wrong):
+            ours(x, x, x)
+        assert torch.equal(
+            torch.compile(ours, fullgraph=True, backend="eager")(wrong, wrong, wrong)[0], ours(wrong, wrong, wrong)[0]
+        )
+    assert [warning.filename for warning in caught] == [__file__] * 2
+    assert f"{B} positions of {S} samples" in str(caught[0].message)
+    assert f"use batch_first={not batch_first}" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 def test_outputs_weights_and_gradients(batch_first, bias, average):

@@ -11,7 +11,7 @@ import torch.nn.functional as torch_F
 from dalle_fast.masks import AttentionMask
 from dalle_fast.nn.checks import check_size, is_looked_at
 from dalle_fast.ops import attention
-from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM
+from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM, warn_of_layout
 from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.dtypes import check_tensor
@@ -184,6 +184,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "made, so none can be dropped"
             )
         self._check_inputs(query, key, value)
+        self._check_layout(query, mask)
         batched = query.dim() == 3
         if not batched and isinstance(text_lengths, torch.Tensor):
             text_lengths = text_lengths[None] if text_lengths.dim() == 0 else text_lengths
@@ -233,6 +234,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             # Under autocast torch's linear casts both, but for float64.
             if (autocast_dtype(tensor) or tensor.dtype) != (autocast_dtype(weight) or weight.dtype):
                 raise TypeError(f"{name} must have the module's dtype {weight.dtype}, got {tensor.dtype}")
+
+    def _check_layout(self, query, mask):
+        """A batch_first that was forgotten, as most sequences are as long as the mask."""
+        if query.dim() != 3 or torch.compiler.is_compiling():
+            return
+        B, S = query.shape[:2] if self.batch_first else query.shape[1::-1]
+        if B == mask.seq_len != S:
+            axes = "(batch, sequence, channels)" if self.batch_first else "(sequence, batch, channels)"
+            warn_of_layout(query, f"{axes}: {S} positions of {B} samples", f"use batch_first={not self.batch_first}")
 
     def _project(self, query, key, value):
         """The projected query, key and value, (B, H, S, D) each: strided views of what the projections wrote."""

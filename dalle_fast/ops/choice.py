@@ -49,11 +49,11 @@ def _warn_once(operation, cost, reasons):
         f"{operation} runs on the dense reference, which {cost}, because nothing faster serves this call ({reasons}); "
         'impl="reference" asks for it and silences this warning',
         UserWarning,
-        stacklevel=_callers_level(),
+        stacklevel=callers_level(),
     )
 
 
-def _callers_level():
+def callers_level():
     """The `stacklevel` at which who calls this warns of the user's line: the nearest outside of this package and torch."""
     frame, level = sys._getframe(1), 1
     # Code that torch generates is in no module.

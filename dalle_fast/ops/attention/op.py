@@ -17,6 +17,7 @@ import functools
 import importlib
 import numbers
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from dalle_fast.ops.calls import (
     single_level,
     with_forward_mode,
 )
-from dalle_fast.ops.choice import check_impl, choose
+from dalle_fast.ops.choice import callers_level, check_impl, choose
 from dalle_fast.ops.dtypes import check_dense, check_tensor
 from dalle_fast.ops.registry import LIBRARY, register
 
@@ -97,14 +98,26 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-    B, _, S, D = query.shape
+    B, H, S, D = query.shape
     if S > mask.seq_len:
         raise ValueError(f"query must have at most the mask's {mask.seq_len} positions, got {S} ({mask!r})")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head size from 1 to {MAX_HEAD_DIM}, got {D}")
     if text_lengths is not None:
         check_text_lengths(text_lengths, B, query.device)
+    # Not what is compiled: sizes may be open, and to look at them would close them.
+    if not torch.compiler.is_compiling() and H == mask.seq_len != S:
+        warn_of_layout(query, f"(batch, heads, sequence, head size): {S} positions of {H} heads", "use transpose(1, 2)")
     return check_scale(scale, D)
+
+
+def warn_of_layout(query, read_as, otherwise):
+    """Of a query that would be as long as the mask in another layout, and is a short prefix in this one."""
+    warnings.warn(
+        f"query of shape {tuple(query.shape)} is read as {read_as}, as many as the mask has positions: if they are the "
+        f"sequence, {otherwise}",
+        stacklevel=callers_level(),
+    )
 
 
 def check_scale(scale, D) -> float:
