@@ -1,5 +1,5 @@
-"""What the documents for users show can be copied: each block of Python in README.md runs by itself, and each `dalle-fast`
-command is one."""
+"""What the documents for users show can be copied: each block of Python in README.md runs by itself, those of TRAINING.md
+together, and each `dalle-fast` command is one."""
 
 import re
 import shlex
@@ -14,15 +14,18 @@ from dalle_fast import cli
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "TRAINING.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/NOTES.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-BLOCKS = [
-    block for text in TEXTS.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-]
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+BLOCKS = {name: re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for name, text in TEXTS.items()}
+SNIPPETS = {name: [text for language, text in blocks if language == "python"] for name, blocks in BLOCKS.items()}
+# Drawing stands before training, whose model it takes.
+TOGETHER = "\n".join(reversed(SNIPPETS.pop("TRAINING.md")))
+SNIPPETS = [*(snippet for of_document in SNIPPETS.values() for snippet in of_document), TOGETHER]
 
 
 def commands():
     """Every call of dalle-fast in a block, and those in the text that are whole."""
-    lines = "\n".join(text.replace("\\\n", " ") for language, text in BLOCKS if language == "sh").splitlines()
+    lines = "\n".join(
+        text.replace("\\\n", " ") for blocks in BLOCKS.values() for language, text in blocks if language == "sh"
+    ).splitlines()
     for text in TEXTS.values():
         lines += re.findall(r"`(dalle-fast [^`]+ --out [^`]+)`", text.replace("\n", " "))
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dalle-fast ")]
