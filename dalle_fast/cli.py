@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 
 import dalle_fast
 from dalle_fast.errors import UserError, told
@@ -29,6 +30,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _fill_text(self, text, width, indent):
+        """Paragraphs run on, the lines of a table, which begin with spaces, do not."""
+        if "\n  " not in text:
+            return super()._fill_text(text, width, indent)
+        return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 12) for line in text.splitlines())
 
 
 def make_parser() -> argparse.ArgumentParser:

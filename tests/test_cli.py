@@ -11,6 +11,7 @@ import torch
 
 import dalle_fast
 from dalle_fast import _extension, cli, info
+from dalle_fast.verify.figures import FIGURES
 
 
 def run_module(*arguments, **environment):
@@ -102,6 +103,15 @@ def test_help_shows_defaults(name, capsys):
         cli.main([name, "--help"])
     assert exit_.value.code == 0
     assert "(default:" in capsys.readouterr().out
+
+
+def test_the_figures_of_verify_are_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--help"])
+    lines = capsys.readouterr().out.partition("\nfigures:\n")[2].splitlines()
+    assert {line.split()[0] for line in lines if line[2] != " "} == {*FIGURES, "gpu"}
+    assert max(map(len, lines)) < 80 and all(line[:12].isspace() for line in lines if line[2] == " ")
 
 
 def test_help_and_version_do_not_import_torch():

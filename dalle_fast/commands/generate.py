@@ -1,4 +1,7 @@
-"""Draw pictures of captions, or complete a picture."""
+"""Draw pictures of captions, or complete a picture.
+
+They go into one picture, or into a folder, which must not hold pictures of an earlier run.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def add_arguments(parser) -> None:
     what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each caption")
     out = (
         f"a picture of all, {COLUMNS} in a row at most; or a folder (one that is there, or PATH/), for a file of each "
-        f"as soon as its caption is done, and {TABLE}: a folder with pictures of an earlier run is refused"
+        f"as soon as its caption is done, and {TABLE}"
     )
     what.add_argument("--out", required=True, metavar="PATH", help=out)
     what.add_argument(

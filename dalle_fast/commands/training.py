@@ -16,7 +16,11 @@ BYTES_OF_A_PARAMETER = 20  # in float32: itself, its gradient, AdamW's two momen
 
 
 def add_run_arguments(group, presets) -> None:
-    group.add_argument("--data", required=True, metavar="SOURCE", help="shapes, emoji, stamps, a folder, .tar shards")
+    data = (
+        "a folder of pictures, .tar shards; or shapes, scenes that are drawn; emoji, of the font fonts-noto-color-emoji; "
+        "stamps, glyphs on coloured cards"
+    )
+    group.add_argument("--data", required=True, metavar="SOURCE", help=data)
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     group.add_argument(
         "--resume", action="store_true", help="go on from the newest good checkpoint in DIR, with the same flags"

@@ -14,9 +14,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from dalle_fast.verify.figures import FIGURES
 
-    names = "; ".join(f"{figure.name}: {figure.title}" for figure in FIGURES.values())
-    names += "; gpu: those that a GPU changes, there alone"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which figures; all if none is named. {names}")
+    titles = {name: figure.title for name, figure in FIGURES.items()} | {"gpu": "those that a GPU changes, there alone"}
+    parser.epilog = "figures:\n" + "\n".join(f"  {name:9} {title}" for name, title in titles.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which figures, see below; all if none is named")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="where results are kept")
     parser.add_argument("--gpu", action="store_true", help="hold the GPU's kernels to the same figures")
     parser.add_argument("--budget", type=_seconds, default=600, metavar="SECONDS", help="stop beginning work after it")
