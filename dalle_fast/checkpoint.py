@@ -257,24 +257,20 @@ def _fingerprint_of_written(path, stored: dict[str, torch.Tensor]) -> dict:
     return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 
-def _put_back(folder) -> None:
-    """A checkpoint that was moved out of the way of another of its step, which never came, returns."""
+def _remove_leftovers(folder) -> None:
+    """What a write that was cut short left behind; a checkpoint that was moved out of the way of another of its step, which
+    never came, returns."""
     for path in folder.glob(_REPLACED + "*"):
         original = folder / path.name.removeprefix(_REPLACED)
         if not original.exists():
             path.rename(original)
-
-
-def _remove_leftovers(folder) -> None:
-    """What a write that was cut short left behind."""
-    _put_back(folder)
     for path in (*folder.glob(_REPLACED + "*"), *folder.glob(UNFINISHED + "*")):
         _remove(path)
 
 
 def _remove_all_but_the_last(folder, step) -> None:
     _remove_leftovers(folder)
-    steps = {_step_of(path): path for path in _all(folder)}
+    steps = {_step_of(path.name): path for path in _all(folder)}
     kept = sorted(x for x in steps if x <= step)[-KEEP:]
     for x, path in steps.items():
         if x not in kept:
@@ -315,10 +311,8 @@ def load(folder, *, settings: dict | None = None) -> Checkpoint:
         CheckpointError: no checkpoint is good, or the newest one that is not damaged has other settings, is of another
             format or cannot be read.
     """
-    folder = Path(folder)
-    _put_back(folder)
     wrong = []
-    for path in reversed(_all(folder)):
+    for path in reversed(_all(Path(folder))):
         try:
             checkpoint = _read(path)
         except _Damaged as error:
@@ -458,15 +452,19 @@ def config_from_json(config_class, fields: dict):
 
 
 def _all(folder) -> list[Path]:
-    """Checkpoints by step, the newest last."""
+    """Checkpoints by step, the newest last. One that was moved out of the way of another of its step, which is not there
+    yet, is one: who only reads does not put it back, as a run may be about to put the other there."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _step_of(p) is not None), key=_step_of)
+    paths = {path.name: path for path in folder.iterdir()}
+    moved = {name.removeprefix(_REPLACED): path for name, path in paths.items() if name.startswith(_REPLACED)}
+    found = {name: path for name, path in {**moved, **paths}.items() if _step_of(name) is not None}
+    return [found[name] for name in sorted(found, key=_step_of)]
 
 
-def _step_of(path) -> int | None:
-    number = path.name.removeprefix(_PREFIX)
-    return int(number) if path.name.startswith(_PREFIX) and number.isdecimal() else None
+def _step_of(name) -> int | None:
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
 
 
 def _read(path) -> Checkpoint:

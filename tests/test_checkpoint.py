@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import warnings
 
@@ -233,10 +234,18 @@ def test_a_write_that_stops_anywhere_loses_nothing(save, tmp_path, monkeypatch, 
 
 
 def test_stopped_between_two_renames(save, tmp_path):
-    """One of the same step was moved away, and what was to replace it did not come."""
-    path = save(1)
-    path.rename(tmp_path / f".replaced-{path.name}")
-    assert checkpoint.load(tmp_path).step == 1
+    """One of the same step was moved away, and what was to replace it did not come: it is still the newest one. Only a
+    run puts it back, as who reads may meet one between the two."""
+    save(1)
+    path = save(2)
+    moved = path.rename(tmp_path / f".replaced-{path.name}")
+    assert checkpoint.latest(tmp_path) == checkpoint.load(tmp_path).path == moved
+    assert checkpoint.saved_settings(tmp_path) == {"seed": 1}
+    assert names(tmp_path) == [moved.name, "step-000000001"]
+    save(3)
+    assert names(tmp_path) == [path.name, "step-000000003"] and checkpoint.load(tmp_path).step == 3
+    shutil.copytree(path, moved)  # a run that was killed behind the second rename
+    assert checkpoint.latest(tmp_path).name == "step-000000003" and len(checkpoint._all(tmp_path)) == 2
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

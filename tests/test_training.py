@@ -393,6 +393,18 @@ def test_a_torn_checkpoint_costs_the_steps_since_the_one_before_it(tmp_path, uni
     assert contents(tmp_path) == uninterrupted
 
 
+def test_a_run_whose_only_checkpoint_was_about_to_be_replaced_is_one(tmp_path):
+    """It was killed between the two renames; taken for none, another run emptied its log."""
+    train(objective(), tmp_path, settings(steps=2), **QUIET)
+    (tmp_path / checkpoint.MODEL).unlink()
+    last = checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS)
+    last.rename(last.with_name(f".replaced-{last.name}"))
+    with pytest.raises(TrainingError, match=r"holds a run \(.replaced-step-000000002\)"):
+        train(objective(), tmp_path, settings(steps=2), **QUIET)
+    assert train(objective(), tmp_path, settings(steps=2), resume=True, **QUIET).step == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [2]
+
+
 def test_resuming_a_finished_run_evaluates_it_again(tmp_path, uninterrupted):
     train(objective(), tmp_path, settings(), **QUIET)
     (tmp_path / "evaluation.json").unlink()
