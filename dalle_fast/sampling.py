@@ -41,7 +41,7 @@ def load(folder, *, dvae=None, device="cpu", precision="float32"):
     dalle = checkpoint.load_model(folder, kind="DALLE", device=device)
     own = dvae is None
     if own and not (folder / DVAE).is_dir():
-        raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one (--dvae)")
+        raise UserError(f"{folder} has no folder {DVAE!r} with a discrete VAE: name one (dvae=, --dvae)")
     dvae = checkpoint.load_model(folder / DVAE if own else dvae, kind="DiscreteVAE", device=device)
     if not (folder / TOKENIZER).exists():
         raise UserError(f"{folder} has no {TOKENIZER}, the tokenizer of its captions")

@@ -26,9 +26,8 @@ from dalle_fast.training.initial import begin_with
 from dalle_fast.training.recipes import DALLERecipe
 
 EVALUATED = 64  # examples at once, at most
-LEAST_POSITIONS = (
-    1 << 12
-)  # that go through the model at once where no gradients are kept: short ones one by one are slow
+# That go through the model at once where no gradients are kept: short examples one by one are slow.
+LEAST_POSITIONS = 1 << 12
 SHOWN, SHOWN_OF_EACH = 6, 6  # captions, and pictures of each
 CAPTIONS = "captions.txt"  # in the folder of a run: those that are drawn on the way
 _BPE, _HIDE = 16, 17  # uses of randomness; those below are of the data
