@@ -56,9 +56,10 @@ attn_32=("$python" benchmarks/attn_bench.py "${paper[@]}" --seconds 2)
 attn_64=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 64 --seconds 2)
 attn_128=("$python" benchmarks/attn_bench.py "${large[@]}" --grid 128 --pass forward --seconds 3)
 codebook=("$python" benchmarks/codebook_bench.py)
+codebook_triton=("${codebook[@]}" --impl triton)
 generate=("$python" benchmarks/generate_bench.py --preset 1b --batch 64 --batch 8 --batch 1 --seconds 2)
 train=("$python" benchmarks/train_bench.py --grid 32 --grid 64 --seconds 3)
-benchmarks=(attn_32 attn_64 attn_128 codebook generate train)
+benchmarks=(attn_32 attn_64 attn_128 codebook codebook_triton generate train)
 
 announce build info tests memcheck racecheck verify "${benchmarks[@]}"
 step build 150 "$python" -m pip install -q -e . --no-build-isolation --no-deps

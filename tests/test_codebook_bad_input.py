@@ -78,11 +78,6 @@ PRODUCT_CASES = {
     "impl None": ({"impl": None}, ValueError, ["impl must be one of", "got None"]),
     "impl list": ({"impl": ["cpu"]}, ValueError, ["impl must be one of", "got ['cpu']"]),
     "impl cuda": ({"impl": "cuda"}, ValueError, ["impl='cuda' cannot serve", "got hidden on cpu"]),
-}
-NO_TRITON = {
-    "impl triton": ({"impl": "triton"}, ValueError, ["impl must be one of auto, reference, cpu, cuda, got 'triton'"]),
-}
-TRITON = {
     "impl triton": (
         {"impl": "triton"},
         ValueError,
@@ -179,6 +174,7 @@ TARGET_CASES = {
     "ignore_index None": ({"ignore_index": None}, TypeError, ["ignore_index must be an integer, got None"]),
 }
 SOFTMAX_CASES = {
+    "impl triton": ({"impl": "triton"}, ValueError, ["impl must be one of auto, reference, cpu, cuda, got 'triton'"]),
     "logits list": ({"logits": [1.0]}, TypeError, ["logits must be a tensor, got list"]),
     "logits integers": ({"logits": ints(2, 3)}, TypeError, ["logits must be", "got torch.int64"]),
     "logits rank 0": ({"logits": torch.tensor(1.0)}, ValueError, ["dim must be a dimension of logits ()", "got -1"]),
@@ -220,19 +216,13 @@ def number_cases(name, positive):
 
 
 CASES = [
-    *(
-        ("gumbel_codebook", case)
-        for case in (PRODUCT_CASES | NO_TRITON | CODEBOOK_CASES | SEED_CASES | ROW_SEED_CASES).items()
-    ),
+    *(("gumbel_codebook", case) for case in (PRODUCT_CASES | CODEBOOK_CASES | SEED_CASES | ROW_SEED_CASES).items()),
     *(("gumbel_codebook", case) for case in number_cases("tau", True).items()),
-    *(("codebook_argmax", case) for case in (PRODUCT_CASES | TRITON | RANGE_CASES).items()),
-    *(
-        ("codebook_sample", case)
-        for case in (PRODUCT_CASES | TRITON | RANGE_CASES | SEED_CASES | ROW_SEED_CASES).items()
-    ),
+    *(("codebook_argmax", case) for case in (PRODUCT_CASES | RANGE_CASES).items()),
+    *(("codebook_sample", case) for case in (PRODUCT_CASES | RANGE_CASES | SEED_CASES | ROW_SEED_CASES).items()),
     *(("codebook_sample", case) for case in number_cases("temperature", False).items()),
-    *(("codebook_cross_entropy", case) for case in (PRODUCT_CASES | TRITON | RANGE_CASES | TARGET_CASES).items()),
-    *(("gumbel_softmax", case) for case in (SOFTMAX_CASES | NO_TRITON | SEED_CASES | SOFTMAX_SEED_CASES).items()),
+    *(("codebook_cross_entropy", case) for case in (PRODUCT_CASES | RANGE_CASES | TARGET_CASES).items()),
+    *(("gumbel_softmax", case) for case in (SOFTMAX_CASES | SEED_CASES | SOFTMAX_SEED_CASES).items()),
     *(("gumbel_softmax", case) for case in number_cases("tau", True).items()),
 ]
 

@@ -314,7 +314,8 @@ def gumbel_codebook(
             int64 tensor (...) is a seed for each row, which makes the noise of a row independent of its batch. None
             draws one from torch's generator, and on the ranks of a process group different ones.
         impl: "auto" takes the fastest implementation that serves the call and warns once when that is the dense
-            reference; "reference", "cpu" or "cuda" take that one or raise.
+            reference; "reference", "cpu", "cuda" or, of 16-bit tensors on a GPU, "triton" take that one or raise. "triton"
+            keeps D numbers of float32 a row for the backward pass.
 
     Returns:
         GumbelCodebookOutput: embedding (..., D) in hidden's dtype; kl (...) float32 (float64 for float64), in nats, of
@@ -344,7 +345,7 @@ def codebook_argmax(
     """The largest logit's code: argmax(hidden @ weight.T + bias), the first of equals. Not differentiable.
 
     Args:
-        hidden, weight, bias, impl: as in `gumbel_codebook`. Here `impl` may be "triton" too, of 16-bit tensors on a GPU.
+        hidden, weight, bias, impl: as in `gumbel_codebook`.
         code_range: (start, stop) restricts it to these codes, as if the others did not exist; None means all K.
 
     Returns:
@@ -412,7 +413,7 @@ def codebook_cross_entropy(
     factor keeps them in range).
 
     Args:
-        hidden, weight, bias, impl: as in `codebook_argmax`, where "triton" makes no gradients.
+        hidden, weight, bias, impl: as in `gumbel_codebook`.
         target: (...) int64, codes from 0 to K - 1 or ignore_index. On a CPU others raise; elsewhere, where a look would
             wait for the device, they give NaN in the loss.
         reduction: "none", "mean" (over the targets that are not ignored; NaN if there are none) or "sum".

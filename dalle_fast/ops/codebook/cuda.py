@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from dalle_fast import _extension
+from dalle_fast.ops.codebook.products import float32_product, sum_by_code
 from dalle_fast.ops.codebook.truncation import truncated  # noqa: F401 (part of the interface)
 from dalle_fast.ops.dtypes import DTYPES
 
@@ -88,7 +89,7 @@ def gumbel_codebook_backward(
     )  # fmt: skip
     del rows, grad_weights  # the memory is free: results take as much
     if hard and needs[3]:
-        of_codebook = _sum_by_code(codebook, codes, grad_embedding)
+        of_codebook = sum_by_code(codebook, codes, grad_embedding)
     return *gradients.results(hidden, weight, bias), _result(of_codebook, codebook)
 
 
@@ -193,12 +194,6 @@ def _result(gradient, like):
     return gradient.to(like.dtype) if gradient.shape == like.shape else like.new_empty(like.shape)
 
 
-def _sum_by_code(codebook, codes, grad_embedding):
-    """In float32. Not index_add_, whose order of additions, and so the last bits, differs from run to run on a GPU."""
-    total = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
-    return total.index_put_((codes,), grad_embedding.float(), accumulate=True)
-
-
 def scratch(size, dtype, device):
     """Memory to work in: torch's allocator keeps it for the next call."""
     return torch.empty(size, dtype=dtype, device=device)
@@ -239,7 +234,7 @@ def _blas():
 
 
 def logits(hidden, weight):
-    return hidden.float() @ weight.float().T
+    return float32_product(hidden, weight.T)
 
 
 def sample_of_logits(logits, seed):

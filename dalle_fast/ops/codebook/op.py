@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from dalle_fast import _extension
 from dalle_fast.ops import choice
 from dalle_fast.ops.calls import (
     autocast_dtype,
@@ -36,20 +37,22 @@ from dalle_fast.ops.registry import LIBRARY, register
 
 # Whom "auto" tries, by operation and device type, the fastest first. On an H200, 8,192 rows and codes in bfloat16, Din =
 # 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 by "cuda" and 0.11 by "triton", a
-# loss without gradients 0.28 and 0.14, a sample 0.33 by "cuda". "triton" samples too, and "auto" does not choose it for
-# that before it is measured on a GPU.
-_CHUNKS, _TRITON_FIRST = {"cpu": ("cpu",), "cuda": ("cuda",)}, {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# loss without gradients 0.28 and 0.14, a sample 0.33 by "cuda". What else "triton" does was never measured on a GPU, and
+# serves where no CUDA toolkit has compiled "cuda".
+_CHUNKS, _CHUNKS_FIRST = {"cpu": ("cpu",), "cuda": ("cuda",)}, {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_TRITON_FIRST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 AUTO = {
-    "gumbel_codebook": _CHUNKS,
+    "gumbel_codebook": _CHUNKS_FIRST,
     "gumbel_softmax": _CHUNKS,
     "codebook_argmax": _TRITON_FIRST,
     "codebook_cross_entropy": _TRITON_FIRST,
-    "codebook_sample": _CHUNKS,
+    "codebook_cross_entropy with gradients": _CHUNKS_FIRST,
+    "codebook_sample": _CHUNKS_FIRST,
     "codebook_sample of logits": _CHUNKS,  # what makes them, truncates them and draws
 }
-_IN_TRITON = ("codebook_argmax", "codebook_cross_entropy", "codebook_sample")
 IMPLS = {
-    operation: tuple(impl for impl in choice.IMPLS if impl != "triton" or operation in _IN_TRITON) for operation in AUTO
+    operation: tuple(impl for impl in choice.IMPLS if impl != "triton" or "triton" in automatic["cuda"])
+    for operation, automatic in AUTO.items()
 }
 _IGNORED = -2  # the target of a row that is not counted
 _COST = "holds logits of every row and code in memory"
@@ -392,6 +395,8 @@ def _implementation(name):
 def _serving(operation, impl, **tensors):
     """Who serves; with a `row_weight` it makes gradients of losses."""
     first = next(iter(tensors.values()))
+    if tensors.get("row_weight") is not None:
+        operation += " with gradients"
     return choose((operation, _COST), impl, device_type(first), _implementation, AUTO[operation], tensors)
 
 
@@ -446,8 +451,17 @@ def _gumbel_codebook_fake(hidden, weight, bias, codebook, tau, seed, seed_per_ro
         hidden.new_empty(N, codebook.shape[1]),
         hidden.new_empty(N, dtype=_wide(hidden)),
         hidden.new_empty(N, dtype=torch.int64),
-        hidden.new_empty(N, 4, dtype=_wide(hidden)),
+        hidden.new_empty(N, 4 + _kept_columns(hidden, codebook, impl), dtype=_wide(hidden)),
     )
+
+
+def _kept_columns(hidden, codebook, impl):
+    """The backward pass of "triton" needs the embedding in float32: so wide are `stats` beyond 4 where it may serve.
+
+    Decided by what is known of a call before there are tensors, so that a compiled graph knows the shape.
+    """
+    may_serve = impl == "triton" or (impl == "auto" and hidden.is_cuda and _extension.why_no_cuda())
+    return codebook.shape[1] if may_serve and hidden.dtype in (torch.float16, torch.bfloat16) else 0
 
 
 @_operation(
@@ -461,6 +475,8 @@ def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, ha
     embedding, kl, codes, stats = serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
     if hard:
         embedding.masked_fill_(kl.isnan()[:, None], torch.nan)  # a row that is not finite has no code
+    if missing := 4 + _kept_columns(hidden, codebook, impl) - stats.shape[1]:  # "triton" refused this call
+        stats = torch.nn.functional.pad(stats, (0, missing), value=torch.nan)
     return embedding, kl, codes, stats
 
 
