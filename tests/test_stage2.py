@@ -469,7 +469,7 @@ def test_captions_too_long_are_refused_or_cut(objective):
     o = objective(config=config, truncate=True)
     batch = next(o.batches(0))
     assert batch.text.shape[1] == 4 and batch.text_lengths.max() == 4
-    o.pictures(o.model)  # of captions that are cut too
+    o.pictures(o.model, 64)  # of captions that are cut too
 
 
 def test_a_long_caption_is_refused_before_its_turn_comes(objective, encoded):
@@ -552,10 +552,9 @@ def test_losses_of_the_validation_examples_are_means_over_their_tokens(objective
     o = objective(encoded=[encoded[0], encoded[1]._replace(captions=captions)])
     model = o.model.eval()
     torch.nn.init.normal_(model.text_embedding.weight, generator=torch.Generator().manual_seed(0))
-    whole = o.evaluate(model)
-    o.at_once = 3
+    whole = o.evaluate(model, 64)
     monkeypatch.setattr(stage2, "LEAST_POSITIONS", 0)
-    in_parts = o.evaluate(model)
+    in_parts = o.evaluate(model, 3)
     assert whole["examples"] == in_parts["examples"] == 7
     for name in ("text_loss", "image_loss"):
         assert in_parts[name] == pytest.approx(whole[name], rel=1e-5)
@@ -568,7 +567,7 @@ def test_losses_of_the_validation_examples_are_means_over_their_tokens(objective
 
 def test_validation_without_words_has_no_loss_of_text(objective, encoded):
     o = objective(encoded=[encoded[0], encoded[1]._replace(captions=[""] * 7)])
-    assert o.evaluate(o.model)["text_loss"] == 0
+    assert o.evaluate(o.model, 64)["text_loss"] == 0
 
 
 def test_a_caption_that_comes_twice_is_shown_once(objective, encoded):
@@ -578,7 +577,7 @@ def test_a_caption_that_comes_twice_is_shown_once(objective, encoded):
 
 def test_pictures_show_the_first_captions(objective):
     o = objective()
-    first, again = o.pictures(o.model.eval()), o.pictures(o.model)
+    first, again = o.pictures(o.model.eval(), 64), o.pictures(o.model, 64)
     assert first.keys() == {"samples"} and np.array_equal(first["samples"], again["samples"])
     cell = 16 * 6 + 2  # pixels of a picture, six times as large, and the gap
     assert first["samples"].shape == (2 + 6 * cell, 2 + 6 * cell, 3) and len(set(o.shown)) == 6

@@ -33,6 +33,7 @@ from dalle_fast.training import (
     DVAERecipe,
     LoopSettings,
     TrainingError,
+    loop,
     precision,
     processes,
     random_state,
@@ -157,8 +158,8 @@ def test_the_average_follows_its_formula(every):
 def test_the_average_is_what_is_evaluated_drawn_and_exported(tmp_path):
     o = objective()
     seen = []
-    o.evaluate = lambda model: seen.append(model) or {"psnr": 1.0}
-    o.pictures = lambda model: seen.append(model) or {}
+    o.evaluate = lambda model, at_once: seen.append(model) or {"psnr": 1.0}
+    o.pictures = lambda model, at_once: seen.append(model) or {}
     train(o, tmp_path, settings(), **QUIET)
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0] is not o.model
     exported = checkpoint.load_model(tmp_path, kind="DiscreteVAE")
@@ -449,7 +450,7 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
 
 def test_a_report_that_cannot_be_written_ends_the_run_behind_a_checkpoint(tmp_path, uninterrupted):
     o = objective()
-    o.pictures = lambda model: shutil.rmtree(tmp_path / "pictures") or {"a": np.zeros((2, 2, 3), np.uint8)}
+    o.pictures = lambda model, at_once: shutil.rmtree(tmp_path / "pictures") or {"a": np.zeros((2, 2, 3), np.uint8)}
     with pytest.raises(FileNotFoundError):
         train(o, tmp_path, settings(picture_every=7), **QUIET)
     assert checkpoint.latest(tmp_path / checkpoint.CHECKPOINTS).name == "step-000000007"
@@ -468,7 +469,7 @@ def test_reports_that_are_cut_short_are_made_again(tmp_path, what, step, capsys)
     train(objective(), tmp_path / "whole", whole, **QUIET)
     o, calls = objective(), itertools.count(3, 3)
     of_objective = getattr(o, what)
-    setattr(o, what, lambda model: crash() if next(calls) == step else of_objective(model))
+    setattr(o, what, lambda *of: crash() if next(calls) == step else of_objective(*of))
     with pytest.raises(Crash) if step < 12 else contextlib.nullcontext():
         assert train(o, tmp_path / "parts", whole, **QUIET)[:2] == (12, None)
     assert log_of(tmp_path / "parts")[-1]["step"] == step
@@ -597,7 +598,7 @@ def test_processes_that_would_resume_from_other_steps_are_refused(tmp_path, monk
     )
     with pytest.raises(UserError, match=words):
         train(o, tmp_path, settings(accumulate=2), **QUIET)
-    assert o.at_once == 1
+    assert loop._Run(o, tmp_path, settings(accumulate=2)).at_once == 1
 
 
 def test_processes_with_other_settings_are_refused_before_the_first_step(tmp_path, monkeypatch):
@@ -650,7 +651,7 @@ def test_an_objectives_batches_and_numbers(tmp_path, uninterrupted):
         return value, {name: torch.tensor([scalar]) for name, scalar in scalars.items()}
 
     o.batches, o.loss = lambda start: some, with_tensors
-    o.evaluate = lambda model: {name: torch.tensor(value) for name, value in evaluate_(model).items()}
+    o.evaluate = lambda *of: {name: torch.tensor(value) for name, value in evaluate_(*of).items()}
     train(o, tmp_path / "a", settings(), **QUIET)
     assert contents(tmp_path / "a")[checkpoint.MODEL] == uninterrupted[checkpoint.MODEL]
     few.batches = lambda start: some[:7]
@@ -767,14 +768,13 @@ def test_log_pictures_and_tensorboard(tmp_path, monkeypatch):
     with torch.no_grad():  # the likeliest codes of the eight validation pictures
         codes = model.encode(next(o._in_order(o.validation)).images.float() / 255)
     perplexity, used = usage(torch.bincount(codes.flatten(), minlength=12))
-    o.at_once = 3
     monkeypatch.setattr(stage1, "LEAST_PIXELS", 0)
     measured = {"perplexity": pytest.approx(perplexity.item()), "codes_used": pytest.approx(used.item())}
-    assert o.measures(model) == measured and {name: log[4][name] for name in measured} == measured
+    assert o.measures(model, 3) == measured and {name: log[4][name] for name in measured} == measured
     at_once, encode, whole = [], model.encode, json.loads((tmp_path / "evaluation.json").read_text())
     model.encode = lambda images: at_once.append(len(images)) or encode(images)
-    assert o.evaluate(model) == pytest.approx({name: x for name, x in whole.items() if name != "step"}, rel=1e-4)
-    assert o.pictures(model)["reconstructions"].shape == (2 + 2 * 98, 2 + 8 * 98, 3) and at_once == [3, 3, 2] * 2
+    assert o.evaluate(model, 3) == pytest.approx({name: x for name, x in whole.items() if name != "step"}, rel=1e-4)
+    assert o.pictures(model, 3)["reconstructions"].shape == (2 + 2 * 98, 2 + 8 * 98, 3) and at_once == [3, 3, 2] * 2
     assert log[0]["beta"] == pytest.approx(np.mean([RECIPE.beta_at(step) for step in range(3)]))
     for step in (6, 12):
         with Image.open(tmp_path / "pictures" / f"reconstructions-{step:09d}.png") as picture:

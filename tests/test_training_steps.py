@@ -187,12 +187,14 @@ def test_lost_weights_stay_out_of_the_average(tmp_path):
 
 
 def test_on_the_way_the_average_is_evaluated_and_drawn(tmp_path):
+    """In parts as large as those of a batch, here two of four examples."""
     o, seen = objective(), []
-    o.evaluate = lambda model: seen.append(model) or {"psnr": 1.0}
-    o.pictures = lambda model: seen.append(model) or {}
-    train(o, tmp_path, settings(evaluate_every=4, picture_every=6), **QUIET)
-    assert len(seen) == 3 + 2  # evaluations, the last one of which is that of the finished run, and pictures
-    assert all(model is seen[-1] for model in seen) and seen[-1] is not o.model
+    o.measures = lambda *of: seen.append(of) or {}
+    o.evaluate = lambda *of: seen.append(of) or {"psnr": 1.0}
+    o.pictures = lambda *of: seen.append(of) or {}
+    train(o, tmp_path, settings(accumulate=2, log_every=6, evaluate_every=4, picture_every=6), **QUIET)
+    assert len(seen) == 2 + 3 + 2  # lines of the log, evaluations, the last one of which is that of the end, pictures
+    assert all(model is seen[-1][0] and at_once == 2 for model, at_once in seen) and seen[-1][0] is not o.model
 
 
 # -- random numbers ----------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_evaluating_and_drawing_do_not_change_the_numbers_of_a_step(tmp_path, wh
         numbers = []
         o = before_each_loss(objective(), lambda step, numbers=numbers: numbers.append(draw()))
         if disturbs:
-            setattr(o, what, lambda model: disturb_random_states() or random.seed(99) or {})
+            setattr(o, what, lambda model, at_once: disturb_random_states() or random.seed(99) or {})
         train(o, tmp_path / str(disturbs), settings(steps=4, evaluate_every=1, picture_every=1), **QUIET)
         drawn.append(numbers)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4

@@ -62,15 +62,12 @@ class Objective(Protocol):
         settings: name -> value, as JSON can hold them, all that the numbers of a run depend on; a resumed run must have
             the same.
         examples_per_step: for the rate that is shown.
-        at_once: set by `train`, how many examples `evaluate` and `pictures` may put through the model at once: as many
-            as a part of a batch has, which fits; more where they are small.
         adamw: keywords for `torch.optim.AdamW`, such as betas and eps.
     """
 
     model: torch.nn.Module
     settings: dict[str, Any]
     examples_per_step: int
-    at_once: int
     adamw: dict[str, Any]
 
     def parameter_groups(self) -> list[dict]:
@@ -86,13 +83,16 @@ class Objective(Protocol):
         """The loss to minimise, and scalars to log, of one part of a step's batch. The parts of all processes have
         numbers from 0 on: what is drawn for one must not be drawn for another."""
 
-    def measures(self, model) -> dict[str, float]:
-        """What each line of the log tells of the averaged model: quickly found."""
+    # Of the averaged model. `at_once` examples may go through it together: as many as a part of a batch has, which fits;
+    # more where they are small.
 
-    def evaluate(self, model) -> dict[str, float]:
-        """How good the averaged model is."""
+    def measures(self, model, at_once: int) -> dict[str, float]:
+        """What each line of the log tells: quickly found."""
 
-    def pictures(self, model) -> dict[str, Any]:
+    def evaluate(self, model, at_once: int) -> dict[str, float]:
+        """How good it is."""
+
+    def pictures(self, model, at_once: int) -> dict[str, Any]:
         """Name -> (height, width, 3) uint8 array."""
 
 
@@ -268,7 +268,7 @@ class _Run:
         # Of which parts a batch is: in stage 1 each has noise of its own. Who computes them changes what is rounded.
         parts = self.processes.count * settings.accumulate
         self.settings_that_matter["processes_times_accumulate"] = parts
-        objective.at_once = max(1, objective.examples_per_step // parts)
+        self.at_once = max(1, objective.examples_per_step // parts)  # see `Objective`
         try:  # as a checkpoint gives them back
             self.settings_that_matter = json.loads(json.dumps(self.settings_that_matter, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -381,7 +381,7 @@ class _Run:
         tell(f"warning: {skipped}; {last}. {advice}")
 
     def evaluate(self) -> dict[str, float]:
-        found = self.objective.evaluate(self.ema.model)
+        found = self.objective.evaluate(self.ema.model, self.at_once)
         return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
     def due(self, every: int) -> bool:
@@ -466,7 +466,7 @@ class _Run:
         if self.due(self.settings.log_every):
             means = {name: total / self.counted for name, total in self.sums.items()}
             with random_state.untouched():
-                measured = self.objective.measures(self.ema.model)
+                measured = self.objective.measures(self.ema.model, self.at_once)
             self.reports.record(self.step, {**means, **measured, "skipped": self.step - self.updates})
         if self.step == self.settings.steps:
             self.export()
@@ -479,7 +479,7 @@ class _Run:
         if self.due(self.settings.picture_every):
             with self.warned_at_the_end("pictures"):
                 with random_state.untouched():
-                    pictures = self.objective.pictures(self.ema.model)
+                    pictures = self.objective.pictures(self.ema.model, self.at_once)
                 self.reports.pictures(self.step, pictures)
 
     def save(self) -> None:

@@ -70,7 +70,7 @@ class DVAEObjective:
             random_state.seed(seed)
             self.model = DiscreteVAE(config).to(device, memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.examples_per_step = self.at_once = recipe.batch_size
+        self.examples_per_step = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.999), "eps": 1e-8}
         self.settings = {
             "stage": 1,
@@ -115,36 +115,36 @@ class DVAEObjective:
         }
 
     @torch.no_grad()
-    def measures(self, model):
+    def measures(self, model, at_once):
         """How many codes the first validation pictures have: the likeliest ones, which stage 2 gets."""
         if self._measured is None:
             self._measured = next(self._in_order(self.validation, MEASURED))
         counts = 0
-        for images in self._measured.images.split(self._together):
+        for images in self._measured.images.split(self._together(at_once)):
             codes = model.encode(self._pixels(images))
             counts = counts + count_codes(codes, self.config.num_codes)
         perplexity, used = usage(counts)
         return {"perplexity": perplexity.item(), "codes_used": used.item()}
 
     @torch.no_grad()
-    def evaluate(self, model):
+    def evaluate(self, model, at_once):
         """See `evaluate`: on validation pictures, and, named heldout_..., on held-out ones."""
-        result = evaluate(model, self.validation, self._in_order(self.validation), self._together)
+        at_once = self._together(at_once)
+        result = evaluate(model, self.validation, self._in_order(self.validation), at_once)
         if self.heldout is not None:
-            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout), self._together)
+            of_heldout = evaluate(model, self.heldout, self._in_order(self.heldout), at_once)
             result |= {f"heldout_{name}": value for name, value in of_heldout.items()}
         return result
 
     @torch.no_grad()
-    def pictures(self, model):
+    def pictures(self, model, at_once):
         """The first validation pictures above what becomes of them."""
         images = next(self._in_order(self.validation, SHOWN)).images
-        drawn = [to_uint8(model.reconstruct(self._pixels(some))) for some in images.split(self._together)]
+        drawn = [to_uint8(model.reconstruct(self._pixels(some))) for some in images.split(self._together(at_once))]
         return {"reconstructions": picture_grid([images.movedim(1, -1).numpy(), np.concatenate(drawn)])}
 
-    @property
-    def _together(self):
-        return max(self.at_once, LEAST_PIXELS // self.config.image_size**2)
+    def _together(self, at_once):
+        return max(at_once, LEAST_PIXELS // self.config.image_size**2)
 
     def _pixels(self, images):
         images = images.to(self.device, non_blocking=True)

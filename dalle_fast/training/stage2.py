@@ -111,7 +111,7 @@ class DALLEObjective:
             self.model.trained_with = {"caption_dropout": recipe.caption_dropout}
         self.validation_text = self._encode(validation.captions)
         self.shown = list(dict.fromkeys(validation.captions))[:SHOWN]
-        self.examples_per_step = self.at_once = recipe.batch_size
+        self.examples_per_step = recipe.batch_size
         self.adamw = {"betas": (0.9, 0.96), "eps": 1e-8}
         self.settings = {
             **known_settings(config, recipe, train.key, seed=seed, truncate=truncate),
@@ -151,15 +151,15 @@ class DALLEObjective:
         out = self.model(batch.text, batch.codes, text_lengths=batch.text_lengths)
         return out.loss, {"text_loss": out.text_loss, "image_loss": out.image_loss}
 
-    def measures(self, model):
+    def measures(self, model, at_once):
         return {}
 
     @torch.no_grad()
-    def evaluate(self, model):
+    def evaluate(self, model, at_once):
         """Losses of the validation examples, in nats per token of text and of image."""
         (text, lengths), codes = self.validation_text, self.validation.codes
         text_total = image_total = 0.0
-        at_once = min(EVALUATED, self._together)
+        at_once = min(EVALUATED, self._together(at_once))
         for first in range(0, len(codes), at_once):
             part = slice(first, first + at_once)
             batch = self._batch(text[part], lengths[part], codes[part])
@@ -173,7 +173,7 @@ class DALLEObjective:
         }
 
     @torch.no_grad()
-    def pictures(self, model):
+    def pictures(self, model, at_once):
         """A row of pictures for each of the first validation captions, always with the same noise."""
         drawn = sampling.draw(
             model,
@@ -181,15 +181,14 @@ class DALLEObjective:
             self.tokenizer,
             self.shown,
             num_images=SHOWN_OF_EACH,
-            batch_size=self._together,
+            batch_size=self._together(at_once),
             truncate=self.truncate,
             seed=self.seed,
         )
         return {"samples": picture_grid([to_uint8(row) for row in drawn])}
 
-    @property
-    def _together(self):
-        return max(self.at_once, LEAST_POSITIONS // (self.config.text_len + self.train.codes.shape[1]))
+    def _together(self, at_once):
+        return max(at_once, LEAST_POSITIONS // (self.config.text_len + self.train.codes.shape[1]))
 
     def _with_dropout(self, captions, step):
         """Captions as training sees them. A caption's tokens depend on nothing but it, the step and the run's seed.

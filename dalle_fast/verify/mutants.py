@@ -207,8 +207,8 @@ MUTANTS = (
     Mutant(
         "weights in training evaluated in place of their average",
         "dalle_fast/training/loop.py",
-        "found = self.objective.evaluate(self.ema.model)",
-        "found = self.objective.evaluate(self.model)",
+        "found = self.objective.evaluate(self.ema.model, self.at_once)",
+        "found = self.objective.evaluate(self.model, self.at_once)",
         ("tests/test_training.py",),
     ),
     Mutant(
