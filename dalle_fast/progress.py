@@ -15,14 +15,21 @@ def tell(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def bar(steps=None, *, total: int, unit: str, done: int = 0, title: str | None = None):
-    """A bar of tqdm over `steps`, or one to `update`; `steps` as they are where stderr is no terminal."""
+def on_terminal() -> bool:
+    """Whether stderr is a terminal, where `bar` shows one."""
+    with WATCHED:
+        return sys.stderr is not None and sys.stderr.isatty()
+    return False
+
+
+def bar(steps=None, *, total: int, unit: str, done=0, title=None, anywhere=False, **options):
+    """A bar of tqdm, which has more `options`, over `steps`, or one to `update`; `steps` as they are where stderr is no
+    terminal, unless one is to be shown `anywhere`, as in a notebook."""
     from tqdm import tqdm
 
-    with WATCHED:
-        if sys.stderr is not None and sys.stderr.isatty():
-            file = _Watched(sys.stderr)
-            return tqdm(steps, initial=done, total=total, unit=unit, desc=title, dynamic_ncols=True, file=file)
+    if on_terminal() or (anywhere and sys.stderr is not None):
+        options |= {"dynamic_ncols": True, "file": _Watched(sys.stderr)}
+        return tqdm(steps, initial=done, total=total, unit=unit, desc=title, **options)
     return steps
 
 

@@ -471,6 +471,27 @@ def test_shards_are_indexed_once_for_both_splits(shard, monkeypatch):
     assert read == [path] * 2
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_shards_whose_headers_take_long_are_told_of_where_one_can_be(shard, monkeypatch, terminal):
+    """A stderr that is gone, or was never there, ends nothing."""
+
+    class Stderr(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    class Gone(Stderr):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(tar, "LONG", -1)
+    for count, stderr in enumerate((Stderr(), Gone(), None), 40):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert sum(map(len, both_splits(str(shard(entries(0, count)))))) == count
+        if count == 40:
+            told = "headers of tar files:   0%" if terminal else "reading the headers of 1 tar files, of 0 so far\n"
+            assert told in stderr.getvalue()
+
+
 def test_the_index_of_a_large_shard_is_kept(shard, monkeypatch, tmp_path):
     """Until the shard is another, also of the same size and time; a damaged one is made anew."""
     pytest.importorskip("webdataset")

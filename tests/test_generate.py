@@ -4,6 +4,7 @@ P prompts, N images of each, T text positions, G image positions, K codes.
 """
 
 import dataclasses
+import io
 import re
 import subprocess
 import sys
@@ -284,6 +285,19 @@ def test_progress(model, text, capsys):
     assert "image tokens" in shown and "14/14" in shown
     model.generate(text, seed=0, progress="batch 2 of 3")
     assert "batch 2 of 3: " in capsys.readouterr().err
+
+
+def test_images_are_drawn_if_no_one_can_be_told(model, text, monkeypatch):
+    """As behind `| head`, or where stderr was closed from the start."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    expected = model.generate(text, seed=0)
+    for gone in (Gone(), None):
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert torch.equal(model.generate(text, seed=0, progress=True), expected)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import errno
 import fcntl
+import io
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
@@ -170,6 +172,22 @@ def test_a_damaged_file_is_computed_again(dvae, tmp_path, capsys):
     again = encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
     assert torch.equal(first.codes, again.codes) and path.read_bytes() == whole
     assert "computing the codes again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_codes_are_computed_if_no_one_can_be_told(dvae, tmp_path, monkeypatch, terminal):
+    """As behind `| head`, or where a terminal was closed or stderr was from the start."""
+
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise BrokenPipeError
+
+    for number, gone in enumerate((Gone(), None)):
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert len(encode_source(dvae, few(), folder=tmp_path / str(number), split="train").codes) == len(few())
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(dvae, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def run(arguments) -> int:
 def _draw(arguments, captions, score, device):
     from dalle_fast import sampling
     from dalle_fast.nn import generation
-    from dalle_fast.progress import tell
+    from dalle_fast.progress import on_terminal, tell
     from dalle_fast.training.precision import precision_on
 
     precision = precision_on(device, arguments.precision)
@@ -129,7 +129,7 @@ def _draw(arguments, captions, score, device):
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             guidance=arguments.guidance,
-            progress=sys.stderr.isatty(),
+            progress=on_terminal(),
         )
         if arguments.seed is None:
             tell(f"seed {seed}")

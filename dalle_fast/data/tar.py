@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from dalle_fast.data.images import ENDINGS, MAX_BYTES, OTHERS, BadImage, count_p
 from dalle_fast.data.source import DataError
 from dalle_fast.data.strings import Strings
 from dalle_fast.outputs import written_whole
+from dalle_fast.progress import bar, on_terminal, tell
 
 _BLOCK = 512
 MAX_JSON = 2**20  # bytes
@@ -286,17 +286,13 @@ def _bar(shards):
     that torchrun started of the first one."""
     if os.environ.get("RANK", "0") != "0":
         yield from shards
-    elif sys.stderr is not None and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(shards, desc="headers of tar files", unit="file", delay=LONG, leave=False)
+    elif on_terminal():
+        yield from bar(shards, total=len(shards), unit="file", title="headers of tar files", delay=LONG, leave=False)
     else:
         since, told = time.monotonic(), False
         for number, shard in enumerate(shards):
             if not told and time.monotonic() - since > LONG:
-                print(
-                    f"reading the headers of {len(shards)} tar files, of {number} so far", file=sys.stderr, flush=True
-                )
+                tell(f"reading the headers of {len(shards)} tar files, of {number} so far")
                 told = True
             yield shard
 

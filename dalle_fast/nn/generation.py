@@ -20,6 +20,7 @@ from dalle_fast.nn.checks import check_number, check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.ops.calls import has_global_hooks, is_hooked
 from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
+from dalle_fast.progress import bar
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
 WORKING_SPACE = 1.25  # what generating takes but for a draw from logits in memory, in sizes of its cache
@@ -105,7 +106,11 @@ def generate(
         hidden = model.hidden(text, given, text_lengths=text_lengths, cache=cache)[:, -1]
         samples = Samples(model, cache, sampling, seeds.repeat(P), codes, known)
         samples.choose(hidden.repeat_interleave(num_images, 0))
-        for _ in _bar(samples.steps(G - 1 - n), G - 1 - n, progress):
+        steps = samples.steps(G - 1 - n)
+        if progress:
+            title = progress if isinstance(progress, str) else "image tokens"
+            steps = bar(steps, total=G - 1 - n, unit="token", title=title, anywhere=True)
+        for _ in steps:
             pass
         return samples.codes.view(-1, *model.config.grid)
 
@@ -373,11 +378,3 @@ def _known(model, known, P, device):
     if tuple(known.shape) not in ((h, w), (P, h, w)):
         raise ValueError(f"known must have shape ({h}, {w}) or ({P}, {h}, {w}), got {tuple(known.shape)}")
     return known.expand(P, h, w).flatten(1)
-
-
-def _bar(steps, total, show):
-    if not show:
-        return steps
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total, desc=show if isinstance(show, str) else "image tokens", unit="token")

@@ -27,6 +27,7 @@ from dalle_fast.data.source import can_crop, identity
 from dalle_fast.data.strings import Strings
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import UNFINISHED, held, make_folder
+from dalle_fast.progress import bar, on_terminal, tell
 from dalle_fast.training import processes
 
 BATCH = 64
@@ -86,7 +87,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
             stack.enter_context(held(folder, "the folder of codes", wait=True))
         if _lacking(path, key, together):  # still, and not computed by another process
             if together.leads and path.exists():
-                print(f"{path} is damaged: computing the codes again", file=sys.stderr)
+                tell(f"{path} is damaged: computing the codes again")
             _encode(dvae, source, key, path, workers, progress and together.leads, together)
             together.wait()  # for the others' parts
             with together.lead_first():
@@ -208,8 +209,12 @@ def _encode(dvae, source, key, path, workers, progress, together):
         num_workers=workers,
     )
     codes, captions, since = [], [], time.monotonic()
-    title = f"codes of {source.name}, {key['split']}" if progress else None
-    for place, batch in enumerate(_bar(stream, len(mine), title), 1):
+    title, in_lines = f"codes of {source.name}, {key['split']}", progress and not on_terminal()
+    if in_lines:
+        tell(f"{title}: {len(mine)} batches of {BATCH}")
+    elif progress:
+        stream = bar(stream, total=len(mine), unit="batch", title=title)
+    for place, batch in enumerate(stream, 1):
         images = batch.images.to(device, non_blocking=True).float() / 255
         codes.append(dvae.encode(images).flatten(1).to("cpu", kind))
         captions += batch.captions
@@ -218,8 +223,8 @@ def _encode(dvae, source, key, path, workers, progress, together):
             first = mine[place - 1] + 1 - len(codes)
             _write(_part(path, first), Encoded(torch.cat(codes), Strings.of(captions), _key_of_part(key, first)))
             codes, captions, since = [], [], time.monotonic()
-            if title and next_one is not None and not sys.stderr.isatty():
-                print(f"{title}: {place} of {len(mine)} batches are saved", file=sys.stderr, flush=True)
+            if in_lines and next_one is not None:
+                tell(f"{title}: {place} of {len(mine)} batches are saved")
 
 
 def _part(path, first_batch):
@@ -290,14 +295,3 @@ def _read(path, key) -> Encoded:
         raise checkpoint.CheckpointError(f"{path} is of {header}, expected {key}")
     captions = Strings(tensors["captions"].numpy(), tensors["caption_lengths"].numpy().cumsum())
     return Encoded(tensors["codes"], captions, key)
-
-
-def _bar(steps, total, title):
-    if title is None:
-        return steps
-    if not sys.stderr.isatty():
-        print(f"{title}: {total} batches of {BATCH}", file=sys.stderr, flush=True)
-        return steps
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total, desc=title, unit="batch")
