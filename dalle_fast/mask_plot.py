@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from dalle_fast.masks import _integer
+from dalle_fast.integers import as_integer
 
 __all__ = ["draw_matrix", "draw_query_view", "example_query", "new_figure", "plot_mask"]
 
@@ -34,7 +34,7 @@ def plot_mask(mask, path=None, *, max_size: int = 1024):
         ImportError: matplotlib is not installed.
         TypeError, ValueError: `max_size` is no integer or below 1; `path` is no path or its ending no known format.
     """
-    max_size = _integer("max_size", max_size, minimum=1)
+    max_size = as_integer("max_size", max_size, least=1)
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a path or None, got {path!r} of type {type(path).__name__}")
     figure = new_figure(10, 5.6)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dalle_fast.integers import as_integer
 
 if TYPE_CHECKING:  # masks load neither torch nor matplotlib before one is asked for what needs them
     import os
@@ -77,10 +78,10 @@ class AttentionMask:
     def __post_init__(self):
         _choice("rule", self.rule, RULES)
         set_ = functools.partial(object.__setattr__, self)
-        set_("text_len", _integer("text_len", self.text_len, minimum=0))
+        set_("text_len", as_integer("text_len", self.text_len, least=0))
         set_("grid", _grid(self.grid))
-        set_("kernel_size", _integer("kernel_size", self.kernel_size, minimum=1))
-        set_("dilation", _integer("dilation", self.dilation, minimum=1))
+        set_("kernel_size", as_integer("kernel_size", self.kernel_size, least=1))
+        set_("dilation", as_integer("dilation", self.dilation, least=1))
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
         if not self.rule.startswith("conv_") and (self.kernel_size, self.dilation) != (1, 1):
@@ -263,7 +264,7 @@ class AttentionMask:
         """
         import torch
 
-        seq_len = self.seq_len if seq_len is None else _integer("seq_len", seq_len, minimum=0)
+        seq_len = self.seq_len if seq_len is None else as_integer("seq_len", seq_len, least=0)
         if seq_len > self.seq_len:
             raise ValueError(f"seq_len must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
         positions = torch.arange(seq_len, device=device)
@@ -296,7 +297,7 @@ class AttentionMask:
     @functools.lru_cache(maxsize=1024)
     def _decode(numbers: tuple[int, ...]) -> AttentionMask:
         rule, text_len, rows, columns, kernel_size, dilation = numbers
-        if _integer("rule number", rule, minimum=0) >= len(RULES):
+        if as_integer("rule number", rule, least=0) >= len(RULES):
             raise ValueError(f"rule number must be below {len(RULES)}, got {rule}")
         return AttentionMask(RULES[rule], text_len, (rows, columns), kernel_size, dilation)
 
@@ -434,19 +435,6 @@ def _visible_slots(mask: AttentionMask, device: str):
     return slots, (slots < C).sum(1, dtype=torch.int32)
 
 
-def _integer(name: str, value, *, minimum: int) -> int:
-    # A tensor of one truth value has an index as a bool does.
-    if isinstance(value, bool) or str(getattr(value, "dtype", None)) == "torch.bool":
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
-
-
 def _choice(name: str, value, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:  # an array would be compared entry by entry
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -458,5 +446,5 @@ def _grid(value) -> tuple[int, int]:
             raise ValueError(f"grid must be (rows, columns) or one integer, got {value!r}")
         rows, columns = value
     else:
-        rows = columns = _integer("grid, where it is not (rows, columns),", value, minimum=1)
-    return _integer("grid rows", rows, minimum=1), _integer("grid columns", columns, minimum=1)
+        rows = columns = as_integer("grid, where it is not (rows, columns),", value, least=1)
+    return as_integer("grid rows", rows, least=1), as_integer("grid columns", columns, least=1)

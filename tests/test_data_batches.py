@@ -210,10 +210,11 @@ def test_what_an_own_source_raises_is_raised_here(num_workers):
 @pytest.mark.parametrize(
     "changed, error, message",
     [
-        ({"batch_size": 0}, ValueError, "batch_size must be from 1 to"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"image_size": 1.5}, TypeError, "image_size must be an integer, got 1.5"),
-        ({"seed": -1}, ValueError, "seed must be from 0 to"),
-        ({"start": -1}, ValueError, "start must be from 0 to"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 1 << 64}, ValueError, "seed must be below 2\\^64, got 18446744073709551616"),
+        ({"start": -1}, ValueError, "start must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(changed, error, message):

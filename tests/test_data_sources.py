@@ -1060,7 +1060,7 @@ def test_bad_arguments(tmp_path):
         open_source("x", image_size=32, split="heldout")
     with pytest.raises(ValueError, match="max_bad_share must be from 0 to 1, got 5"):
         open_source("x", image_size=32, max_bad_share=5)
-    with pytest.raises(ValueError, match="image_size must be from 1 to 2"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         open_source("x", image_size=0)
     with pytest.raises(TypeError, match="seed must be an integer, got 1.5"):
         open_source("x", image_size=32, seed=1.5)

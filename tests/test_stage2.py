@@ -629,7 +629,7 @@ def test_it_learns(objective, tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda make: DALLERecipe(steps=0), ["steps", "positive", "0"]),
+        (lambda make: DALLERecipe(steps=0), ["steps must be at least 1, got 0"]),
         (lambda make: DALLERecipe(learning_rate=0.0), ["learning_rate", "positive", "0.0"]),
         (lambda make: DALLERecipe(clip=-1.0), ["clip", "-1.0"]),
         (lambda make: DALLERecipe(bpe_dropout=1.5), ["bpe_dropout", "from 0 to 1", "1.5"]),
@@ -1044,12 +1044,12 @@ def test_folders_and_a_tokenizer_are_refused_before_pictures_become_codes(folder
             "--masks",
             "row,diagonal",
         ): "--masks must be of causal, row, axial_row, column, conv_flat",
-        (dvae, tmp_path / "out", "--accumulate", "0"): "accumulate must be a positive integer, got 0",
+        (dvae, tmp_path / "out", "--accumulate", "0"): "accumulate must be at least 1, got 0",
         (dvae, tmp_path / "out", "--accumulate", "3"): "batch_size must be a multiple of --accumulate 3, got 4",
         (dvae, tmp_path / "out", "--masks", ""): "with commas between them, got ''",
         (dvae, tmp_path / "out", "--seed", "2000000"): "seed must be from 0 to 1048575, got 2000000",
         (dvae, tmp_path / "out", "--ema-decay", "1"): "ema_decay must be from 0 to below 1, got 1.0",
-        (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be an integer of at least 0, got -1",
+        (dvae, tmp_path / "out", "--max-skipped", "-1"): "max_skipped must be at least 0, got -1",
         (dvae, tmp_path / "out", "--learning-rate", "1e300"): "learning_rate must be a positive number below 1e+38",
     }
     tokenizer = json.loads((run / sampling.TOKENIZER).read_text())

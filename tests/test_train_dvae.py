@@ -88,7 +88,7 @@ def test_reconstruct_draws_originals_above_reconstructions(trained, pictures):
     ("flags", "words"),
     [
         (["--data", "nowhere"], ["nowhere", "shapes"]),
-        (["--batch-size", "0"], ["batch_size", "positive", "0"]),
+        (["--batch-size", "0"], ["batch_size must be at least 1, got 0"]),
         (["--num-codes", "-3"], ["num_codes", "-3"]),
         (["--downsampling", "3"], ["downsampling", "power of two", "3"]),
         (["--tau", "0"], ["tau", "0.0"]),

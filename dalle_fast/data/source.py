@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from dalle_fast.integers import as_integer
+
 SPLITS = ("train", "validation")
 SOURCES = ("shapes", "emoji", "stamps")  # the built-in ones; every other spec is a path
 MAX_BAD_SHARE = 0.05
@@ -201,11 +203,9 @@ def generator(seed: int, use: int, *counters: int) -> np.random.Generator:
 
 def check_count(name: str, value, *, minimum: int) -> int:
     """`value` as an integer of at least `minimum` and below 2^64, else TypeError or ValueError naming `name`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    value = operator.index(value)
-    if not minimum <= value < 2**64:
-        raise ValueError(f"{name} must be from {minimum} to 2^64 - 1, got {value}")
+    value = as_integer(name, value, least=minimum)
+    if value >= 2**64:
+        raise ValueError(f"{name} must be below 2^64, got {value}")
     return value
 
 

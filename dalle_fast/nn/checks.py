@@ -7,13 +7,14 @@ import numbers
 
 import torch
 
-from dalle_fast.masks import AttentionMask, _integer
+from dalle_fast.integers import as_integer
+from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.calls import has_values
 
 
 def check_size(name, size, least=1) -> int:
-    """`size` as a Python integer; TypeError where it is no integer (NumPy's are), ValueError where it is below `least`."""
-    return _integer(name, size, minimum=least)
+    """See `as_integer`."""
+    return as_integer(name, size, least=least)
 
 
 def check_number(name, value) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dalle_fast.integers import as_integer
 from dalle_fast.training.schedules import cosine, warmup
 
 LARGEST = 1e38  # what float32 holds, about
@@ -85,12 +86,11 @@ class DALLERecipe:
 
 
 def check(recipe, *, positive_integers=(), integers=(), positive=(), not_negative=(), shares=()) -> None:
-    """Raise ValueError where one of a recipe's (or other settings') fields is not what its list says; `integers` may be 0."""
+    """Raise TypeError or ValueError where one of a recipe's (or other settings') fields is not what its list says;
+    `integers` may be 0. NumPy's become Python's, as JSON can hold them."""
     for name in (*positive_integers, *integers):
-        value, least = getattr(recipe, name), 1 if name in positive_integers else 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = "a positive integer" if least else "an integer of at least 0"
-            raise ValueError(f"{name} must be {kind}, got {value!r}")
+        least = 1 if name in positive_integers else 0
+        object.__setattr__(recipe, name, as_integer(name, getattr(recipe, name), least=least))
     for name in positive:
         if not 0 < getattr(recipe, name) < LARGEST:
             raise ValueError(f"{name} must be a positive number below {LARGEST:g}, got {getattr(recipe, name)!r}")
