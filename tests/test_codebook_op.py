@@ -518,9 +518,9 @@ def test_module_encodes_and_decodes():
         (
             torch.zeros(2, I, 3).double(),
             TypeError,
-            "hidden must have the module's dtype torch.float32, got torch.float64",
+            "hidden must have the module's dtype torch.float32, or autocast, got torch.float64",
         ),
-        (torch.zeros(2, I, 3).bfloat16(), TypeError, "hidden must have .* torch.float32, got torch.bfloat16"),
+        (torch.zeros(2, I, 3).bfloat16(), TypeError, "hidden must have .* torch.float32, or .* got torch.bfloat16"),
         (torch.zeros(2, I, 3).to("meta"), ValueError, "hidden must be on the module's device cpu, got meta"),
         (torch.zeros(2, I, 3).long(), TypeError, "hidden must be float32, .*, got torch.int64"),
         ([1], TypeError, "hidden must be a tensor, got list"),

@@ -353,11 +353,13 @@ def test_it_compiles_whole_and_exports(name):
         assert method(mode.from_tensor(given)).shape == expected.shape
 
 
-def test_images_are_of_the_models_dtype_or_autocast_makes_them():
+def test_images_are_of_the_models_dtype_or_autocast_makes_them_and_on_its_device():
     model, images = fnn.DiscreteVAE(SMALL), torch.rand(2, 3, 16, 16)
     for call in (model, model.encode):
+        with pytest.raises(ValueError, match="images must be on the module's device cpu, got meta"):
+            call(images.to("meta"))
         for dtype in (torch.float64, torch.bfloat16):
-            with pytest.raises(TypeError, match=f"the model's dtype torch.float32, or autocast, got {dtype}"):
+            with pytest.raises(TypeError, match=f"the module's dtype torch.float32, or autocast, got {dtype}"):
                 call(images.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
             call(images.bfloat16())

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as torch_F
 
 from dalle_fast.masks import AttentionMask
-from dalle_fast.nn.checks import check_size, is_looked_at
+from dalle_fast.nn.checks import check_fits, check_size, is_looked_at
 from dalle_fast.ops import attention
 from dalle_fast.ops.attention.op import IMPLS, MAX_HEAD_DIM, warn_of_layout
-from dalle_fast.ops.calls import autocast_dtype
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.dtypes import check_tensor
 
@@ -228,12 +227,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if tensor.shape != (*query.shape[:-1], size):
                 expected = (*query.shape[:-1], size)
                 raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
-            weight = self.in_proj_weight if weight is None else weight
-            if tensor.device != weight.device:
-                raise ValueError(f"{name} must be on the module's device {weight.device}, got {tensor.device}")
-            # Under autocast torch's linear casts both, but for float64.
-            if (autocast_dtype(tensor) or tensor.dtype) != (autocast_dtype(weight) or weight.dtype):
-                raise TypeError(f"{name} must have the module's dtype {weight.dtype}, got {tensor.dtype}")
+            check_fits(name, tensor, self.in_proj_weight if weight is None else weight)
 
     def _check_layout(self, query, mask):
         """A batch_first that was forgotten, as most sequences are as long as the mask."""

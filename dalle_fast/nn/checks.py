@@ -9,7 +9,7 @@ import torch
 
 from dalle_fast.integers import as_integer
 from dalle_fast.masks import AttentionMask
-from dalle_fast.ops.calls import has_values
+from dalle_fast.ops.calls import autocast_dtype, has_values
 
 
 def check_size(name, size, least=1) -> int:
@@ -35,6 +35,15 @@ def check_masks(masks) -> None:
     if len({(mask.text_len, mask.grid) for mask in masks}) != 1:
         got = tuple(dict.fromkeys(masks))
         raise ValueError(f"masks must hold at least one, all of one text_len and grid, got {got!r}")
+
+
+def check_fits(name, tensor, weight) -> None:
+    """Raise ValueError where `tensor` is not on the device of a module's `weight`, TypeError where not of its dtype."""
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} must be on the module's device {weight.device}, got {tensor.device}")
+    # Under autocast both are cast, but for float64.
+    if (autocast_dtype(tensor) or tensor.dtype) != (autocast_dtype(weight) or weight.dtype):
+        raise TypeError(f"{name} must have the module's dtype {weight.dtype}, or autocast, got {tensor.dtype}")
 
 
 def check_integers(name, tensor) -> None:

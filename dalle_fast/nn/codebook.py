@@ -10,8 +10,7 @@ import math
 import torch
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import check_integers, check_range, check_size
-from dalle_fast.ops.calls import autocast_dtype
+from dalle_fast.nn.checks import check_fits, check_integers, check_range, check_size
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.codebook.op import IMPLS, check_tau
 from dalle_fast.ops.dtypes import check_tensor
@@ -117,14 +116,10 @@ class GumbelCodebook(torch.nn.Module):
 
     def _rows(self, hidden):
         check_tensor("hidden", hidden)
-        weight, Din = self.weight, self.weight.shape[1]
+        Din = self.weight.shape[1]
         if hidden.dim() < 2 or hidden.shape[1] != Din:
             raise ValueError(f"hidden must have shape (B, {Din}, ...), got {tuple(hidden.shape)}")
-        if hidden.device != weight.device:
-            raise ValueError(f"hidden must be on the module's device {weight.device}, got {hidden.device}")
-        # Under autocast both are cast, but for float64.
-        if (autocast_dtype(hidden) or hidden.dtype) != (autocast_dtype(weight) or weight.dtype):
-            raise TypeError(f"hidden must have the module's dtype {weight.dtype}, got {hidden.dtype}")
+        check_fits("hidden", hidden, self.weight)
         return hidden.movedim(1, -1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

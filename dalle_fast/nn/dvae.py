@@ -17,8 +17,7 @@ import torch.nn.functional as torch_F
 from torch import nn
 
 from dalle_fast.nn import functional as F
-from dalle_fast.nn.checks import bounds, check_integers, check_number, check_range, check_size
-from dalle_fast.ops.calls import autocast_dtype
+from dalle_fast.nn.checks import bounds, check_fits, check_integers, check_number, check_range, check_size
 from dalle_fast.ops.choice import check_impl
 from dalle_fast.ops.codebook.op import IMPLS
 
@@ -367,10 +366,7 @@ class DiscreteVAE(nn.Module):
         if images.dim() != 4 or images.shape[1] != C or images.shape[2] % step or images.shape[3] % step:
             expected = f"(B, {C}, H, W) with H and W multiples of {step}"
             raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
-        weight = self.encoder.blocks.input.w
-        of_images, of_weight = (autocast_dtype(x) or x.dtype for x in (images, weight))
-        if of_images != of_weight:
-            raise TypeError(f"images must have the model's dtype {weight.dtype}, or autocast, got {images.dtype}")
+        check_fits("images", images, self.encoder.blocks.input.w)
         found = bounds(images)
         if found and not -OVERSHOOT < found[0] <= found[1] < 1 + OVERSHOOT:  # nor NaN
             low, high = found
