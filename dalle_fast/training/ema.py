@@ -16,17 +16,14 @@ class EMA:
 
     Args:
         model: averaged; buffers are copied.
-        decay: from 0 (no averaging) to below 1; 0.999 in the paper's stage 1, 0.99 and every=25 in its stage 2.
+        decay: from 0 (no averaging) to below 1; 0.999 in the paper's stage 1, 0.99 and every=25 in its stage 2. Both are
+            checked by `LoopSettings`.
 
     Attributes:
         model: the average, in evaluation mode, without gradients.
     """
 
     def __init__(self, model, *, decay: float, every: int = 1):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be from 0 to below 1, got {decay}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
         self.decay, self.every = decay, every
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
