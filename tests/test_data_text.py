@@ -124,21 +124,18 @@ def test_dropout_has_the_distribution_of_the_naive_algorithm(dropout, word):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.95, 1.0])
-def test_short_and_long_words_are_merged_alike(tokenizer, dropout):
-    """The same draws make the same pieces, whoever merges, and whether or not the word was seen before."""
+def test_kept_words_are_merged_as_others(dropout):
+    """The same draws make the same pieces, whether or not the word was seen before, and as many of them are drawn."""
     letters = random.Random(0)
     words = [f"Ġ{word}" for word in random_captions()[0].split() + CAPTIONS[0].split()]
     words += ["", "a", *("".join(letters.choices("abcr", k=k)) for k in range(2, 33))]
     known = Tokenizer.train([*CAPTIONS, *random_captions()], 1500)
     for number, word in enumerate(words * 2):
-        draws = [random.Random(number) for _ in range(3)]
-        short, long = (
-            merge(word, dropout, rng.random)
-            for merge, rng in zip((known._pieces_of_short, known._pieces_of_long), draws, strict=False)
-        )
-        assert short == long and "".join(short) == word
-        assert list(known._with_dropout(word, dropout, draws[2].random)) == [known._ids[piece] for piece in short]
-        assert len({rng.random() for rng in draws}) == 1  # and as many of them
+        here, there = (random.Random(number) for _ in range(2))
+        pieces = known._pieces(word, dropout, here.random)
+        assert "".join(pieces) == word
+        assert list(known._with_dropout(word, dropout, there.random)) == [known._ids[piece] for piece in pieces]
+        assert here.random() == there.random()
 
 
 def test_what_is_kept_of_words_is_bounded(tokenizer):

@@ -316,29 +316,6 @@ class Tokenizer:
         Whether one survives is drawn anew each time, in the order of the merges and only until one does: what is drawn
         for those behind it changes nothing. So a step takes 1 / (1 - dropout) draws on average, however long the word is.
         """
-        return (self._pieces_of_short if len(word) <= SHORT else self._pieces_of_long)(word, dropout, draw)
-
-    def _pieces_of_short(self, word, dropout, draw):
-        """Looks at every pair in each step, which takes less time than a heap of them where there are few."""
-        rank, none = self._ranks.get, len(self._ranks)
-        pieces = list(word)
-        ranks = [rank(pair, none) for pair in itertools.pairwise(pieces)]
-        while ranks and (first := min(ranks)) < none:
-            at = ranks.index(first)
-            if draw() < dropout:
-                able = sorted((found, at) for at, found in enumerate(ranks) if found < none)
-                at = next((at for _, at in able[1:] if draw() >= dropout), None)
-                if at is None:
-                    break
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-            del ranks[at]
-            if at > 0:
-                ranks[at - 1] = rank((pieces[at - 1], pieces[at]), none)
-            if at < len(ranks):
-                ranks[at] = rank((pieces[at], pieces[at + 1]), none)
-        return pieces
-
-    def _pieces_of_long(self, word, dropout, draw):
         pieces, end = list(word), len(word)  # a piece stands where its first letter was; None where others were
         before, behind = list(range(-1, end - 1)), list(range(1, end + 1))
 
