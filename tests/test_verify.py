@@ -18,7 +18,7 @@ import time
 import pytest
 import torch
 
-from dalle_fast import cli, outputs, provenance
+from dalle_fast import cli, outputs, provenance, testing
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import transformer
 from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
@@ -149,6 +149,17 @@ def test_an_error_must_name_the_argument(monkeypatch, way, message, named):
     else:
         with pytest.raises(AssertionError, match="f, key .*: the error does not name it"):
             badinput.case(0, "cpu")
+
+
+def test_eager_torch_is_not_blamed_for_other_noise(monkeypatch):
+    """In 16 bits it draws other noise than this package: one that is exact for its own errs by the rounding of results."""
+
+    def exact(hidden, *rest, tau, noise):
+        return [x.to(hidden.dtype) for x in testing.codebook_oracle(hidden, *rest, tau, noise)[:2]]
+
+    monkeypatch.setattr(error, "eager_codebook", exact)
+    ours, eager = error._codebook_errors(0, 1.0, torch.bfloat16, "cpu", "reference")["embedding"]
+    assert eager < 1.5 * ours
 
 
 def test_every_figure_has_as_many_cases_as_it_says():
