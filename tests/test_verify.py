@@ -21,7 +21,7 @@ import torch
 from dalle_fast import cli, outputs, provenance, testing
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import transformer
-from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, runner, sampler, static
+from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, repeat, runner, sampler, static
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
 # Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
@@ -123,6 +123,14 @@ def test_a_figure_sees_what_only_some_calls_show(monkeypatch, name, case, where,
             FIGURES[name].case(case)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.0, -0.0), (0.0, torch.nan), (torch.finfo().max, torch.inf)])
+def test_repeats_that_differ_in_a_bit_are_seen(first, second):
+    one, other = (torch.tensor([1.0, x, torch.nan, -torch.inf]) for x in (first, second))
+    repeat._assert_equal("again", [one, None, one[:0].half()], [one.clone(), None, one[:0].half()])
+    with pytest.raises(AssertionError, match="again: result 0 differs"):
+        repeat._assert_equal("again", [one], [other])
 
 
 @pytest.mark.parametrize(
