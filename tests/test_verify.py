@@ -21,7 +21,20 @@ import torch
 from dalle_fast import cli, outputs, provenance, testing
 from dalle_fast.nn import functional as F
 from dalle_fast.nn import transformer
-from dalle_fast.verify import badinput, causal, decode, error, large, mutants, native, repeat, runner, sampler, static
+from dalle_fast.verify import (
+    badinput,
+    causal,
+    checkout,
+    decode,
+    error,
+    large,
+    mutants,
+    native,
+    repeat,
+    runner,
+    sampler,
+    static,
+)
 from dalle_fast.verify.figures import FIGURES, Figure, NotRun
 
 # Of each figure as many cases, spread over all of them, as take a few seconds. The others have test files of their own,
@@ -225,6 +238,20 @@ def test_a_fault_is_caught_only_by_a_test_that_passes_without_it(seeded):
 def test_a_run_of_tests_that_was_killed_catches_no_fault(seeded):
     with pytest.raises(NotRun, match="ended by SIGKILL, as the system does when memory is short"):
         seeded("a = 1", "a = 2", "os.kill(os.getpid(), 9)")
+
+
+def test_what_a_machine_lacks_is_no_failure(monkeypatch, tmp_path):
+    """As after a plain `pip install -e .`, which brings neither pytest nor what builds."""
+    monkeypatch.setattr(checkout, "find_spec", lambda name: None)
+    with pytest.raises(NotRun, match="it needs pytest"):
+        native.case(native.CASES.index("cuda on the host"), "cpu")
+    monkeypatch.setattr(checkout.shutil, "which", lambda name: None)
+    with pytest.raises(NotRun, match=r"the build needs setuptools .* and ninja \(pip install setuptools .* ninja\)"):
+        checkout.rebuild(tmp_path)
+    monkeypatch.setattr(checkout, "find_spec", lambda name: name)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(NotRun, match="there is no C.. compiler"):
+        checkout.rebuild(tmp_path)
 
 
 # -- the runner --------------------------------------------------------------------------------------------------------
@@ -442,7 +469,7 @@ def test_a_sanitizer_that_saw_no_kernel_has_not_passed(tmp_path):
 
 
 @pytest.fixture
-def checkout(monkeypatch, tmp_path):
+def repository(monkeypatch, tmp_path):
     """A small repository in place of this one: a function that runs git in it, and its folder."""
     if shutil.which("git") is None:
         pytest.skip("there is no git")
@@ -465,8 +492,8 @@ def checkout(monkeypatch, tmp_path):
     return git, root
 
 
-def test_two_changed_trees_are_two(checkout):
-    git, root = checkout
+def test_two_changed_trees_are_two(repository):
+    git, root = repository
     commit = git("rev-parse", "HEAD").strip()
     assert provenance.describe_commit() == commit
     (root / "benchmarks" / "results" / "a.json").write_text("2\n")  # what a run itself writes
@@ -485,9 +512,9 @@ def test_two_changed_trees_are_two(checkout):
         assert re.fullmatch(rf"{commit}\+changes-[0-9a-f]{{8}}", text)
 
 
-def test_a_repository_that_holds_the_package_is_not_its_own(checkout, monkeypatch):
+def test_a_repository_that_holds_the_package_is_not_its_own(repository, monkeypatch):
     """As one with a virtual environment in it, where the package is installed."""
-    monkeypatch.setattr(provenance, "ROOT", checkout[1] / "csrc")
+    monkeypatch.setattr(provenance, "ROOT", repository[1] / "csrc")
     assert provenance.describe_commit() is None
-    monkeypatch.setattr(provenance, "ROOT", checkout[1].parent)
+    monkeypatch.setattr(provenance, "ROOT", repository[1].parent)
     assert provenance.describe_commit() is None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
+from importlib.util import find_spec
 from pathlib import Path
 
 from dalle_fast.provenance import ROOT
@@ -43,10 +44,12 @@ def rebuild(folder: Path, **environment: str) -> None:
         RuntimeError: it does not build, with the end of what the compiler said.
         NotRun: there is nothing to build with.
     """
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        raise NotRun("the build needs cmake, ninja and pybind11 (pip install cmake ninja pybind11)") from None
+    missing = [name for name in ("setuptools", "pybind11") if find_spec(name) is None]
+    missing += [name for name in ("cmake", "ninja") if find_spec(name) is None and shutil.which(name) is None]
+    if missing:
+        raise NotRun(f"the build needs {' and '.join(missing)} (pip install {' '.join(missing)})")
+    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise NotRun("there is no C++ compiler")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     env = {**os.environ, "DALLE_FAST_CUDA": "0", "CMAKE_ARGS": "-DDALLE_FAST_INSTRUCTION_SETS=", **environment}
     built = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -61,8 +64,10 @@ def run_tests(*tests: str, folder: Path | None = None, keyword: str = "", **envi
 
     Raises:
         RuntimeError: pytest did not come to run tests.
-        NotRun: every test was skipped, with the first one's reason; pytest was killed from outside.
+        NotRun: there is no pytest; every test was skipped, with the first one's reason; pytest was killed from outside.
     """
+    if find_spec("pytest") is None:
+        raise NotRun("it needs pytest (pip install pytest)")
     folder = sources() if folder is None else folder
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
