@@ -348,7 +348,8 @@ def test_the_end_of_the_budget_is_no_failure(verify):
     assert status == 0 and result["status"] == "not run" and result["num_failures"] == 0
     assert result["reason"] == f"the budget ended after {result['done']} of 2"
     start = time.monotonic()
-    assert verify(["fine"], about=100, budget=50, restart=True)[1]["done"] == 0
+    _, result, _ = verify(["fine"], about=100, budget=50, restart=True)
+    assert result["done"] == 0 and result["reason"] == "the budget ended after 0 of 1, of about 100 s each"
     assert time.monotonic() - start < 2
 
 
@@ -391,6 +392,15 @@ def test_the_reason_is_that_of_the_last_judgement(verify):
     assert status == 1 and result["status"] == "fail" and "reason" not in result
 
 
+def test_what_was_lacking_is_looked_for_again(verify):
+    """As after `pip install` of what a reason names. What was tried beside it is kept."""
+    assert verify(["not run", "not run"])[1]["status"] == "not run"
+    _, result, _ = verify(["fine", "not run"])
+    assert result["status"] == "not run" and result["done"] == 2 and result["skipped"] == 1
+    assert verify(["wrong", "fine"])[1]["status"] == "not run"
+    assert verify(["fine", "fine"], restart=True)[1]["status"] == "pass"
+
+
 def test_goes_on_where_it_stopped(verify, capsys):
     cases = ["fine"] * 4
     status, result, out = verify(cases, budget=1e-9)
@@ -407,12 +417,12 @@ def test_goes_on_where_it_stopped(verify, capsys):
     assert verify(cases, restart=True)[1]["status"] == "pass"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"figures": 3}'])
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"figures": 3}', b"\x89PNG"])
 def test_another_file_is_not_overwritten(verify, tmp_path, text):
-    (tmp_path / "evidence.json").write_text(text)
-    with pytest.raises(ValueError, match="holds something else than results of verify"):
+    (tmp_path / "evidence.json").write_bytes(text)
+    with pytest.raises(runner.VerifyError, match="holds something else than results of verify"):
         verify(["fine"])
-    assert (tmp_path / "evidence.json").read_text() == text
+    assert (tmp_path / "evidence.json").read_bytes() == text
 
 
 def test_the_command_refuses_what_is_wrong(tmp_path, capsys):

@@ -99,7 +99,7 @@ def _report(out: Path, gpu: bool, restart: bool) -> dict:
     try:
         report = json.loads(out.read_text(encoding="utf-8"))
         changed = [key for key in SAME if report[key] != head[key]]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # not JSON, or not text
         raise VerifyError(
             f"{out} holds something else than results of verify: name another file, or --restart"
         ) from None
@@ -139,6 +139,8 @@ class _Run:
             "seconds": 0,
         }.items():
             result.setdefault(key, value)
+        if result["done"] == result["skipped"]:  # what was lacking may be there now, and nothing was tried that is lost
+            result |= {"done": 0, "skipped": 0}
         result.update(title=figure.title, total=figure.total)
         self._judge()
 
@@ -233,6 +235,8 @@ class _Run:
             reason = "--gpu was not given"
         elif result["done"] < result["total"]:
             reason = f"the budget ended after {result['done']} of {result['total']}"
+            if self.figure.about:
+                reason += f", of about {self.figure.about:g} s each"
         elif result["skipped"]:
             reason = result["skip_reason"]
         result.pop("reason", None)  # of an earlier judgement
