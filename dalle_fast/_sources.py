@@ -10,9 +10,12 @@ ENDINGS = (".cpp", ".h", ".cu", ".cuh", ".in")  # and not what an editor leaves 
 
 
 def digest(root: Path) -> str | None:
-    """A hash of the C++ and CUDA sources below `root`, names and contents; None where there are none."""
+    """A hash of the C++ and CUDA sources below `root`, names and contents; None where there are none.
+
+    A `csrc` without CMakeLists.txt beside it is another's: packages have left theirs in `site-packages`.
+    """
     files = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in ENDINGS)
-    if not files:
+    if not files or not (root / "CMakeLists.txt").is_file():
         return None
     hashed = hashlib.sha256()
     for path in (root / "CMakeLists.txt", *files):

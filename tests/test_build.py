@@ -122,6 +122,9 @@ def test_a_module_of_other_sources_is_refused(loaded_anew, monkeypatch, tmp_path
     with open(tmp_path / "csrc" / "mask.h", "a") as file:
         file.write("// changed")
     assert _sources.digest(tmp_path / "csrc") is None  # an installed package has none beside it
+    (tmp_path / "site-packages").mkdir()
+    shutil.copytree(tmp_path / "csrc", tmp_path / "site-packages" / "csrc")  # or another package's
+    assert _sources.digest(tmp_path / "site-packages") is None
     monkeypatch.setattr(_sources, "digest", functools.partial(lambda digest, _: digest(tmp_path), _sources.digest))
     assert "built from other sources" in (reason := loaded_anew.why_missing()) and "make build" in reason
 
