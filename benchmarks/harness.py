@@ -751,7 +751,11 @@ def run(benchmark, argv: list[str] | None) -> int:
     progress = Progress(len(args.cases))
     interrupted = False
     for number, case in enumerate(args.cases):
+        result = None
         try:
+            if args.json and report["cases"]:  # now, as what comes may end the process
+                with contextlib.suppress(OSError):  # told at the end, if there is room for no more then either
+                    write_json(args.json, report)
             tick = functools.partial(lambda done, fraction: progress.advance(done + fraction), number)
             result = measure_case(benchmark, case, args, tick, progress.say)
         except KeyboardInterrupt as interrupt:

@@ -675,13 +675,23 @@ def test_what_the_host_takes_stands_beside_a_gpus_time(modules, monkeypatch):
     assert harness.summary_rows({}, [result])[0] == ["case", "ours, ms", "extra MiB"]
 
 
-def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "end"),  # an oracle's want of memory is caught nowhere
+    [("a case", KeyboardInterrupt), ("a case", MemoryError), ("a write", KeyboardInterrupt)],
+)
+def test_what_ends_a_run_leaves_what_was_measured(modules, monkeypatch, capsys, tmp_path, where, end):
     harness, attn_bench = modules
-    results = []
+    results, writes, write_json = [], [], harness.write_json
+
+    def write(path, report):
+        writes.append(path)
+        if where == "a write" and len(writes) == 1:
+            raise end
+        write_json(path, report)
 
     def measure(benchmark, case, *_):
         if len(results) == 1:
-            raise KeyboardInterrupt
+            raise end
         results.append(case)
         entry = {"name": "eager", "peer": "eager", "status": "ok", "ratio": 2.0, "median_s": 2.0}
         entry |= {
@@ -697,9 +707,15 @@ def test_an_interrupt_keeps_what_was_measured(modules, monkeypatch, capsys, tmp_
                 "contenders": [ours, entry], "ratios": ratios}  # fmt: skip
 
     monkeypatch.setattr(harness, "measure_case", measure)
+    monkeypatch.setattr(harness, "write_json", write)
     path = tmp_path / "r.json"
-    assert attn_bench.main([*TINY, "--mask", "row", "--mask", "column", "--json", str(path), "--device", "cpu"]) == 130
-    assert "2.00x" in capsys.readouterr().out
+    argv = [*TINY, "--mask", "row", "--mask", "column", "--json", str(path), "--device", "cpu"]
+    if end is KeyboardInterrupt:
+        assert attn_bench.main(argv) == 130
+        assert "vs eager" in (out := capsys.readouterr().out) and "2.00x" in out
+    else:
+        with pytest.raises(end):
+            attn_bench.main(argv)
     report = json.loads(path.read_text())
     assert report["complete"] is False and len(report["cases"]) == 1
 
