@@ -22,7 +22,7 @@ import sys
 import harness
 import torch
 import torch.nn.functional as torch_F
-from harness import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES, NotRun, worst
+from harness import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES, NotRun
 
 from dalle_fast.masks import CONV_EDGES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
 
@@ -355,11 +355,8 @@ def error_columns(result: dict):
 
 
 def error_over_eager(result: dict, entries: dict) -> str:
-    """A cell: this package's largest error over eager attention's."""
-    ours, eager = (entries[name].get("error") for name in (OURS, "eager"))
-    if not ours or not eager or not worst(eager, "max_abs") > 0:
-        return "-"
-    return f"{worst(ours, 'max_abs') / worst(eager, 'max_abs'):.2f}"
+    """A cell: the largest over tensors of this package's error over eager attention's."""
+    return harness.error_over(*(entries[name].get("error") for name in (OURS, "eager")))
 
 
 def summary_columns(results: list[dict]) -> dict:

@@ -477,15 +477,8 @@ def error_over_eager(result: dict, entries: dict) -> str:
         return f"z {harness.worst(errors, 'z'):.1f}"
     if result["op"] == "argmax":
         return f"{errors['codes']['rows_that_differ']:.2%} differ"
-    eager = entries["eager"].get("error")
-    if not eager:
-        return "-"
     rounding = torch.finfo(DTYPES[result["dtype"]]).eps / 2
-    ratios = [
-        errors[name]["max_abs"] / max(eager[name]["max_abs"], rounding * eager[name]["largest"], 1e-300)
-        for name in errors
-    ]
-    return f"{max(ratios):.2f}"
+    return harness.error_over(errors, entries["eager"].get("error"), least=rounding)
 
 
 def time_over_products(result: dict, entries: dict) -> str:

@@ -649,6 +649,25 @@ def max_and_rms(errors: dict) -> list[str]:
     return [f"{worst(errors, key):.1e}" for key in ("max_abs", "rms_relative")] if errors else ["-", "-"]
 
 
+def error_over(errors: dict | None, eager: dict | None, *, least: float = 0.0) -> str:
+    """A cell: the largest over tensors of `errors` over those of eager torch, both of `compare`.
+
+    Args:
+        least: of the tensor's largest number, what counts as eager's error where it is less.
+    """
+    if not errors or not eager:
+        return "-"
+    ratios = {}
+    for name, yardstick in eager.items():
+        if yardstick["largest"] != 0:  # what is 0 throughout has no error of its own size
+            ours, theirs, largest = (
+                math.nan if x is None else x
+                for x in (errors[name]["max_abs"], yardstick["max_abs"], yardstick["largest"])
+            )
+            ratios[name] = {"ratio": ours / max(theirs, least * largest, 1e-300)}
+    return f"{worst(ratios, 'ratio'):.2f}" if ratios else "-"
+
+
 def ratio_cell(result: dict, peer: str) -> str:
     """A cell: how many times this package's time a peer takes; behind it, where the host enqueues calls, the same of calls
     that come one after another from Python, which take as long as the slower of host and GPU (an estimate)."""

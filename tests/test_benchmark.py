@@ -540,7 +540,7 @@ def test_an_inexact_result_fails(modules, monkeypatch, capsys):
 
 def test_the_oracle_is_the_mask(modules):
     """Against torch's own attention in float64, on all heads and, with little to spend, on the first and the last."""
-    _, attn_bench = modules
+    harness, attn_bench = modules
     mask = attn_bench.conv_mask(5, (4, 6), 3)
     case = attn_bench.Case(mask, "float32", attn_bench.FORWARD_BACKWARD, 2, 3, 8)
     inputs = attn_bench.make_inputs(case, "cpu")
@@ -556,7 +556,7 @@ def test_the_oracle_is_the_mask(modules):
             errors = oracle.errors(exact)
         finally:
             attn_bench.ORACLE_PAIRS, attn_bench.BLOCK_PAIRS = before, block_before
-        assert attn_bench.worst(errors, "max_abs") < 1e-13
+        assert harness.worst(errors, "max_abs") < 1e-13
         off = [x + 1e-3 * (x == x[-1, -1, -1, -1]) for x in exact]
         assert all(e["max_abs"] == pytest.approx(1e-3) for e in oracle.errors(off).values())
 
@@ -572,6 +572,22 @@ def test_an_error_of_most_elements_is_beyond_the_limits(modules):
     for out, judged in ((exact.bfloat16(), set()), (smaller.bfloat16(), {"out"}), (exact * torch.nan, {"out"})):
         assert harness.beyond(harness.compare(["out"], [out], [exact]), allowed).keys() == judged
     assert harness.compare(["out"], [smaller], [exact])["out"]["max_abs"] < allowed["out"]["max_abs"]
+
+
+def test_an_error_over_eagers_is_that_of_the_worst_tensor(modules):
+    """No tensor hides behind one of larger numbers, nor one that is 0 throughout decides."""
+    harness, attn_bench = modules
+
+    def errors(**sizes):
+        return {name: {"max_abs": error, "largest": largest} for name, (error, largest) in sizes.items()}
+
+    ours = errors(out=(3e-6, 1.0), grad_value=(1e-5, 9.0), grad_key=(1e-9, 0.0))
+    eager = errors(out=(2e-6, 1.0), grad_value=(2e-5, 9.0), grad_key=(0.0, 0.0))
+    entries = {"dalle_fast": {"error": ours}, "eager": {"error": eager}}
+    assert attn_bench.error_over_eager({}, entries) == "1.50"
+    assert harness.error_over(ours, eager, least=1e-5) == "0.30"
+    assert harness.error_over(errors(out=(None, 1.0)), errors(out=(1e-6, 1.0))) == "nan"  # as a results file has it
+    assert attn_bench.error_over_eager({}, entries | {"eager": {}}) == "-"
 
 
 def test_a_plot_is_drawn_once_more(modules, tmp_path, capsys):
@@ -698,7 +714,7 @@ def test_what_ends_a_run_leaves_what_was_measured(modules, monkeypatch, capsys, 
             "q1_s": 2.0,
             "q3_s": 2.0,
             "repetitions": 3,
-            "error": {"out": {"max_abs": 1.0, "rms_relative": 1.0}},
+            "error": {"out": {"max_abs": 1.0, "rms_relative": 1.0, "largest": 1.0}},
             "extra_bytes": 0,
         }
         ours = entry | {"name": "dalle_fast", "peer": "dalle_fast", "median_s": 1.0, "ratio": 1.0, "exact": True}

@@ -13,7 +13,7 @@ AFTER = "<!-- attn_bench:end -->\nthe rest\n\n"
 
 
 def contender(name, peer, median, error, **more):
-    errors = {"out": {"max_abs": error, "rms_relative": error}}
+    errors = {"out": {"max_abs": error, "rms_relative": error, "largest": 1.0}}
     timing = {"median_s": median, "q1_s": median, "q3_s": median, "repetitions": 7, "ratio": median / 0.002}
     return {"name": name, "peer": peer, "status": "ok", "error": errors, "extra_bytes": 3 << 20, **timing, **more}
 
@@ -54,7 +54,7 @@ REPORT = {
 
 def codebook_contender(name, peer, median, error):
     entry = contender(name, peer, median, error)
-    return entry | {"error": {"embedding": {"max_abs": error, "rms_relative": error, "largest": 1.0}}}
+    return entry | {"error": {"embedding": entry["error"]["out"]}}
 
 
 CODEBOOK_REPORT = {
