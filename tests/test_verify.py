@@ -7,6 +7,7 @@ import os
 import pathlib
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -464,15 +465,27 @@ def test_a_sanitizer_that_saw_no_kernel_has_not_passed(tmp_path):
     fake = tmp_path / "compute-sanitizer"
     fake.write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\nexec "$@"\n')
     fake.chmod(0o755)
-    environment = {**os.environ, "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    python = tmp_path / "python"  # which says that there is a GPU, and xdist
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"STEPS": "^(memcheck|racecheck)$", "PYTHONPATH": str(provenance.ROOT)}
-    command = ["bash", provenance.ROOT / "benchmarks" / "gpu_run.sh", tmp_path / "results"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = ["bash", provenance.ROOT / "benchmarks" / "gpu_run.sh", "results"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 2, ran.stdout + ran.stderr
     for name, cases in (("memcheck", 16), ("racecheck", 8)):
         assert f"{name}" in ran.stdout and "ended with 1" in ran.stdout
         log = (tmp_path / "results" / f"{name}.log").read_text()
         assert log.count("torch finds no CUDA device here") == cases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_of_its_run_is_ok(tmp_path):
+    """Figures that are not run, skipped tests and benchmarks of a CPU all end with 0."""
+    environment = {**os.environ, "PYTHON": sys.executable, "STEPS": "^verify$", "PYTHONPATH": str(provenance.ROOT)}
+    command = ["bash", provenance.ROOT / "benchmarks" / "gpu_run.sh", tmp_path]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "") and "torch finds no GPU here" in ran.stderr
 
 
 # -- which code it was -------------------------------------------------------------------------------------------------
