@@ -538,8 +538,9 @@ def best_device() -> str:
 def describe_run(benchmark: str, argv: list[str], output_flags: tuple[str, ...] = ("--json", "--plot")) -> dict:
     """The head of a results file: benchmark, date (UTC), commit, command line, machine, versions.
 
-    Of output files only the name goes in, so that a committed result does not show where someone's home is.
+    Of files only the name goes in, so that a committed result does not show where someone's home is.
     """
+    environment = {name: Path(value).name for name, value in os.environ.items() if name.startswith("DALLE_FAST_")}
     words = list(argv)
     for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -551,7 +552,7 @@ def describe_run(benchmark: str, argv: list[str], output_flags: tuple[str, ...] 
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": describe_commit(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("DALLE_FAST_")},
+        "environment": dict(sorted(environment.items())),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "machine": describe_machine(),
         "versions": describe_versions(),

@@ -50,14 +50,17 @@ def describe_machine() -> dict:
 
 
 def describe_versions() -> dict:
-    """Versions of what computes: Python, torch, Triton, CUDA, this package and the C++ compiler."""
+    """Versions of what computes: Python, torch, Triton, CUDA, this package and the C++ compiler. No path is in them either."""
+    build = _native("build_info")
+    if build is not None:  # the reason may name an nvcc in someone's home
+        build = {name: value for name, value in build.items() if name != "why_no_cuda"}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda,
         "dalle_fast": dalle_fast.__version__,
-        "dalle_fast_build": _native("build_info"),
+        "dalle_fast_build": build,
         "cxx": _compiler(),
     }
 

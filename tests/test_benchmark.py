@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import dalle_fast.nn as fnn
+from dalle_fast import provenance
 from dalle_fast.ops import blocks
 from dalle_fast.ops import linear as linear_ops
 from dalle_fast.ops.attention import decode
@@ -744,3 +745,17 @@ def test_json_is_whole_or_absent(modules, tmp_path):
     with pytest.raises(TypeError):
         harness.write_json(path, {"x": object()})
     assert json.loads(path.read_text())["y"] == [1.5, None] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_results_file_shows_no_folder(modules, monkeypatch, tmp_path):
+    harness, _ = modules
+    build = {"version": "0.1.0", "cuda": None, "why_no_cuda": f"{tmp_path}/nvcc does not work here: no g++"}
+    monkeypatch.setattr(provenance, "_native", lambda function: build if function == "build_info" else None)
+    monkeypatch.setenv("DALLE_FAST_EMOJI_FONT", f"{tmp_path}/NotoColorEmoji.ttf")
+    monkeypatch.setenv("DALLE_FAST_ISA", "avx2")
+    head = harness.describe_run("a benchmark", ["--json", f"{tmp_path}/a.json", f"--plot={tmp_path}/a.png"])
+    assert str(tmp_path) not in json.dumps(head)
+    assert {"DALLE_FAST_EMOJI_FONT": "NotoColorEmoji.ttf", "DALLE_FAST_ISA": "avx2"}.items() <= head[
+        "environment"
+    ].items()
+    assert head["versions"]["dalle_fast_build"] == {"version": "0.1.0", "cuda": None}
