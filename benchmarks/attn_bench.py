@@ -414,21 +414,12 @@ def parse(argv: list[str]):
         args.cases = make_cases(args, args.device)
     except ValueError as error:  # sizes that are right one by one
         parser.error(f"argument --grid, --text-len or --mask: {error}")
-    if args.impl != "auto":
-        refuse_what_cannot_serve(parser, args)
+
+    def attempt(case):
+        harness.attend(case.dtype, case.head_dim, args.device, args.impl)
+
+    harness.refuse_what_cannot_serve(parser, args, attempt)
     return args
-
-
-def refuse_what_cannot_serve(parser, args) -> None:
-    """A usage error now, not a line of the report behind all peers, where --impl cannot serve on this machine."""
-    from dalle_fast.nn.functional import sparse_attention
-
-    for dtype in {case.dtype for case in args.cases}:
-        token = torch.zeros(1, 1, 1, args.head_dim, dtype=DTYPES[dtype], device=args.device)
-        try:
-            sparse_attention(token, token, token, args.cases[0].mask, impl=args.impl)
-        except ValueError as error:
-            parser.error(f"argument --impl: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -554,6 +554,12 @@ def parse(argv: list[str]):
     args.cases = make_cases(args)
     if without := [op for op in args.op or () if op not in {case.op for case in args.cases}]:
         parser.error(f"argument --pass: {' and '.join(without)} has no backward pass; expected {FORWARD}")
+
+    def attempt(case):
+        case = case.small()
+        make_call(build_ours(case, args.device, impl=args.impl), case, make_inputs(case, args.device))()
+
+    harness.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

@@ -499,6 +499,11 @@ def parse(argv: list[str]):
     args = parser.parse_args(argv)
     harness.settle_shared_flags(parser, args, SECONDS)
     args.cases = make_cases(args)
+
+    def attempt(case):
+        harness.attend(case.dtype, case.config.head_dim, args.device, args.impl)
+
+    harness.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

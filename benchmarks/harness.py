@@ -48,6 +48,8 @@ try:
 except ImportError as error:
     sys.exit(f"dalle_fast cannot be imported ({error}); install it from the repository's root: pip install -e .")
 
+from dalle_fast.masks import causal_mask
+from dalle_fast.nn.functional import sparse_attention
 from dalle_fast.nn.memory import free_memory
 from dalle_fast.ops.choice import IMPLS
 from dalle_fast.outputs import can_write
@@ -849,6 +851,27 @@ def settle_shared_flags(parser: argparse.ArgumentParser, args, seconds: float) -
             import matplotlib  # noqa: F401
         except ImportError:
             parser.error("argument --plot: needs matplotlib (pip install matplotlib)")
+
+
+def refuse_what_cannot_serve(parser: argparse.ArgumentParser, args, attempt) -> None:
+    """A usage error now, not a line of the report behind all peers, where --impl cannot serve a case on this machine.
+
+    Args:
+        attempt: a function of a case, which raises ValueError there.
+    """
+    if args.impl != "auto":
+        for case in args.cases:
+            try:
+                attempt(case)
+            except ValueError as error:
+                parser.error(f"argument --impl: {error}")
+
+
+@functools.cache
+def attend(dtype: str, head_dim: int, device: str, impl: str) -> None:
+    """Attention of a token to itself, for `refuse_what_cannot_serve`."""
+    token = torch.zeros(1, 1, 1, head_dim, dtype=DTYPES[dtype], device=device)
+    sparse_attention(token, token, token, causal_mask(0, 1), impl=impl)
 
 
 def integer(minimum: int):

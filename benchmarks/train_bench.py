@@ -330,6 +330,11 @@ def parse(argv: list[str]):
     harness.settle_shared_flags(parser, args, SECONDS)
     args.batch = args.batch or BATCH[args.device]
     args.cases = make_cases(args)
+
+    def attempt(case):
+        harness.attend(case.dtype, case.config.head_dim, args.device, args.impl)
+
+    harness.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

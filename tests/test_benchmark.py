@@ -446,6 +446,16 @@ def test_a_bad_flag_is_named(modules, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["codebook_bench", "generate_bench", "train_bench"])
+def test_what_cannot_serve_is_refused_before_peers_are_measured(modules, name, request, capsys, impl, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        request.getfixturevalue(name).parse(["--impl", impl])
+    assert stop.value.code == 2 and "argument --impl: impl" in capsys.readouterr().err
+
+
 @pytest.fixture
 def tuner(modules, monkeypatch):
     """benchmarks/tune_attention.py where a GPU seems to be there, without its work on one."""
