@@ -362,8 +362,12 @@ def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(runner._Run, "_add", add)
-    with pytest.raises(KeyboardInterrupt):  # `dalle_fast.cli` says so in one line
-        verify(["fine", "hang"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):  # `dalle_fast.cli` says so in one line
+            verify(["fine", "hang"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "evidence.json").read_text())["figures"]["trial"]["done"] == 1
 
 
