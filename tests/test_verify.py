@@ -354,20 +354,28 @@ def test_the_end_of_the_budget_is_no_failure(verify):
     assert time.monotonic() - start < 2
 
 
-def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path, number):
+    """As do a `timeout` and a closed terminal."""
     finish = runner._Run._add
 
     def add(run, found, bar):
         finish(run, found, bar)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(runner._Run, "_add", add)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+
+    def unheard(*_):
+        raise RuntimeError("the run did not listen")
+
+    # A shell's background processes ignore SIGINT, others end those that run tests.
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else unheard)
     try:
         with pytest.raises(KeyboardInterrupt):  # `dalle_fast.cli` says so in one line
             verify(["fine", "hang"])
+        assert number == signal.SIGINT or signal.getsignal(number) is unheard  # as it was
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert json.loads((tmp_path / "evidence.json").read_text())["figures"]["trial"]["done"] == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -53,7 +54,7 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
     deadline = time.monotonic() + budget
     jobs = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
     saver = _Saver(report, out)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with _as_ctrl_c(signal.SIGTERM, signal.SIGHUP), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         runs = [
             pool.submit(_Run(figure, report["figures"].setdefault(key, {}), saver, deadline).go)
             for key, figure in chosen.items()
@@ -70,6 +71,18 @@ def verify(names, out: Path, *, gpu: bool, budget: float, restart: bool) -> int:
             saver.save()
     print(summary(report))
     return int(any(result["status"] == FAIL for result in report["figures"].values()))
+
+
+@contextlib.contextmanager
+def _as_ctrl_c(*signals):
+    """Else what figures have started, in sessions of its own, would go on for its hours, and what was found be lost."""
+    heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup's is ignored
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _figures(names, gpu: bool) -> dict[str, Figure]:
