@@ -12,7 +12,7 @@
 # of 1,001 in 248 s; where a machine is lent for less than all steps take, these two calls go well together:
 #
 #     STEPS='^(info|tests|attn_32|generate)$' benchmarks/gpu_run.sh
-#     STEPS='^(attn_64|train|codebook)$' benchmarks/gpu_run.sh
+#     STEPS='^(attn_64|train|codebook.*)$' benchmarks/gpu_run.sh
 set -uo pipefail
 results=${1:+$(realpath -m "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
