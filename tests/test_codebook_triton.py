@@ -268,6 +268,8 @@ def test_what_it_takes(monkeypatch):
     assert takes(16) and takes(4096) and takes(48, torch.float16)
     assert not any(takes(I) for I in (0, 8, 24, 4112))
     assert not takes(16, torch.float32) and not takes(16, columns=32)
+    row = {"hidden": torch.zeros(2, 16).half(), "weight": torch.zeros(40).half().as_strided((1, 16), (24, 1))}
+    assert row["weight"].is_contiguous() and streaming.why_not(row)
 
 
 @compiled

@@ -16,14 +16,18 @@ if os.environ.get("TRITON_INTERPRET"):
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dalle_fast.ops import linear_triton, norm_triton
 from dalle_fast.ops.attention.triton import app, bwd, dec, fwd, launch
+from dalle_fast.ops.codebook import gradients_triton, gumbel_triton, streaming_triton
 from dalle_fast.ops.launches_triton import MOST_KEPT, Launches
 
 
 def comparable(x):
     """Of a tensor what stays the same where other memory is allocated."""
+    if isinstance(x, TensorDescriptor):
+        return (comparable(x.base), *x.block_shape)
     return (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
 
 
@@ -131,6 +135,25 @@ def test_what_is_compiled_anew(scale, driver, other):
     assert driver.launched[1] == driver.launched[2] != driver.launched[0]
 
 
+@triton.jit(do_not_specialize=["n"])
+def _first_kernel(x, out_ptr, n):
+    tl.store(out_ptr, tl.sum(x.load([n, 0])))
+
+
+def test_descriptors_are_told_apart_by_dtype_and_block(driver):
+    def arguments(x, *block):
+        return (TensorDescriptor.from_tensor(x, list(block)), torch.zeros(1), 3)
+
+    launches = Launches(_first_kernel)
+    halves, floats = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
+    different = (halves, 16, 16), (halves, 16, 32), (halves, 32, 16), (floats, 16, 16)
+    for case in (*different, *different, (halves[8:, :32], 16, 16)):
+        launches((1,), *arguments(*case), num_warps=2)
+        _first_kernel[(1,)](*arguments(*case), num_warps=2)
+    assert len(launches._compiled) == 4
+    assert driver.launched[::2] == driver.launched[1::2] and driver.launched[:8] == driver.launched[8:16]
+
+
 def test_each_device_has_a_kernel_of_its_own(scale, driver, monkeypatch):
     launches, _, times = scale
     x = torch.zeros(32)
@@ -179,12 +202,27 @@ def step(mask):
     linear_triton.linear(x.bfloat16(), weight, None, None)
 
 
+def codebook(mask):
+    hidden, weight, table = (torch.zeros(n, 32, dtype=torch.bfloat16) for n in (70, 100, 100))
+    bias, one, seed = torch.zeros(100), torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    target, stats = torch.zeros(70, dtype=torch.int64), torch.zeros(2, 70)
+    embedding, kl, _, kept = gumbel_triton.gumbel_forward(hidden, weight, bias, table, one, seed, seed_per_row=False)
+    of = embedding, kl, hidden, weight, bias, table, one, seed, kl, kept
+    gradients_triton.gumbel_gradients(*of, seed_per_row=False, needs=(False, True, True, True))
+    streaming_triton.sample_streaming(hidden, weight, bias, seed, one, seed_per_row=False)
+    streaming_triton.cross_entropy_streaming(hidden, weight, bias, target, -100, stats=stats)
+    needs = False, True, True
+    gradients_triton.loss_gradients(hidden, weight, bias, target, -100, one, stats, needs=needs)
+
+
 @pytest.mark.parametrize("mask", [row_mask(20, (4, 6)), column_mask(20, (4, 6))], ids=repr)
-@pytest.mark.parametrize("calls", [attend, step])
+@pytest.mark.parametrize("calls", [attend, step, codebook])
 def test_the_packages_kernels_go_through_triton_once(driver, monkeypatch, calls, mask):
-    modules = (fwd, bwd, app, dec, norm_triton, linear_triton)
+    modules = (fwd, bwd, app, dec, norm_triton, linear_triton, gumbel_triton, gradients_triton, streaming_triton)
+    for module in (gumbel_triton, gradients_triton, streaming_triton):
+        monkeypatch.setattr(module, "capability_of", lambda tensor: (9, 0))
     ours = [x for module in modules for x in vars(module).values() if isinstance(x, Launches)]
-    assert len(ours) == 8
+    assert len(ours) == 17
     for launches in ours:
         monkeypatch.setattr(launches, "_compiled", {})
     calls(mask)
@@ -194,5 +232,5 @@ def test_the_packages_kernels_go_through_triton_once(driver, monkeypatch, calls,
         monkeypatch.setattr(launches._kernel, "run", lambda *args, **kwargs: triton_runs.append(args))
     calls(mask)
     assert not triton_runs
-    assert len(first) == len(driver.launched) == {attend: 3, step: 5}[calls]
+    assert len(first) == len(driver.launched) == {attend: 3, step: 5, codebook: 12}[calls]
     assert first == driver.launched

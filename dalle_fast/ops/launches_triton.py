@@ -16,8 +16,9 @@ class Launches:
 
     The first with such arguments goes through Triton, which compiles. Another one goes to the compiled kernel at once. It
     is the same one where everything that Triton specialises for is the same: of tensors the dtype and whether they begin
-    at a multiple of 16 bytes, of all else, tuples included, the value. Triton's hooks on launches are called, but what is
-    set among its knobs for compiling is noticed only where Triton compiles.
+    at a multiple of 16 bytes, of tensor descriptors the dtype and the block, of all else, tuples included, the value.
+    Triton's hooks on launches are called, but what is set among its knobs for compiling is noticed only where Triton
+    compiles.
 
     Args:
         kernel: of `triton.jit`; one that is interpreted goes through Triton always.
@@ -28,11 +29,14 @@ class Launches:
         self._compiled = {}
 
     def __call__(self, grid, *args, **options):
-        """grid: a tuple of one to three numbers of programs. args: all the kernel's, a tensor first."""
-        key = [args[0].get_device(), *options.values()]
+        """grid: a tuple of one to three numbers of programs. args: all the kernel's, a tensor or a descriptor first."""
+        first = args[0]
+        key = [(first if isinstance(first, torch.Tensor) else first.base).get_device(), *options.values()]
         for x in args:
             if isinstance(x, torch.Tensor):
                 key += x.dtype, x.data_ptr() % 16 == 0
+            elif hasattr(x, "block_shape"):
+                key += x.base.dtype, *x.block_shape, x.padding
             else:
                 key.append(x)
         key = tuple(key)

@@ -30,6 +30,7 @@ from dalle_fast.ops.codebook.tiles_triton import (
     range_tiles,
     splits_of,
 )
+from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
 
 CHUNK_BYTES = 21 << 20  # of what has R rows and K columns: the 40 MB that are promised, less the sums in float32
@@ -279,6 +280,11 @@ def _add_product_kernel(
 
 # -- calls ------------------------------------------------------------------------------------------------------------
 
+_launch_dot = Launches(_dot_kernel)
+_launch_gumbel = Launches(_gumbel_gradient_kernel)
+_launch_loss = Launches(_loss_gradient_kernel)
+_launch_add_product = Launches(_add_product_kernel)
+
 
 def gumbel_gradients(
     grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, stats, *, seed_per_row, needs, tiles=None
@@ -290,16 +296,19 @@ def gumbel_gradients(
     K, D = codebook.shape
     dot = hidden.new_empty(len(hidden), dtype=torch.float32)
     if len(hidden):
-        _dot_kernel[-(-len(hidden) // DOT_ROWS),](grad_embedding, stats, dot, len(hidden), D, STATS, DOT_ROWS, DOT_STEP)
+        _launch_dot(
+            (-(-len(hidden) // DOT_ROWS),), grad_embedding, stats, dot, len(hidden), D, STATS, DOT_ROWS, DOT_STEP
+        )
     tiles = tiles or _tiles(hidden, noisy=True)
     chunks = _Chunks(hidden, weight, bias, needs[:3], matrices=1 + needs[3])
     weights = chunks.matrix() if needs[3] else None
     of_codebook = _total(codebook, len(hidden)) if needs[3] else None
+    factors = *operands(tiles, hidden, weight), *operands(tiles, grad_embedding, codebook)
     for rows in chunks:
         S = splits_of(tiles, rows.stop - rows.start, K, hidden)
-        _gumbel_gradient_kernel[_grid(tiles, rows, S)](
-            *operands(tiles, hidden, weight),
-            *operands(tiles, grad_embedding, codebook),
+        _launch_gumbel(
+            _grid(tiles, rows, S),
+            *factors,
             chunks.bias,
             seed,
             tau,
@@ -318,7 +327,8 @@ def gumbel_gradients(
             D,
             stats.shape[1],
             bool(seed_per_row),
-            **constants(tiles, K),
+            *constants(tiles, K),
+            **options(tiles),
         )
         if needs[3]:
             count = rows.stop - rows.start
@@ -336,10 +346,12 @@ def loss_gradients(hidden, weight, bias, target, ignore_index, row_weight, stats
     N, K = hidden.shape[0], weight.shape[0]
     tiles = tiles or _tiles(hidden, noisy=False)
     chunks = _Chunks(hidden, weight, bias, needs, matrices=1)
+    factors = operands(tiles, hidden, weight)
     for rows in chunks:
         S = splits_of(tiles, rows.stop - rows.start, K, hidden)
-        _loss_gradient_kernel[_grid(tiles, rows, S)](
-            *operands(tiles, hidden, weight),
+        _launch_loss(
+            _grid(tiles, rows, S),
+            *factors,
             chunks.bias,
             target,
             row_weight,
@@ -354,7 +366,8 @@ def loss_gradients(hidden, weight, bias, target, ignore_index, row_weight, stats
             range_tiles(tiles, K, S),
             hidden.shape[1],
             len(row_weight) > 1,
-            **constants(tiles, K),
+            *constants(tiles, K),
+            **options(tiles),
         )
         chunks.add(rows)
     return chunks.results()
@@ -413,7 +426,8 @@ def add_product(total, a, b, *, begun):
         factors = described(rows, tiles.step, tiles.rows), described(b, tiles.step, tiles.codes)
     else:
         factors = a, b
-    _add_product_kernel[-(-K // tiles.rows), -(-columns // tiles.codes)](
+    _launch_add_product(
+        (-(-K // tiles.rows), -(-columns // tiles.codes)),
         *factors,
         total,
         R,

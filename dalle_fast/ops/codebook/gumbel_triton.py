@@ -23,11 +23,13 @@ from dalle_fast.ops.codebook.tiles_triton import (
     described,
     load,
     operands,
+    options,
     plus_bias,
     product,
     range_tiles,
     splits_of,
 )
+from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # times 0, -inf would be NaN
@@ -210,6 +212,10 @@ def _merge_gumbel_kernel(
     tl.store(embedding_ptr[:, None] + column[None, :], sums.to(embedding_ptr.dtype.element_ty), mask=wanted)
 
 
+_launch = Launches(_gumbel_kernel)
+_launch_merge = Launches(_merge_gumbel_kernel)
+
+
 def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row, tiles=None):
     """Returns embedding (N, D), kl (N,), codes (N,) and stats (N, 4 + D) of hidden (N, I), weight (K, I), codebook (K, D).
 
@@ -225,7 +231,8 @@ def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row, t
     S = splits_of(tiles, N, K, hidden)
     partial, code = stats.new_empty(5, S, N), stats.new_empty(S, N, dtype=torch.int32)
     sums = stats.new_empty(S, N, D)
-    _gumbel_kernel[-(-N // tiles.rows), S](
+    _launch(
+        (-(-N // tiles.rows), S),
         *operands(tiles, hidden, weight),
         described(codebook, tiles.codes, width) if tiles.described else codebook,
         bias,
@@ -241,10 +248,26 @@ def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row, t
         D,
         width,
         bool(seed_per_row),
-        **constants(tiles, K),
+        *constants(tiles, K),
+        **options(tiles),
     )
-    _merge_gumbel_kernel[-(-N // MERGED_ROWS),](
-        partial, code, sums, tau, embedding, kl, codes, stats, N, K, S, D, width, STATS, MERGED_ROWS
+    _launch_merge(
+        (-(-N // MERGED_ROWS),),
+        partial,
+        code,
+        sums,
+        tau,
+        embedding,
+        kl,
+        codes,
+        stats,
+        N,
+        K,
+        S,
+        D,
+        width,
+        STATS,
+        MERGED_ROWS,
     )
     return embedding, kl, codes, stats
 

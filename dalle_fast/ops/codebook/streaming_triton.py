@@ -21,11 +21,13 @@ from dalle_fast.ops.codebook.tiles_triton import (
     Tiles,
     constants,
     operands,
+    options,
     plus_bias,
     product,
     range_tiles,
     splits_of,
 )
+from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
 
 CLASSES = tl.constexpr(16)  # a code's class is its number modulo these: the noise's LANES, so that a counter has one
@@ -218,6 +220,10 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, stats_ptr, N, K, S, i
 
 # -- calls ------------------------------------------------------------------------------------------------------------
 
+_launch_streaming = Launches(_streaming_kernel)
+_launch_merge_codes = Launches(_merge_codes_kernel)
+_launch_merge_losses = Launches(_merge_losses_kernel)
+
 
 def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row, tiles=None):
     """Returns codes (N,) as `cuda.sample` does, of hidden (N, I) and weight (K, I); `tiles` replaces the choice."""
@@ -228,7 +234,7 @@ def sample_streaming(hidden, weight, bias, seed, temperature, *, seed_per_row, t
         S = splits_of(tiles, N, weight.shape[0], hidden)
         partial, code = hidden.new_empty(S, N, dtype=torch.float32), hidden.new_empty(S, N, dtype=torch.int32)
         _launch(tiles, S, hidden, weight, bias, seed, temperature, None, partial, code, seed_per_row)
-        _merge_codes_kernel[_merging_grid(N)](partial, code, out, N, S, MERGED_ROWS)
+        _launch_merge_codes(_merging_grid(N), partial, code, out, N, S, MERGED_ROWS)
     return out
 
 
@@ -244,13 +250,14 @@ def cross_entropy_streaming(hidden, weight, bias, target, ignore_index, *, stats
         S = splits_of(tiles, N, K, hidden)
         partial = hidden.new_empty(3, S, N, dtype=torch.float32)
         _launch(tiles, S, hidden, weight, bias, None, None, target, partial, None, False)
-        _merge_losses_kernel[_merging_grid(N)](partial, target, out, stats, N, K, S, ignore_index, MERGED_ROWS)
+        _launch_merge_losses(_merging_grid(N), partial, target, out, stats, N, K, S, ignore_index, MERGED_ROWS)
     return out
 
 
 def _launch(tiles, S, hidden, weight, bias, seed, temperature, target, partial, code, seed_per_row):
     (N, I), K = hidden.shape, weight.shape[0]
-    _streaming_kernel[-(-N // tiles.rows), S](
+    _launch_streaming(
+        (-(-N // tiles.rows), S),
         *operands(tiles, hidden, weight),
         bias,
         seed if temperature is not None else None,
@@ -264,7 +271,8 @@ def _launch(tiles, S, hidden, weight, bias, seed, temperature, target, partial, 
         I,
         target is not None,
         bool(seed_per_row),
-        **constants(tiles, K),
+        *constants(tiles, K),
+        **options(tiles),
     )
 
 

@@ -87,27 +87,19 @@ def described(x, rows, columns):
 
 
 def operands(tiles, hidden, weight):
-    """A product's rows and codes as the kernels load them."""
-    if not tiles.described:
+    """A product's rows and codes as the kernels load them; there are no descriptors of nothing."""
+    if not tiles.described or not len(hidden):
         return hidden, weight
     return described(hidden, tiles.rows, tiles.step), described(weight, tiles.codes, tiles.step)
 
 
 def constants(tiles, codes):
-    """What a kernel that multiplies tiles is compiled for, by name."""
-    return {
-        "PADDED": codes % tiles.codes != 0,
-        "ROWS": tiles.rows,
-        "CODES": tiles.codes,
-        "STEP": tiles.step,
-        "FLAT": tiles.flat,
-        "DESCRIBED": tiles.described,
-        **options(tiles),
-    }
+    """The last arguments of a kernel that multiplies tiles, from PADDED on."""
+    return codes % tiles.codes != 0, tiles.rows, tiles.codes, tiles.step, tiles.flat, tiles.described
 
 
 def options(tiles):
-    """How it is compiled; fusion is named because its default flips in Triton 3.10."""
+    """How a kernel is compiled; fusion is named because its default flips in Triton 3.10."""
     return {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
 
 
