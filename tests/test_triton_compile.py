@@ -246,6 +246,18 @@ def test_decoding_compiles_well(shortcomings, case):
     assert not shortcomings(case, decode)
 
 
+@pytest.mark.parametrize("call", [attend, decode])
+@pytest.mark.parametrize("case", [(90, "row", 40, "bfloat16", False), (90, "column", 72, "float16", True)], ids=str)
+def test_heads_of_half_a_block_are_read_16_bytes_at_a_time(compile_for, shortcomings, tmp_path, case, call):
+    """Multiples of 8 that are none of 16. Read number by number, and not ahead, they spilled up to 192 bytes."""
+    assert not shortcomings(case, call)
+    arch, name, *rest = case
+    for kernel_name, kernel in compile_for(arch, MASKS[name], *rest, call).items():
+        *_, code = kernel_usage(kernel, tmp_path)
+        assert not re.search(r"\b(LDG|STG)\S*\.U16", code), kernel_name
+        assert re.search(r"\bLDG(STS)?\S*\.128", code), kernel_name
+
+
 @pytest.mark.parametrize("arch, dtype", NORMS, ids=str)
 def test_add_norm_compiles_well(compile_for, arch, dtype, tmp_path):
     """A row is read 16 bytes at a time, and kept in registers."""

@@ -49,7 +49,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
     make_faster()
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 137  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 142  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -362,7 +362,10 @@ def test_the_papers_size(mask):
 
 
 @interpreted
-@pytest.mark.parametrize("layout", ["packed", "sequence_first", "transposed", "expanded", "offset", "grad_expanded"])
+@pytest.mark.parametrize(
+    "layout",
+    ["packed", "sequence_first", "transposed", "expanded", "offset", "grad_expanded", "rows of 25", "rows of 28"],
+)
 def test_any_strides(layout):
     mask = column_mask(7, (3, 5))
     B, H, S, D = 2, 2, mask.seq_len, 24
@@ -378,14 +381,17 @@ def test_any_strides(layout):
         query = torch.randn(B, H, 1, D).expand(B, H, S, D)
     elif layout == "offset":
         query, key, value = (torch.randn(B, H, S + 3, 2 * D)[:, :, 3:, 1::2] for _ in range(3))
-    else:
+    elif layout == "grad_expanded":
         grad_out = torch.tensor(0.7).expand(B, H, S, D)
+    else:
+        query, key, value = torch.randn(3, B, H, S, int(layout.split()[-1]))[..., :D]
     check(mask, [query, key, value, grad_out], tiles=tiny(mask))
 
 
 @triton.jit
-def _addresses_kernel(out_ptr, base_ptr, strides, batch, head, BLOCK: tl.constexpr):
+def _addresses_kernel(out_ptr, base_ptr, strides, batch, head, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     rows = tl.arange(0, BLOCK)
+    strides = primitives.in_elements(strides, UNIT, True)
     base = primitives.head_base(base_ptr, strides, batch + tl.zeros([], tl.int32), head + tl.zeros([], tl.int32))
     pointers = primitives.tile_pointers(base, strides, rows, rows, True)
     tl.store(out_ptr + rows[:, None] * BLOCK + rows[None, :], pointers.to(tl.int64))
@@ -393,12 +399,23 @@ def _addresses_kernel(out_ptr, base_ptr, strides, batch, head, BLOCK: tl.constex
 
 @interpreted
 @pytest.mark.parametrize(
-    "strides", [(2**31 - 1, 5, 3, 1), (7, 2**30 + 1, 3, 1), (1, 1, 2**29 + 3, 1), (1, 1, 2, 2**31 - 5)], ids=str
+    "strides",
+    [
+        (2**31 - 1, 5, 3, 1),
+        (7, 2**30 + 1, 3, 1),
+        (1, 1, 2**29 + 3, 1),
+        (1, 1, 2, 2**31 - 5),
+        (2**32 + 8, 8, 8, 1),
+        (8, 2**32 + 24, 8, 1),
+        (8, 8, 2**32 + 40, 1),
+    ],
+    ids=str,
 )
 def test_addresses_beyond_two_to_the_31(strides):
-    """Every product of an index and a stride is 64 bits wide, also where the stride itself fits into 32."""
+    """Every product of an index and a stride is 64 bits wide, also where the stride, or it divided, fits into 32."""
     memory, addresses = torch.zeros(1), torch.zeros(16, 16, dtype=torch.int64)
-    _addresses_kernel[(1,)](addresses, memory, strides, 9, 13, 16)
+    unit, in_units = launch.in_units(strides)
+    _addresses_kernel[(1,)](addresses, memory, in_units, 9, 13, 16, unit)
     index = np.arange(16, dtype=np.int64)
     elements = 9 * strides[0] + 13 * strides[1] + index[:, None] * strides[2] + index[None, :] * strides[3]
     assert elements.max() > 2**31
@@ -413,6 +430,14 @@ def test_offsets_of_a_head_are_64_bits_wide_where_they_must_be():
     assert not launch.wide(5, 8, *narrow)
     for strides in ((1, 1, 2**29, 1), (1, 1, 2**31 // 5, 2**31 // 5)):
         assert launch.wide(5, 8, *narrow, strides)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+def test_strides_are_divided_where_16_divides_not_all_of_them():
+    assert launch.in_units((640, 80, 40, 1), (0, 0, 8, 1)) == (8, (80, 10, 5, 1), (0, 0, 1, 1))
+    assert launch.in_units((640, 36, 1), (16, 16, 16, 3)) == (4, (160, 9, 1), (4, 4, 4, 3))
+    for strides in (((640, 80, 16, 1), (32, 0, 48, 1)), ((640, 80, 40, 1), (40, 40, 25, 1)), ((0, 0, 0, 0),)):
+        assert launch.in_units(*strides) == (1, *strides)
 
 
 @interpreted

@@ -3,10 +3,13 @@
 The position is read on the device. B samples, H heads, D head size, C slots.
 """
 
+import itertools
+
 import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
+from dalle_fast.ops.attention.triton.primitives import in_elements
 from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
@@ -42,28 +45,29 @@ def _attention_append_kernel(
     COLUMN_LEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """The port of AttentionMask.cache_slot: a ring of SLOTS, or columns of COLUMN_LEN where that is not None.
 
-    Programs: cdiv(num_rows, BLOCK_ROWS), num_rows is B * H.
+    Programs: cdiv(num_rows, BLOCK_ROWS), num_rows is B * H. Strides are in units of UNIT: see `in_elements`.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     samples = rows // num_heads
     heads = rows % num_heads
     inside = (rows < num_rows)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    b, h, d = key_strides
+    b, h, d = in_elements(key_strides, UNIT, True)
     key = tl.load(_vectors(key_ptr, b, h, d, samples, heads, BLOCK_D), mask=inside)
-    b, h, d = value_strides
+    b, h, d = in_elements(value_strides, UNIT, True)
     value = tl.load(_vectors(value_ptr, b, h, d, samples, heads, BLOCK_D), mask=inside)
     position = tl.minimum(tl.maximum(tl.load(position_ptr), 0), IMAGE_LEN - 1)
     if COLUMN_LEN is None:
         slot = position % SLOTS
     else:
         slot = position % (SLOTS // COLUMN_LEN) * COLUMN_LEN + position // (SLOTS // COLUMN_LEN)
-    b, h, c, d = image_k_strides
+    b, h, c, d = in_elements(image_k_strides, UNIT, True)
     tl.store(_vectors(image_k_ptr + slot * c, b, h, d, samples, heads, BLOCK_D), key, mask=inside)
-    b, h, c, d = image_v_strides
+    b, h, c, d = in_elements(image_v_strides, UNIT, True)
     tl.store(_vectors(image_v_ptr + slot * c, b, h, d, samples, heads, BLOCK_D), value, mask=inside)
 
 
@@ -75,17 +79,12 @@ def attention_append(image_key, image_value, key, value, position, mask):
     B, H, D = key.shape
     if B * H == 0:
         return
+    tensors = key, value, image_key, image_value
+    unit, *strides = launch.in_units(*(x.stride() for x in tensors))
     with current_device(key):
         _launch(
             (triton.cdiv(B * H, HEADS),),
-            key,
-            key.stride(),
-            value,
-            value.stride(),
-            image_key,
-            image_key.stride(),
-            image_value,
-            image_value.stride(),
+            *itertools.chain(*zip(tensors, strides)),
             position,
             B * H,
             H,
@@ -94,6 +93,7 @@ def attention_append(image_key, image_value, key, value, position, mask):
             mask.grid[0] if mask.rule == "column" else None,
             D,
             launch.padded_head_size(D),
+            unit,
             HEADS,
             num_warps=WARPS,
         )

@@ -35,6 +35,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     head_base,
     image_allows,
     image_count,
+    in_elements,
     load_tile,
     query_tile,
     store_tile,
@@ -197,6 +198,7 @@ def _attention_grad_query_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
@@ -206,8 +208,12 @@ def _attention_grad_query_kernel(
     """dQ, over the same tiles as the forward kernel, and of each query what dK and dV need of it: lse2 and delta.
 
     lse2 is lse in units of log2. With EXACT also the correction, and delta is corrected, see above: two passes.
-    `out` is contiguous.
+    `out` is contiguous. Strides as in the forward kernel.
     """
+    q_strides = in_elements(q_strides, UNIT, WIDE)
+    k_strides = in_elements(k_strides, UNIT, WIDE)
+    v_strides = in_elements(v_strides, UNIT, WIDE)
+    grad_out_strides = in_elements(grad_out_strides, UNIT, WIDE)
     head, is_image, t0, first, q_pos, q_valid = query_tile(tl.program_id(0), seq_len, MASK, BLOCK_Q)
     batch = head // num_heads
     first_row = head.to(tl.int64) * seq_len
@@ -320,6 +326,7 @@ def _attention_grad_key_value_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
@@ -328,8 +335,12 @@ def _attention_grad_key_value_kernel(
 ):
     """dK and dV. Programs below num_programs_text own text keys: they are the long ones, so all of them start first.
 
-    BLOCK_TEXT and BLOCK_IMAGE are tiles of queries here.
+    BLOCK_TEXT and BLOCK_IMAGE are tiles of queries here. Strides as in the forward kernel.
     """
+    q_strides = in_elements(q_strides, UNIT, WIDE)
+    k_strides = in_elements(k_strides, UNIT, WIDE)
+    v_strides = in_elements(v_strides, UNIT, WIDE)
+    grad_out_strides = in_elements(grad_out_strides, UNIT, WIDE)
     program = tl.program_id(0)
     _, rows, length = image_count(seq_len, MASK)
     text_tiles, image_tiles = tile_counts(seq_len, length, MASK, BLOCK_K)
@@ -420,11 +431,12 @@ def attention_backward(
     correction = torch.empty_like(lse) if exact else lse2  # not looked at
     tensors = query, key, value, grad_out
     strides = [x.stride() for x in tensors]
-    sizes = D, launch.padded_head_size(D), launch.wide(S, D, *strides)
+    unit, *unit_strides = launch.in_units(*strides)
+    sizes = D, launch.padded_head_size(D), launch.wide(S, D, *strides), unit
     precision = launch.input_precision(query.dtype)
     # Rounded to float32 once, as the forward kernel had it: lse belongs to those scores, to the last bit of the factor.
     scale_log2 = scale * LOG2E.value
-    inputs = tuple(itertools.chain(*zip(tensors, strides)))
+    inputs = tuple(itertools.chain(*zip(tensors, unit_strides)))
     with current_device(query):
         cut, numbers = query_tiles or launch.chosen_tiles("grad_query", query, mask)
         _launch_query(

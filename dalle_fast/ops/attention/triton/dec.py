@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
-from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, load_tile, tile_pointers
+from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, in_elements, load_tile, tile_pointers
 from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
@@ -128,14 +128,18 @@ def _attention_decode_text_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     SIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Parts of the text -> out (B, H, PARTS, BLOCK_D) float32, 0 without keys, and stats (B, H, PARTS, 2): the largest score,
     times SIGN and not scaled, and the sum of exponentials below it.
 
-    Programs: P * H * PARTS * cdiv(N, 16). num_samples is N. SIGN and scale_log2: see `_attention_fwd_kernel`.
+    Programs: P * H * PARTS * cdiv(N, 16). num_samples is N. SIGN, scale_log2 and strides: see `_attention_fwd_kernel`.
     """
+    q_strides = in_elements(q_strides, UNIT, WIDE)
+    k_strides = in_elements(k_strides, UNIT, WIDE)
+    v_strides = in_elements(v_strides, UNIT, WIDE)
     program = tl.program_id(0)
     groups = (num_samples + SAMPLES - 1) // SAMPLES
     part = program // groups % PARTS
@@ -226,6 +230,7 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     SIGN: tl.constexpr,
 ):
     """The image keys in a sample's own cache and the text's parts -> out (B, H, HEAD_DIM). Programs: B * H.
@@ -238,6 +243,8 @@ def _attention_decode_kernel(
     head = row % num_heads
     d = tl.arange(0, BLOCK_D)
     position = tl.minimum(tl.maximum(tl.load(position_ptr), 0), IMAGE_LEN - 1)
+    # Strides in elements not before they are used: at the top they made other machine code than what was measured.
+    q_strides = in_elements(q_strides, UNIT, WIDE)
     q_base = q_ptr + sample * q_strides[0] + head * q_strides[1]
     q = tl.load(q_base + d * q_strides[2], mask=d < HEAD_DIM, other=0.0)
     if PARTS > 0:
@@ -246,6 +253,8 @@ def _attention_decode_kernel(
     q = q.to(tl.float32)
     if SIGN != 1:
         q *= SIGN
+    k_strides = in_elements(k_strides, UNIT, WIDE)
+    v_strides = in_elements(v_strides, UNIT, WIDE)
     k_base = head_base(k_ptr, k_strides, sample, head)
     v_base = head_base(v_ptr, v_strides, sample, head)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -302,6 +311,8 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
     row_bytes = BLOCK_D * query.element_size()
     text_strides = text_key.stride(), text_value.stride()
     image_strides = image_key.stride(), image_value.stride()
+    text_unit, *text_unit_strides = launch.in_units(query.stride(), *text_strides)
+    image_unit, *image_unit_strides = launch.in_units(query.stride(), *image_strides)
     slots, counts = mask.visible_slots(query.device)
     most = slots.shape[1]
     block, rest, loop = image_blocks(most, IMAGE_BYTES // row_bytes)
@@ -314,11 +325,11 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             _launch_text(
                 (P * H * text_parts * triton.cdiv(B // P, SAMPLES.value),),
                 query,
-                query.stride(),
+                text_unit_strides[0],
                 text_key,
-                text_strides[0],
+                text_unit_strides[1],
                 text_value,
-                text_strides[1],
+                text_unit_strides[2],
                 parts,
                 stats,
                 text_lengths,
@@ -332,6 +343,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
                 D,
                 BLOCK_D,
                 launch.wide(T, D, *text_strides),
+                text_unit,
                 sign,
                 launch.input_precision(query.dtype),
                 num_warps=TEXT_WARPS,
@@ -342,11 +354,11 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
         _launch_image(
             (B * H,),
             query,
-            query.stride(),
+            image_unit_strides[0],
             image_key,
-            image_strides[0],
+            image_unit_strides[1],
             image_value,
-            image_strides[1],
+            image_unit_strides[2],
             parts,
             stats,
             out,
@@ -366,6 +378,7 @@ def attention_decode(query, text_key, text_value, image_key, image_value, positi
             D,
             BLOCK_D,
             launch.wide(image_key.shape[2], D, *image_strides),
+            image_unit,
             sign,
             num_warps=LOOP_WARPS if loop else IMAGE_WARPS,
             num_stages=1,

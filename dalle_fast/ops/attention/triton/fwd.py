@@ -13,6 +13,7 @@ from dalle_fast.ops.attention.triton.primitives import (
     LOG2E,
     head_base,
     image_count,
+    in_elements,
     load_tile,
     query_tile,
     store_tile,
@@ -65,6 +66,7 @@ def _attention_fwd_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_TEXT: tl.constexpr,
     BLOCK_IMAGE: tl.constexpr,
@@ -75,8 +77,11 @@ def _attention_fwd_kernel(
 
     SIGN, -1, 0 or 1, is that of the scale, and scale_log2 = abs(scale) * LOG2E, or 1 where that is 0, is positive: so
     the maximum of the scores is also that of the scaled ones, and -inf stays what it is when scaled.
-    Strides are (batch, head, position, head size).
+    Strides are (batch, head, position, head size), in units of UNIT: see `in_elements`.
     """
+    q_strides = in_elements(q_strides, UNIT, WIDE)
+    k_strides = in_elements(k_strides, UNIT, WIDE)
+    v_strides = in_elements(v_strides, UNIT, WIDE)
     head, is_image, t0, first, q_pos, q_valid = query_tile(tl.program_id(0), seq_len, MASK, BLOCK_Q)
     batch = head // num_heads
     k_base = head_base(k_ptr, k_strides, batch, head % num_heads)
@@ -139,15 +144,16 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
         return out, lse
     cut, numbers = tiles or launch.chosen_tiles("forward", query, mask)
     strides = query.stride(), key.stride(), value.stride()
+    unit, *unit_strides = launch.in_units(*strides)
     with current_device(query):
         _launch(
             launch.query_grid(B * H, S, numbers, cut),
             query,
-            strides[0],
+            unit_strides[0],
             key,
-            strides[1],
+            unit_strides[1],
             value,
-            strides[2],
+            unit_strides[2],
             out,
             lse,
             text_lengths,
@@ -158,6 +164,7 @@ def attention_forward(query, key, value, text_lengths, mask, scale, *, tiles=Non
             D,
             launch.padded_head_size(D),
             launch.wide(S, D, *strides),
+            unit,
             cut.own,
             cut.text,
             cut.image,

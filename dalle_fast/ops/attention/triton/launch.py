@@ -1,6 +1,7 @@
 """What every launcher of the Triton attention kernels needs: tiles, grids, options, the device."""
 
 import functools
+import math
 
 import torch
 
@@ -11,6 +12,7 @@ from dalle_fast.ops.on_triton import capability_of
 
 __all__ = [
     "chosen_tiles",
+    "in_units",
     "input_precision",
     "key_programs",
     "options",
@@ -38,6 +40,19 @@ def options(cut) -> dict:
 def wide(S, D, *strides) -> bool:
     """Do some tensors (.., S, D) of these strides have elements of one head that lie 2**31 elements apart or more?"""
     return any((S - 1) * of_rows + (D - 1) * of_columns >= 1 << 31 for *_, of_rows, of_columns in strides)
+
+
+def in_units(*strides) -> tuple:
+    """(UNIT, *strides): of every tensor's strides all but the last divided by UNIT, 2, 4 or 8 where they are multiples.
+
+    Of an integer Triton knows whether 16 divides it, nothing else, and without that it loads heads of 40 or 72, whose
+    strides are multiples of 8, number by number. A kernel that multiplies by UNIT (`primitives.in_elements`) tells it.
+    """
+    divisor = math.gcd(*(stride for *outer, _ in strides for stride in outer))
+    UNIT = divisor & -divisor  # the power of two in it
+    if UNIT not in (2, 4, 8):
+        return 1, *strides
+    return UNIT, *((*(stride // UNIT for stride in outer), last) for *outer, last in strides)
 
 
 def query_grid(heads: int, seq_len: int, numbers, cut) -> tuple[int]:

@@ -30,6 +30,7 @@ __all__ = [
     "head_base",
     "image_allows",
     "image_count",
+    "in_elements",
     "load_tile",
     "query_tile",
     "store_tile",
@@ -325,6 +326,21 @@ def visible_text(text_lengths_ptr, batch, seq_len, MASK: tl.constexpr):
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def in_elements(strides, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """The strides that `launch.in_units` divided by UNIT, (batch, head, position, head size) or without position.
+
+    One that needs 64 bits may not need them divided. That of positions has them if WIDE, as in `tile_pointers`.
+    """
+    far = tl.full([], UNIT, tl.int64)
+    near = far if WIDE else UNIT
+    if len(strides) == 3:
+        elements = (strides[0] * far, strides[1] * far, strides[2])
+    else:
+        elements = (strides[0] * far, strides[1] * far, strides[2] * near, strides[3])
+    return elements
 
 
 @triton.jit
