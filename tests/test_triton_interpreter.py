@@ -17,6 +17,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -801,6 +802,17 @@ def test_interpreter_refuses_what_it_gets_wrong():
     assert any("bfloat16" in reason for reason in attention.why_not(x, x, x, causal_mask(4, 1)))
     x = torch.zeros(1, 1, 4, 16)
     assert attention.why_not(x, x, x, causal_mask(4, 1)) == []
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
+def test_the_interpreter_is_for_cpu_tensors_alone(monkeypatch):
+    """It takes a GPU's too, by way of the CPU, and those in bfloat16 wrongly."""
+    monkeypatch.setattr(on_triton, "capability_of", lambda tensor: (9, 0))
+    tensor = SimpleNamespace(is_cuda=True, is_cpu=False, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert on_triton.why_not(tensor, "query") == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (reason,) = on_triton.why_not(tensor, "query")
+    assert reason == "TRITON_INTERPRET is set, for CPU tensors alone, and query is on cuda:0"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is about processes without the interpreter")

@@ -27,6 +27,8 @@ def why_not(tensor, name) -> list[str]:
         elif (capability := capability_of(tensor)) < MIN_CAPABILITY:
             least, got = (".".join(map(str, numbers)) for numbers in (MIN_CAPABILITY, capability))
             reasons.append(f"compute capability must be at least {least}, {tensor.device} has {got}")
+        if _switched_on():  # it would copy them to the CPU and back, and compute bfloat16 wrongly without a word
+            reasons.append(f"TRITON_INTERPRET is set, for CPU tensors alone, and {name} is on {tensor.device}")
     elif interpreted(tensor):
         if not reasons and loop_bounds_broken():
             reasons.append("the interpreter of Triton 3.6 needs numpy before 2.4")
@@ -51,8 +53,11 @@ def _capability(device) -> tuple[int, int]:
 
 def interpreted(tensor) -> bool:
     """Does Triton's interpreter serve this tensor?"""
-    switched_on = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-    return switched_on and tensor.is_cpu
+    return tensor.is_cpu and _switched_on()
+
+
+def _switched_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
