@@ -3,6 +3,7 @@
 P prompts, N images of each, T text positions, G image positions, K codes.
 """
 
+import contextlib
 import dataclasses
 import io
 import re
@@ -616,6 +617,26 @@ def test_a_step_is_captured_where_a_graph_can_hold_it(text, monkeypatch):
     assert graph.captures == 1 and graph.log.count("replay") == replays
     # The mark before the last: the device always has steps to do while the host waits.
     assert [entry for entry in graph.log if entry != "replay"] == ["wait for 1", "wait for 5"]
+
+
+def test_a_captured_step_has_counters_that_go_with_it(monkeypatch):
+    """A process that generates for ever does not run out of them."""
+    linear = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton")
+    device, zeros, nothing = torch.device("cuda", 0), torch.zeros, contextlib.nullcontext()
+    monkeypatch.setattr(linear, "_of_graphs", {device: [zeros(128, dtype=torch.int32), 0]})
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nothing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nothing)
+    monkeypatch.setattr(generation, "_capture_stream", lambda device: None)
+    for _ in range(9):
+        graph = generation._captured(lambda: linear._counters(device, 32), device)
+        counters = weakref.ref(graph.counters)
+        assert counters() is not None
+        del graph
+        assert counters() is None
+    assert linear._of_graphs[device][1] == 0
 
 
 def hook(model):

@@ -274,6 +274,35 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch):
     assert [len(counters) for counters in kept] == [32, 16, 16] and not any(counters.any() for counters in kept)
 
 
+def test_a_graph_that_brings_counters_takes_no_others(monkeypatch):
+    """While they last; and no graph that another thread captures meanwhile takes them."""
+    module = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton")
+    device, zeros = torch.device("cuda", 0), torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(module, "_of_graphs", {device: [zeros(128, dtype=torch.int32), 0]})
+    monkeypatch.setattr(module, "GRAPH_COUNTERS", 96)
+
+    def first(tensor):
+        return tensor.untyped_storage().data_ptr()
+
+    shared = first(module._of_graphs[device][0])
+    with linear_ops.counters_of_graph(device) as own:
+        assert not own.any()
+        taken = [module._counters(device, count) for count in (40, 32)]
+        assert [first(counters) for counters in taken] == [first(own)] * 2 and module._of_graphs[device][1] == 0
+        assert [counters.data_ptr() - own.data_ptr() for counters in taken] == [0, 4 * 64]
+        assert first(module._counters(device, 1)) == shared
+        others = []
+        thread = threading.Thread(target=lambda: others.append(module._counters(device, 1)))
+        thread.start()
+        thread.join()
+        assert first(others[0]) == shared
+    with linear_ops.counters_of_graph(device) as next_own:
+        assert first(module._counters(device, 32)) == first(next_own) != first(own)
+    assert first(module._counters(device, 1)) == shared and module._of_graphs[device][1] == 96
+
+
 def test_threads_that_come_first_together_share_the_counters(monkeypatch):
     """A graph that one of them has captured writes to them, whatever the other makes."""
     module = pytest.importorskip("dalle_fast.ops.linear_triton", reason="needs the package triton")

@@ -20,6 +20,7 @@ from dalle_fast.nn.checks import check_number, check_size
 from dalle_fast.nn.memory import free_memory, is_out_of_memory
 from dalle_fast.ops.calls import has_global_hooks, is_hooked
 from dalle_fast.ops.codebook.op import logits_of, sample_of_logits, truncated
+from dalle_fast.ops.linear import counters_of_graph
 from dalle_fast.progress import bar
 
 EAGER_STEPS = 3  # on a GPU, before a step is captured in a CUDA graph: they compile kernels and allocate workspaces
@@ -258,11 +259,12 @@ def _mark(device):
 
 
 def _captured(step, device):
-    """A CUDA graph of what `step` does on `device`, which is recorded, not computed."""
+    """A CUDA graph of what `step` does on `device`, which is recorded, not computed. For the current stream alone."""
     graph = torch.cuda.CUDAGraph()
     with (
         _CAPTURING,
         torch.cuda.device(device),
+        counters_of_graph(device) as graph.counters,
         torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
     ):
         step()

@@ -8,8 +8,10 @@ R rows (all dimensions but the last), K in, N out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import sys
 
 import torch
 from torch.overrides import has_torch_function
@@ -145,6 +147,15 @@ def _is_captured_too_early(device):
     from dalle_fast.ops import linear_triton
 
     return not linear_triton.can_be_captured(device)
+
+
+def counters_of_graph(device):
+    """A context for capturing a CUDA graph that will be replayed on the current stream alone.
+
+    It gives what must live as long as the graph. Without it the graph takes of what its device has for all, for good.
+    """
+    module = sys.modules.get("dalle_fast.ops.linear_triton")  # where it is not loaded, captured calls are torch's
+    return contextlib.nullcontext() if module is None else module.counters_of_graph(device)
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------

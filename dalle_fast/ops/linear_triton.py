@@ -10,6 +10,7 @@ M rows of x, N rows of the weight, K columns of both.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from typing import NamedTuple
@@ -21,10 +22,12 @@ import triton.language as tl
 from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
-__all__ = ["Tiles", "can_be_captured", "linear", "tiles_for"]
+__all__ = ["Tiles", "can_be_captured", "counters_of_graph", "linear", "tiles_for"]
 
-# The most counters of one call, one for each BLOCK_N rows of the weight; and of all captured calls on a device, 8 MiB.
+# The most counters of one call, one for each BLOCK_N rows of the weight; those of a graph that brings its own, 256 KiB;
+# and of all other captured calls on a device, 8 MiB.
 COUNTERS = 512
+GRAPH_COUNTERS = 1 << 16
 CAPTURED_COUNTERS = 1 << 21
 INTERPRETED_DEVICE = (132, 227 << 10)
 
@@ -212,22 +215,30 @@ _of_graphs = {}  # device: [counters of captured calls, how many of them have be
 _changing_them = threading.Lock()  # those of graphs
 
 
+class _OfThread(threading.local):
+    capture = {}  # as _of_graphs, of the graph that this thread captures
+
+
+_of_thread = _OfThread()
+
+
 def _counters(device, count):
     """`count` zeros, which the call leaves zero, and which no call that may run at the same time has.
 
     A graph is replayed on any stream, beside others, so what it captured has counters of its own for good: nothing says
-    when it is gone. After 65,536 captured calls of up to 2,048 rows of a weight there are none left, and a graph makes
-    the zeros of a call itself, at every replay.
+    when it is gone, but for `counters_of_graph`. After 65,536 captured calls of up to 2,048 rows of a weight there are
+    none left, and a graph makes the zeros of a call itself, at every replay.
     """
     if count > COUNTERS:
         raise ValueError(f"with splits at most {COUNTERS} tiles of the weight's rows are counted, got {count}")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         with _changing_them:
-            counters, first = _of_graphs[device]
-            last = first + triton.cdiv(count, 32) * 32  # on a line of their own, as all calls' are
-            if last <= len(counters):
-                _of_graphs[device][1] = last
-                return counters[first:last]
+            for pool in (_of_thread.capture.get(device), _of_graphs[device]):
+                counters, first = pool or ((), 0)
+                last = first + triton.cdiv(count, 32) * 32  # on a line of their own, as all calls' are
+                if last <= len(counters):
+                    pool[1] = last
+                    return counters[first:last]
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (device, stream) not in _of_stream:
@@ -244,6 +255,20 @@ def _prepare(device):
             counters = torch.zeros(CAPTURED_COUNTERS, dtype=torch.int32, device=device)
             torch.cuda.current_stream(device).synchronize()  # a graph may be replayed on another stream
             _of_graphs[device] = [counters, 0]
+
+
+@contextlib.contextmanager
+def counters_of_graph(device):
+    """What this thread captures within takes counters from the tensor that this gives, to be kept as long as the graph.
+
+    What torch does with its memory afterwards waits for replays on the current stream, so there must be no others.
+    """
+    counters = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+    _of_thread.capture = {device: [counters, 0]}
+    try:
+        yield counters
+    finally:
+        _of_thread.capture = {}
 
 
 def can_be_captured(device) -> bool:
