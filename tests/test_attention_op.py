@@ -13,6 +13,8 @@ import dalle_fast.nn as fnn
 from dalle_fast.masks import column_mask, row_mask
 from dalle_fast.nn.functional import sparse_attention
 from dalle_fast.ops import choice
+from dalle_fast.ops.attention import reference
+from dalle_fast.ops.attention.op import canonical_lengths
 from dalle_fast.testing import attention_oracle
 
 MASK = row_mask(5, (3, 7))
@@ -134,6 +136,29 @@ def test_text_lengths_are_checked_when_compiled(make):
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match="text_lengths must be from 0"):
         compiled(*packed(make), torch.tensor([1, 6]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_off_the_cpu_text_lengths_take_no_launch(dtype):
+    """Who computes clamps them: an operation of torch's here would be a kernel of every layer and token."""
+    lengths = torch.zeros(3, dtype=dtype, device="meta")
+    assert canonical_lengths(lengths, 5) is lengths
+    for other in (torch.zeros(3, dtype=torch.uint8, device="meta"), torch.zeros(6, dtype=dtype, device="meta")[::2]):
+        assert canonical_lengths(other, 300).dtype in (torch.int32, torch.int64)
+        assert canonical_lengths(other, 300).is_contiguous()
+
+
+def test_the_reference_clamps_text_lengths(make):
+    """It looks at them as they are, as on a GPU nobody has before."""
+    query, key, value = packed(make)
+    outs = [reference.forward(query, key, value, torch.tensor(lengths), MASK, 0.3)[0] for lengths in ([-1, 9], [0, 5])]
+    assert torch.equal(*outs)
+    text, image = [x[:, :, :5] for x in (key, value)], [make((B, H, MASK.cache_slots, D), count=1)[0]] * 2
+    steps = [
+        reference.decode(query[:, :, 8], *text, *image, torch.tensor(3), torch.tensor(lengths), MASK, 0.3)
+        for lengths in ([-1, 9], [0, 5])
+    ]
+    assert torch.equal(*steps)
 
 
 def test_export(make):

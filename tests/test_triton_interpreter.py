@@ -50,7 +50,7 @@ INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 if INTERPRETED:
     make_faster()
 MINUTES = 20  # until the process with the cases counts as hung
-CASES = 142  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
+CASES = 144  # in all of this file's tests under the interpreter; a change of a parameter list changes it, knowingly
 interpreted_tests = {}  # name: its number of cases
 
 
@@ -295,6 +295,27 @@ def test_text_lengths(rule, dtype):
     assert torch.all(out[0, :, :37] == 0) and torch.all(lse[0, :, :37] == -torch.inf) and torch.all(dq[0, :, :37] == 0)
     for grad in (dk, dv):
         assert torch.all(grad[0, :, :37] == 0) and torch.all(grad[1, :, 33:37] == 0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_text_lengths_are_clamped_as_they_are_read(dtype):
+    """A GPU's come as they were given, as nobody has looked at them."""
+    mask = row_mask(37, (3, 5))
+    q, k, v, grad_out = inputs(4, 2, mask.seq_len, 16)
+    text, image = [x[:, :, :37] for x in (k, v)], [torch.randn(4, 2, mask.cache_slots, 16) for _ in range(2)]
+
+    def run(lengths):
+        out, lse = attention.forward(q, k, v, lengths, mask, 0.25)
+        grads = attention.backward(grad_out, None, q, k, v, out, lse, lengths, mask, 0.25)
+        step = attention.decode(q[:, :, 40], *text, *image, torch.tensor(3), lengths, mask, 0.25)
+        return out, lse, *grads, step
+
+    largest = torch.iinfo(dtype).max
+    with nan_poisoned():
+        given = run(torch.tensor([-largest - 1, -1, 38, largest], dtype=dtype))
+        clamped = run(torch.tensor([0, 0, 37, 37], dtype=torch.int32))
+    assert all(torch.equal(a, b) for a, b in zip(given, clamped, strict=True))
 
 
 @interpreted

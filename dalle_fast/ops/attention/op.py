@@ -150,11 +150,14 @@ def check_text_lengths(text_lengths, B, device):
 
 
 def canonical_lengths(text_lengths, T):
-    """int32, contiguous, in [0, T]: checked on a CPU, clamped elsewhere, where a look would wait for the device."""
+    """Contiguous: on a CPU int32, checked to be in [0, T]; elsewhere, where a look would wait for the device, int32 or
+    int64 as they are, and who computes clamps what it reads: a launch for that would be one of every layer and token.
+    """
     if text_lengths is None:
         return None
     if not text_lengths.is_cpu:
-        return text_lengths.to(torch.int64).clamp(0, T).to(torch.int32).contiguous()  # T may be more than a byte
+        wide = text_lengths.dtype in (torch.int32, torch.int64)
+        return (text_lengths if wide else text_lengths.to(torch.int32)).contiguous()
     if text_lengths.numel():
         low, high = (int(x) for x in torch.aminmax(text_lengths))
         if low < 0 or high > T:

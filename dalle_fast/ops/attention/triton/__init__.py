@@ -36,7 +36,8 @@ def forward(query, key, value, text_lengths, mask, scale, *, lse="exact"):
 
     Args:
         query, key, value: (B, H, S, D), one dtype and device, any strides, S <= mask.seq_len.
-        text_lengths: None or int32 (B,) in [0, T]: text keys at or past it are hidden from every query.
+        text_lengths: None, or int32 or int64 (B,), contiguous: text keys at or past it are hidden from every query. Any
+            below 0 is taken for 0, any above T for T.
         mask: AttentionMask.
         scale: float, multiplies the scores.
         lse: changes nothing; it is made, and exact, whoever will see it.
@@ -72,7 +73,7 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
         query: (B, H, D). text_key, text_value: (P, H, T, D). image_key, image_value: (B, H, mask.cache_slots, D). One
             dtype and device, any strides; B a multiple of P.
         position: int64 tensor without dimensions on query's device, of the query in the image; read there.
-        text_lengths: None or int32 (P,) in [0, T].
+        text_lengths: None or (P,), as in `forward`.
         mask: AttentionMask.
         scale: float, multiplies the scores.
 

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.attention.triton import launch
-from dalle_fast.ops.attention.triton.primitives import LOG2E, head_base, in_elements, load_tile, tile_pointers
+from dalle_fast.ops.attention.triton.primitives import (
+    LOG2E,
+    clamped_length,
+    head_base,
+    in_elements,
+    load_tile,
+    tile_pointers,
+)
 from dalle_fast.ops.calls import current_device
 from dalle_fast.ops.launches_triton import Launches
 
@@ -150,7 +157,7 @@ def _attention_decode_text_kernel(
     valid = within < num_samples
     end = min(T, (part + 1) * PART)
     if text_lengths_ptr is not None:
-        end = min(end, tl.load(text_lengths_ptr + prompt))
+        end = clamped_length(text_lengths_ptr, prompt, end)
     q = _load_queries(q_ptr, q_strides, samples, head, valid, HEAD_DIM, BLOCK_D)
     if SIGN != 1:
         q = (q * SIGN).to(q.dtype)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "clamped_length",
     "head_base",
     "image_allows",
     "image_count",
@@ -317,11 +318,17 @@ def query_tile(program, seq_len, MASK: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def clamped_length(text_lengths_ptr, sample, most):
+    """A sample's text length, from 0 to most, int32; in memory it is any, int32 or int64."""
+    return tl.minimum(tl.maximum(tl.load(text_lengths_ptr + sample), 0), most).to(tl.int32)
+
+
+@triton.jit
 def visible_text(text_lengths_ptr, batch, seq_len, MASK: tl.constexpr):
     """Number of text keys that queries of this sample may see."""
     text_len = min(seq_len, MASK.T)
     if text_lengths_ptr is not None:
-        text_len = min(text_len, tl.load(text_lengths_ptr + batch))
+        text_len = clamped_length(text_lengths_ptr, batch, text_len)
     return text_len
 
 
