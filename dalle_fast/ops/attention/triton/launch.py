@@ -42,6 +42,7 @@ def wide(S, D, *strides) -> bool:
     return any((S - 1) * of_rows + (D - 1) * of_columns >= 1 << 31 for *_, of_rows, of_columns in strides)
 
 
+@functools.lru_cache(maxsize=1024)
 def in_units(*strides) -> tuple:
     """(UNIT, *strides): of every tensor's strides all but the last divided by UNIT, 2, 4 or 8 where they are multiples.
 
