@@ -321,6 +321,9 @@ def test_what_is_kept_of_a_row_is_known_before_who_serves(monkeypatch):
         monkeypatch.setattr(_extension, "why_no_cuda", lambda missing=missing: missing)
         assert op._kept_columns(on_a_gpu, codebook, "auto") == (48 if missing else 0)
         assert op._kept_columns(on_a_gpu, codebook, "cuda") == 0
+    monkeypatch.setattr(_extension, "why_no_cuda", lambda: None)
+    monkeypatch.setitem(op.AUTO, "gumbel_codebook", {"cuda": ("triton", "cuda")})
+    assert op._kept_columns(on_a_gpu, codebook, "auto") == 48
 
 
 @compiled

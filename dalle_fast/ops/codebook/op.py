@@ -460,7 +460,8 @@ def _kept_columns(hidden, codebook, impl):
 
     Decided by what is known of a call before there are tensors, so that a compiled graph knows the shape.
     """
-    may_serve = impl == "triton" or (impl == "auto" and hidden.is_cuda and _extension.why_no_cuda())
+    first = AUTO["gumbel_codebook"]["cuda"][0] == "triton" or _extension.why_no_cuda()
+    may_serve = impl == "triton" or (impl == "auto" and hidden.is_cuda and first)
     return codebook.shape[1] if may_serve and hidden.dtype in (torch.float16, torch.bfloat16) else 0
 
 
