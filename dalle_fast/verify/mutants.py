@@ -271,8 +271,8 @@ MUTANTS = (
     Mutant(
         "one code fewer than top-k may be drawn",
         "csrc/cpu/codebook_kernels.cpp",
-        "return count_from(least, z, K) >= a.top_k;",
-        "return count_from(least, z, K) > a.top_k;",
+        "int64_t surplus = count_from(least, z, K) - count;",
+        "int64_t surplus = count_from(least, z, K) - count + 1;",
         ("tests/test_codebook.py",),
         "drawn and cpu",
     ),
