@@ -82,6 +82,6 @@ FIGURES = {
         ),
         Figure("mutants", "faults seeded one at a time that no test catches", 35, 600, 30),
         Figure("native", "findings of the sanitizers in C++ and host-compiled CUDA", 4, 1800, 250),
-        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 2, 14400, 4500),
+        Figure("static", "GPU kernels that spill, compiled for sm_80, sm_90 and sm_100", 3, 14400, 3000),
     )
 }

@@ -287,7 +287,7 @@ _launch_add_product = Launches(_add_product_kernel)
 
 
 def gumbel_gradients(
-    grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, stats, *, seed_per_row, needs, tiles=None
+    grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, stats, *, seed_per_row, needs
 ):
     """Gradients of hidden, weight, bias and, from the softmax's weights, codebook, as `reference` has them.
 
@@ -299,7 +299,7 @@ def gumbel_gradients(
         _launch_dot(
             (-(-len(hidden) // DOT_ROWS),), grad_embedding, stats, dot, len(hidden), D, STATS, DOT_ROWS, DOT_STEP
         )
-    tiles = tiles or _tiles(hidden, noisy=True)
+    tiles = _tiles(hidden, noisy=True)
     chunks = _Chunks(hidden, weight, bias, needs[:3], matrices=1 + needs[3])
     weights = chunks.matrix() if needs[3] else None
     of_codebook = _total(codebook, len(hidden)) if needs[3] else None
@@ -338,13 +338,13 @@ def gumbel_gradients(
     return *chunks.results(), None if of_codebook is None else of_codebook.to(codebook.dtype)
 
 
-def loss_gradients(hidden, weight, bias, target, ignore_index, row_weight, stats, *, needs, tiles=None):
+def loss_gradients(hidden, weight, bias, target, ignore_index, row_weight, stats, *, needs):
     """Gradients of hidden, weight and bias, of sum(row_weight * loss), as `reference` has them.
 
     stats (2, N) as `cross_entropy_streaming` leaves them. needs: which of the three; None for the others.
     """
     N, K = hidden.shape[0], weight.shape[0]
-    tiles = tiles or _tiles(hidden, noisy=False)
+    tiles = _tiles(hidden, noisy=False)
     chunks = _Chunks(hidden, weight, bias, needs, matrices=1)
     factors = operands(tiles, hidden, weight)
     for rows in chunks:

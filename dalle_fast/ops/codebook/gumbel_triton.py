@@ -216,7 +216,7 @@ _launch = Launches(_gumbel_kernel)
 _launch_merge = Launches(_merge_gumbel_kernel)
 
 
-def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row, tiles=None):
+def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row):
     """Returns embedding (N, D), kl (N,), codes (N,) and stats (N, 4 + D) of hidden (N, I), weight (K, I), codebook (K, D).
 
     stats: `reference`'s four numbers and the embedding in float32, which is the soft one.
@@ -227,7 +227,7 @@ def gumbel_forward(hidden, weight, bias, codebook, tau, seed, *, seed_per_row, t
     stats = hidden.new_empty(N, STATS + D, dtype=torch.float32)
     if not N:  # there are no descriptors of nothing
         return embedding, kl, codes, stats
-    tiles, width = tiles or _tiles(hidden, D), triton.next_power_of_2(D)
+    tiles, width = _tiles(hidden, D), triton.next_power_of_2(D)
     S = splits_of(tiles, N, K, hidden)
     partial, code = stats.new_empty(5, S, N), stats.new_empty(S, N, dtype=torch.int32)
     sums = stats.new_empty(S, N, D)

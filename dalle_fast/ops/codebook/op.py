@@ -38,7 +38,7 @@ from dalle_fast.ops.registry import LIBRARY, register
 # Whom "auto" tries, by operation and device type, the fastest first. On an H200, 8,192 rows and codes in bfloat16, Din =
 # 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 by "cuda" and 0.11 by "triton", a
 # loss without gradients 0.28 and 0.14, a sample 0.33 by "cuda". What else "triton" does was never measured on a GPU, and
-# serves where no CUDA toolkit has compiled "cuda".
+# serves where "cuda" cannot: without a compiler for it, or with an older driver.
 _CHUNKS, _CHUNKS_FIRST = {"cpu": ("cpu",), "cuda": ("cuda",)}, {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _TRITON_FIRST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 AUTO = {
