@@ -5,7 +5,7 @@
     python benchmarks/attn_bench.py --mask row --grid 64   one mask on a larger grid
 
 A case is a mask, a pass (forward, or forward and backward), a dtype and the sizes. In each case the contenders take
-turns in one process (`harness.time_interleaved`), and each one's result is held against float64 in the same run: the
+turns in one process (`measuring.time_interleaved`), and each one's result is held against float64 in the same run: the
 command fails where this package errs more than twice as much as eager attention in the same dtype, plus rounding.
 
 B batch, H heads, S sequence, D head size, T text.
@@ -19,10 +19,14 @@ import functools
 import math
 import sys
 
+import exactness
+import flags
 import harness
+import reporting
 import torch
 import torch.nn.functional as torch_F
-from harness import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES, NotRun
+from flags import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES
+from measuring import NotRun
 
 from dalle_fast.masks import CONV_EDGES, AttentionMask, causal_mask, column_mask, conv_mask, row_mask
 
@@ -287,13 +291,13 @@ class Oracle:
         largest = max(errors["largest"] for errors in eager.values())
         # A gradient that is zero throughout (one visible key) is the difference of terms as large as the others.
         sizes = {name: errors["largest"] or largest for name, errors in eager.items()}
-        return harness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps, sizes)
+        return exactness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps, sizes)
 
     def _select(self, tensors):
         return [tensor.detach().flatten(0, 1)[self.heads] for tensor in tensors]
 
     def _compare(self, outputs, causal):
-        return harness.compare(self.TENSORS, outputs, self._expected(causal))
+        return exactness.compare(self.TENSORS, outputs, self._expected(causal))
 
     def _expected(self, causal):
         if causal not in self._exact:
@@ -351,16 +355,16 @@ def case_title(result: dict) -> str:
 
 
 def error_columns(result: dict):
-    return ("max error", "rms error"), harness.max_and_rms
+    return ("max error", "rms error"), reporting.max_and_rms
 
 
 def error_over_eager(result: dict, entries: dict) -> str:
     """A cell: the largest over tensors of this package's error over eager attention's."""
-    return harness.error_over(*(entries[name].get("error") for name in (OURS, "eager")))
+    return reporting.error_over(*(entries[name].get("error") for name in (OURS, "eager")))
 
 
 def summary_columns(results: list[dict]) -> dict:
-    columns = {f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS}
+    columns = {f"vs {peer}": lambda result, _, peer=peer: reporting.ratio_cell(result, peer) for peer in PEERS}
     return columns | {"error / eager's": error_over_eager}
 
 
@@ -382,31 +386,31 @@ def plot_title(report: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = harness.make_parser(
+    parser = flags.make_parser(
         "Time, exactness and memory of sparse attention against eager attention, SDPA and FlexAttention."
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and rounds; on the CPU one FlexAttention block size")
-    add("--grid", type=harness.grid, default="32", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or 32x48")
-    add("--text-len", type=harness.integer(0), default=256, metavar="T", help="number of text tokens")
-    add("--batch", type=harness.integer(1), default=1, metavar="B", help="batch size")
-    add("--heads", type=harness.integer(1), default=16, metavar="H", help="number of heads")
-    add("--head-dim", type=harness.integer(1), default=64, metavar="D", help="head size")
+    add("--grid", type=flags.grid, default="32", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or 32x48")
+    add("--text-len", type=flags.integer(0), default=256, metavar="T", help="number of text tokens")
+    add("--batch", type=flags.integer(1), default=1, metavar="B", help="batch size")
+    add("--heads", type=flags.integer(1), default=16, metavar="H", help="number of heads")
+    add("--head-dim", type=flags.integer(1), default=64, metavar="D", help="head size")
     add("--mask", type=mask_argument, action="append", metavar="MASK", help="row, axial_row, column, causal or "
         f"conv[:KERNEL[:EDGES[:DILATION]]]; repeatable (default: {', '.join(DEFAULT_MASKS)})")  # fmt: skip
-    add("--flex-block", type=harness.integer(16), action="append", metavar="N", help="FlexAttention block size to try; "
+    add("--flex-block", type=flags.integer(16), action="append", metavar="N", help="FlexAttention block size to try; "
         "repeatable (default: 64 and 128, or 128 with --quick)")  # fmt: skip
     add("--flex-autotune", action="store_true", help="on a GPU also FlexAttention with the tiles that inductor's tuner "
         "picks, which takes it half a minute for a case with its backward pass")  # fmt: skip
     dtypes = "float32 and bfloat16 on a CPU, the latter forward only; bfloat16 on a GPU"
-    harness.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
+    flags.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
     return parser
 
 
 def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
-    harness.settle_shared_flags(parser, args, SECONDS)
+    flags.settle_shared_flags(parser, args, SECONDS)
     args.flex_block = args.flex_block or ([128] if args.quick else [64, 128])
     if args.flex_autotune and args.device == "cpu":
         parser.error("argument --flex-autotune: inductor has no tuner for FlexAttention on a CPU")
@@ -416,9 +420,9 @@ def parse(argv: list[str]):
         parser.error(f"argument --grid, --text-len or --mask: {error}")
 
     def attempt(case):
-        harness.attend(case.dtype, case.head_dim, args.device, args.impl)
+        flags.attend(case.dtype, case.head_dim, args.device, args.impl)
 
-    harness.refuse_what_cannot_serve(parser, args, attempt)
+    flags.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

@@ -5,7 +5,7 @@
     python benchmarks/codebook_bench.py --op gumbel --din 1024     one operation at another size of hidden
 
 A case is an operation (Gumbel-softmax to codebook, argmax, sample, cross-entropy), a pass, a dtype and the sizes. The
-contenders take turns in one process (`harness.time_interleaved`). In the same run each one's result is held against
+contenders take turns in one process (`measuring.time_interleaved`). In the same run each one's result is held against
 float64, and the command fails where this package errs more than twice as much as eager torch in the same dtype, plus
 rounding. Where there is noise, every contender gets the same values of it for this comparison; timed is what users
 write, with torch's own generator. Samples are not compared but tested: how many standard deviations some sums over the
@@ -26,10 +26,15 @@ import os
 import sys
 from typing import NamedTuple
 
+import exactness
+import flags
 import harness
+import reporting
 import torch
 import torch.nn.functional as torch_F
-from harness import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES, Contender, NotRun
+from flags import DTYPES, FORWARD, FORWARD_BACKWARD, OURS, PASSES
+from harness import Contender
+from measuring import NotRun
 
 import dalle_fast.nn.functional as F
 from dalle_fast.ops.codebook import noise as codebook_noise
@@ -327,13 +332,13 @@ class Oracle:
         if case.op == "argmax":
             return self._codes_errors(call()[0])
         if case.op == "cross_entropy":
-            return harness.compare(self._names, call(), self._expected())
+            return exactness.compare(self._names, call(), self._expected())
         call()  # what is timed has to run, too
         # This package's noise is float32; others hold it in the dtype of the logits, and are exact for what they hold.
         dtype = torch.float32 if contender.name == OURS else DTYPES[case.dtype]
         noise = noise_of(case.rows, case.codes, self._device).to(dtype)
         outputs = make_call(contender.build(case, self._device, noise=noise), case, self._inputs)()
-        return harness.compare(self._names, outputs, self._expected(dtype))
+        return exactness.compare(self._names, outputs, self._expected(dtype))
 
     def allowed(self) -> dict:
         """Of each tensor the errors that are tolerated: twice those of eager torch, plus one rounding."""
@@ -345,10 +350,10 @@ class Oracle:
             eager = torch.cat([eager_argmax(*product) for product in self._blocks(dtype)])
             rounding = epsilon * float(self._largest_logits().abs().max())
             return {"codes": {"max_abs": 2 * self._codes_errors(eager)["codes"]["max_abs"] + rounding}}
-        errors = harness.compare(self._names, self._dense(dtype, dtype), self._expected(dtype))
+        errors = exactness.compare(self._names, self._dense(dtype, dtype), self._expected(dtype))
         # The terms of kl's sum, log p + log K, have this size.
         sizes = {"kl": errors["kl"]["largest"] + math.log(case.codes)} if case.op == "gumbel" else None
-        return harness.limits(errors, epsilon, sizes)
+        return exactness.limits(errors, epsilon, sizes)
 
     # Results and gradients
 
@@ -410,7 +415,7 @@ class Oracle:
         taken = [logits.gather(-1, of[:, None])[:, 0] for logits, of in zip(self._logits(), blocks)]
         largest = self._largest_logits()
         lost = largest - torch.cat(taken)
-        errors = harness.compare(["codes"], [largest - lost], [largest])
+        errors = exactness.compare(["codes"], [largest - lost], [largest])
         errors["codes"]["rows_that_differ"] = float((lost > 0).double().mean())
         return errors
 
@@ -457,12 +462,12 @@ def case_title(result: dict) -> str:
 
 def error_columns(result: dict):
     if result["op"] == "sample":
-        return ("largest z", "of contrasts"), lambda errors: [f"{harness.worst(errors, 'z'):.1f}", str(len(errors))]
+        return ("largest z", "of contrasts"), lambda errors: [f"{exactness.worst(errors, 'z'):.1f}", str(len(errors))]
     if result["op"] == "argmax":
         return ("logit lost", "other codes"), lambda errors: [
             f"{errors['codes']['max_abs']:.1e}", f"{errors['codes']['rows_that_differ']:.2%}"
         ]  # fmt: skip
-    return ("max error", "rms error"), harness.max_and_rms
+    return ("max error", "rms error"), reporting.max_and_rms
 
 
 def error_over_eager(result: dict, entries: dict) -> str:
@@ -474,11 +479,11 @@ def error_over_eager(result: dict, entries: dict) -> str:
     if not errors:
         return "-"
     if result["op"] == "sample":
-        return f"z {harness.worst(errors, 'z'):.1f}"
+        return f"z {exactness.worst(errors, 'z'):.1f}"
     if result["op"] == "argmax":
         return f"{errors['codes']['rows_that_differ']:.2%} differ"
     rounding = torch.finfo(DTYPES[result["dtype"]]).eps / 2
-    return harness.error_over(errors, entries["eager"].get("error"), least=rounding)
+    return reporting.error_over(errors, entries["eager"].get("error"), least=rounding)
 
 
 def time_over_products(result: dict, entries: dict) -> str:
@@ -497,7 +502,7 @@ def fastest_other(result: dict, entries: dict) -> str:
 
 def summary_columns(results: list[dict]) -> dict:
     def vs(peer):
-        return lambda result, _: harness.ratio_cell(result, peer)
+        return lambda result, _: reporting.ratio_cell(result, peer)
 
     return {
         "/ products": time_over_products,
@@ -528,28 +533,28 @@ def plot_title(report: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = harness.make_parser(
+    parser = flags.make_parser(
         "Time, exactness and memory of Gumbel-softmax over a codebook, argmax, sampling and cross-entropy against "
         "eager and compiled torch and others' kernels."
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer cases and rounds")
     add("--op", choices=OPS, action="append", help="repeatable (default: all)")
-    add("--rows", type=harness.integer(1), metavar="N", help="number of rows (default: "
+    add("--rows", type=flags.integer(1), metavar="N", help="number of rows (default: "
         f"{ROWS['cpu']} on a CPU, {ROWS['cuda']} on a GPU)")  # fmt: skip
-    add("--codes", type=harness.integer(2), default=8192, metavar="K", help="number of codes")
-    add("--embedding-dim", type=harness.integer(1), default=128, metavar="D", help="size of an embedding")
-    add("--din", type=harness.integer(1), action="append", metavar="DIN", help="size of hidden; repeatable (default: "
+    add("--codes", type=flags.integer(2), default=8192, metavar="K", help="number of codes")
+    add("--embedding-dim", type=flags.integer(1), default=128, metavar="D", help="size of an embedding")
+    add("--din", type=flags.integer(1), action="append", metavar="DIN", help="size of hidden; repeatable (default: "
         f"{' and '.join(map(str, DINS))}, or {DINS[0]} with --quick)")  # fmt: skip
     dtypes = f"float32 on a CPU, and bfloat16 once: gumbel, forward, Din {DINS[0]}; bfloat16 on a GPU"
-    harness.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
+    flags.add_shared_flags(parser, dtypes=dtypes, rounds=MIN_ROUNDS, seconds=SECONDS)
     return parser
 
 
 def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
-    harness.settle_shared_flags(parser, args, SECONDS)
+    flags.settle_shared_flags(parser, args, SECONDS)
     args.rows = args.rows or ROWS[args.device]
     args.cases = make_cases(args)
     if without := [op for op in args.op or () if op not in {case.op for case in args.cases}]:
@@ -559,7 +564,7 @@ def parse(argv: list[str]):
         case = case.small()
         make_call(build_ours(case, args.device, impl=args.impl), case, make_inputs(case, args.device))()
 
-    harness.refuse_what_cannot_serve(parser, args, attempt)
+    flags.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

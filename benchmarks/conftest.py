@@ -20,7 +20,10 @@ def time_contender(benchmark):
 
     Skips what cannot run here, and holds this package's results against float64.
     """
+    import exactness
+    import flags
     import harness
+    import measuring
     import torch
 
     from dalle_fast.nn.memory import free_memory
@@ -34,13 +37,13 @@ def time_contender(benchmark):
                 harness.check_memory(contender, case, free_memory(torch.device(args.device)))
                 call = module.make_call(contender.build(case, args.device), case, inputs)
                 call()
-            except (harness.NotRun, RuntimeError) as reason:
-                if contender.name == harness.OURS:
+            except (measuring.NotRun, RuntimeError) as reason:
+                if contender.name == flags.OURS:
                     raise
-                pytest.skip(f"{contender.name}: {harness.reason_of(reason)}")
-            if contender.name == harness.OURS:
+                pytest.skip(f"{contender.name}: {measuring.reason_of(reason)}")
+            if contender.name == flags.OURS:
                 oracle = module.Oracle(case, inputs)
-                assert harness.beyond(oracle.judge(contender, call), oracle.allowed()) == {}
+                assert exactness.beyond(oracle.judge(contender, call), oracle.allowed()) == {}
             synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
             benchmark.pedantic(lambda: (call(), synchronize()), rounds=module.MIN_ROUNDS, warmup_rounds=1)
 

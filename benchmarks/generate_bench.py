@@ -31,9 +31,14 @@ import statistics
 import sys
 import time
 
+import exactness
+import flags
 import harness
+import measuring
+import reporting
 import torch
-from harness import DTYPES, FORWARD, OURS, Contender
+from flags import DTYPES, FORWARD, OURS
+from harness import Contender
 
 import dalle_fast.nn.functional as F
 from dalle_fast.nn.dalle import DALLE, PRESETS, DALLEConfig
@@ -349,12 +354,12 @@ class Oracle:
 
     def judge(self, contender: Contender, call) -> dict:
         """The errors of what a contender returns."""
-        return harness.compare(self.names, call.exact(), self._exact)
+        return exactness.compare(self.names, call.exact(), self._exact)
 
     def allowed(self) -> dict:
         """The errors that are tolerated at each position: twice the eager reference's, plus one rounding."""
-        eager = harness.compare(self.names, self._whole(DTYPES[self._case.dtype]), self._exact)
-        return harness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps)
+        eager = exactness.compare(self.names, self._whole(DTYPES[self._case.dtype]), self._exact)
+        return exactness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps)
 
     @torch.no_grad()
     def _whole(self, dtype):
@@ -394,7 +399,7 @@ def copied_bytes_per_second(device) -> float:
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
     calls["copy"]()
-    timing = harness.time_interleaved(calls, device=device.type, seconds=0.01, min_rounds=9)["copy"]
+    timing = measuring.time_interleaved(calls, device=device.type, seconds=0.01, min_rounds=9)["copy"]
     return 2 * source.nbytes / timing.median
 
 
@@ -426,7 +431,7 @@ def case_title(result: dict) -> str:
 
 
 def error_columns(result: dict):
-    return ("max error", "rms error"), harness.max_and_rms
+    return ("max error", "rms error"), reporting.max_and_rms
 
 
 def summary_columns(results: list[dict]) -> dict:
@@ -445,12 +450,12 @@ def summary_columns(results: list[dict]) -> dict:
         return f"{step * result['copied_bytes_per_s'] / result['step_bytes']:.2f}x"
 
     def mebibytes(name):
-        return lambda result, _: f"{result['cache_bytes_per_image'][name] / harness.MIB:.1f}"
+        return lambda result, _: f"{result['cache_bytes_per_image'][name] / measuring.MIB:.1f}"
 
     return {
         "images/s": speed(OURS),
         **{f"{peer}, images/s": speed(peer) for peer in PEERS},
-        **{f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS},
+        **{f"vs {peer}": lambda result, _, peer=peer: reporting.ratio_cell(result, peer) for peer in PEERS},
         "/ its bytes": over_bytes,
         "cache MiB/image": mebibytes(OURS),
         "dense": mebibytes("dense cache"),
@@ -477,18 +482,18 @@ def plot_title(report: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = harness.make_parser(
+    parser = flags.make_parser(
         "Images per second and bytes of cache of generation with this package's cache, a dense one, and none."
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer rounds, and no compiled peer")
     add("--preset", choices=PRESETS, default="small", help="the model")
-    add("--batch", type=harness.integer(1), action="append", metavar="B", help="images of one caption; repeatable "
+    add("--batch", type=flags.integer(1), action="append", metavar="B", help="images of one caption; repeatable "
         "(default: 1 and 8, on a GPU 64 too)")  # fmt: skip
-    add("--grid", type=harness.grid, metavar="ROWSxCOLUMNS", help="grid of image tokens (default: the preset's)")
-    add("--text-len", type=harness.integer(1), metavar="T", help="number of text tokens (default: the preset's)")
-    add("--layers", type=harness.integer(1), metavar="N", help="number of layers (default: the preset's)")
-    harness.add_shared_flags(
+    add("--grid", type=flags.grid, metavar="ROWSxCOLUMNS", help="grid of image tokens (default: the preset's)")
+    add("--text-len", type=flags.integer(1), metavar="T", help="number of text tokens (default: the preset's)")
+    add("--layers", type=flags.integer(1), metavar="N", help="number of layers (default: the preset's)")
+    flags.add_shared_flags(
         parser, dtypes="float32, on a GPU bfloat16", rounds=MIN_ROUNDS, seconds=SECONDS, passes=False
     )
     return parser
@@ -497,13 +502,13 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
-    harness.settle_shared_flags(parser, args, SECONDS)
+    flags.settle_shared_flags(parser, args, SECONDS)
     args.cases = make_cases(args)
 
     def attempt(case):
-        harness.attend(case.dtype, case.config.head_dim, args.device, args.impl)
+        flags.attend(case.dtype, case.config.head_dim, args.device, args.impl)
 
-    harness.refuse_what_cannot_serve(parser, args, attempt)
+    flags.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

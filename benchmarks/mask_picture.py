@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-import harness
+import flags
 
 from dalle_fast.mask_plot import DPI, add_legend, draw_matrix, draw_query_view, example_query, new_figure
 from dalle_fast.masks import column_mask, conv_mask, row_mask
@@ -49,8 +49,8 @@ def save_small(figure, path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the picture of the masks for the README.")
-    default = harness.ROOT / "benchmarks" / "results" / "masks.png"
-    parser.add_argument("path", nargs="?", type=harness.output_file(".png"), default=default, metavar="FILE.png",
+    default = flags.ROOT / "benchmarks" / "results" / "masks.png"
+    parser.add_argument("path", nargs="?", type=flags.output_file(".png"), default=default, metavar="FILE.png",
         help="where to (default: benchmarks/results/masks.png)")  # fmt: skip
     args = parser.parse_args(argv)
     draw(args.path)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import attn_bench
 import codebook_bench
-import harness
+import flags
+import reporting
 
 BENCHMARKS = {module.NAME: module for module in (attn_bench, codebook_bench)}
 
@@ -62,11 +63,11 @@ def render(report: dict) -> str:
         commit, changes, _ = (report["commit"] or "unknown").partition("+")
         measured = (
             f"Measured {report['date'][:10]} at commit {commit[:10]}{changes and '+changes'} on "
-            f"{harness.where_line(report)}: {report['settings']['sizes']}. A ratio is the other's median time over "
+            f"{reporting.where_line(report)}: {report['settings']['sizes']}. A ratio is the other's median time over "
             "this package's in the same run."
         )
         columns = benchmark.summary_columns(report["cases"])
-        table = harness.table(*harness.summary_rows(columns, report["cases"]), markdown=True)
+        table = reporting.table(*reporting.summary_rows(columns, report["cases"]), markdown=True)
         if any("host_s" in entry for case in report["cases"] for entry in case["contenders"]):
             measured += " In brackets: with launch (see above)."
         lines = [measured, "", table]
@@ -138,7 +139,7 @@ def marker_name(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.make_parser(
+    parser = flags.make_parser(
         "Write a results file of a benchmark into RESULTS.md, between <!-- NAME:begin --> and <!-- NAME:end -->."
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what a benchmark's --json wrote")
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         "attn_bench or codebook_bench)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
     args = parser.parse_args(argv)
-    target = args.into or harness.ROOT / "benchmarks" / "RESULTS.md"
+    target = args.into or flags.ROOT / "benchmarks" / "RESULTS.md"
     try:
         report = read_report(args.results)
         content, name = render(report), args.name or BENCHMARKS[report["benchmark"]].__name__

@@ -24,9 +24,14 @@ import dataclasses
 import functools
 import sys
 
+import exactness
+import flags
 import harness
+import reporting
 import torch
-from harness import DTYPES, FORWARD_BACKWARD, OURS, Contender, NotRun
+from flags import DTYPES, FORWARD_BACKWARD, OURS
+from harness import Contender
+from measuring import NotRun
 from torch import nn
 
 from dalle_fast.nn.dalle import DALLE, DALLEConfig
@@ -227,10 +232,10 @@ class Oracle:
     def allowed(self) -> dict:
         """The errors that are tolerated, per tensor: twice the eager reference's, plus one rounding."""
         eager = self._compare(self._reference(DTYPES[self._case.dtype]))
-        return harness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps)
+        return exactness.limits(eager, torch.finfo(DTYPES[self._case.dtype]).eps)
 
     def _compare(self, outputs):
-        return harness.compare(self.TENSORS, *([x[place] for place in self._places] for x in (outputs, self._exact)))
+        return exactness.compare(self.TENSORS, *([x[place] for place in self._places] for x in (outputs, self._exact)))
 
     def _reference(self, dtype):
         model, text, codes = self._inputs
@@ -261,7 +266,7 @@ def case_title(result: dict) -> str:
 
 
 def error_columns(result: dict):
-    return ("max error", "rms error"), harness.max_and_rms
+    return ("max error", "rms error"), reporting.max_and_rms
 
 
 def summary_columns(results: list[dict]) -> dict:
@@ -280,7 +285,7 @@ def summary_columns(results: list[dict]) -> dict:
 
     return {
         "tokens/s": speed,
-        **{f"vs {peer}": lambda result, _, peer=peer: harness.ratio_cell(result, peer) for peer in PEERS},
+        **{f"vs {peer}": lambda result, _, peer=peer: reporting.ratio_cell(result, peer) for peer in PEERS},
         "SDPA's memory": functools.partial(memory, masks=False),
         "and masks": functools.partial(memory, masks=True),
     }
@@ -303,22 +308,22 @@ def plot_title(report: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = harness.make_parser("Time and memory of a training step against SDPA with masks and FlexAttention.")
+    parser = flags.make_parser("Time and memory of a training step against SDPA with masks and FlexAttention.")
     add = parser.add_argument
     layers, width, text_len, _ = (
         f"{cpu}" if cpu == gpu else f"{cpu} on a CPU, {gpu} on a GPU" for cpu, gpu in zip(SIZES["cpu"], SIZES["cuda"])
     )
     add("--quick", action="store_true", help="fewer rounds; without the largest grid")
-    add("--grid", type=harness.grid, action="append", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or "
+    add("--grid", type=flags.grid, action="append", metavar="ROWSxCOLUMNS", help="grid of image tokens, 32 or "
         "32x48; repeatable (default: 16, 32 and 64)")  # fmt: skip
-    add("--batch", type=harness.integer(1), metavar="B", help=f"batch size (default: {BATCH['cpu']} on a CPU, "
+    add("--batch", type=flags.integer(1), metavar="B", help=f"batch size (default: {BATCH['cpu']} on a CPU, "
         f"{BATCH['cuda']} on a GPU)")  # fmt: skip
-    add("--layers", type=harness.integer(1), metavar="N", help=f"number of layers (default: {layers})")
-    add("--width", type=harness.integer(HEAD_DIM), metavar="W", help=f"width, of heads of {HEAD_DIM} "
+    add("--layers", type=flags.integer(1), metavar="N", help=f"number of layers (default: {layers})")
+    add("--width", type=flags.integer(HEAD_DIM), metavar="W", help=f"width, of heads of {HEAD_DIM} "
         f"(default: {width})")  # fmt: skip
-    add("--text-len", type=harness.integer(1), metavar="T", help="number of text tokens "
+    add("--text-len", type=flags.integer(1), metavar="T", help="number of text tokens "
         f"(default: {text_len})")  # fmt: skip
-    harness.add_shared_flags(
+    flags.add_shared_flags(
         parser, dtypes="float32, on a GPU bfloat16", rounds=MIN_ROUNDS, seconds=SECONDS, passes=False
     )
     return parser
@@ -327,14 +332,14 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]):
     parser = make_parser()
     args = parser.parse_args(argv)
-    harness.settle_shared_flags(parser, args, SECONDS)
+    flags.settle_shared_flags(parser, args, SECONDS)
     args.batch = args.batch or BATCH[args.device]
     args.cases = make_cases(args)
 
     def attempt(case):
-        harness.attend(case.dtype, case.config.head_dim, args.device, args.impl)
+        flags.attend(case.dtype, case.config.head_dim, args.device, args.impl)
 
-    harness.refuse_what_cannot_serve(parser, args, attempt)
+    flags.refuse_what_cannot_serve(parser, args, attempt)
     return args
 
 

@@ -18,8 +18,10 @@ import sys
 
 import torch
 from attn_bench import mask_argument
-from harness import DTYPES, Progress, describe_run, output_file, write_json
+from flags import DTYPES, output_file
+from reporting import Progress, describe_run
 
+from dalle_fast.checkpoint import write_json
 from dalle_fast.ops.attention.triton import configs, launch
 from dalle_fast.ops.attention.triton.configs import KERNELS, Tiles
 

@@ -17,11 +17,13 @@ import math
 import sys
 import time
 
-import harness
+import flags
 import numpy as np
+import reporting
 import torch
 
 from dalle_fast import sampling
+from dalle_fast.checkpoint import write_json
 from dalle_fast.commands import training
 from dalle_fast.commands.drawing import write
 from dalle_fast.data.shapes import Shapes, caption_of_scene, read_captions, scene_of_caption
@@ -122,24 +124,24 @@ def as_table(results: dict) -> str:
         cells = [SPLITS[split], f"{r['pictures']:,}", f"{r['right']:.1%}", f"{low:.1%} to {high:.1%}"]
         cells += [f"{r[name]:.1%}" for name in ("control", "chance", "real")]
         rows.append(cells + [f"{r['attributes'][name]:.1%}" for name in names])
-    return harness.table(header + names, rows, markdown=True)
+    return reporting.table(header + names, rows, markdown=True)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=harness.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=flags.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run of train-dalle on shapes")
     parser.add_argument(
-        "--num", type=harness.integer(1), default=648, metavar="N", help="pictures of each kind, at least"
+        "--num", type=flags.integer(1), default=648, metavar="N", help="pictures of each kind, at least"
     )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of sampling")
     parser.add_argument("--top-p", type=float, metavar="P", help="of sampling")
     parser.add_argument("--guidance", type=float, metavar="X", help="of sampling")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
-    parser.add_argument("--device", default=harness.best_device(), help="cpu, cuda or cuda:N")
-    parser.add_argument("--json", type=harness.output_file(".json"), metavar="FILE", help="write the numbers there")
+    parser.add_argument("--device", default=flags.best_device(), help="cpu, cuda or cuda:N")
+    parser.add_argument("--json", type=flags.output_file(".json"), metavar="FILE", help="write the numbers there")
     parser.add_argument(
         "--picture",
-        type=harness.output_file(".png"),
+        type=flags.output_file(".png"),
         metavar="FILE",
         help="draw first pictures of held-out captions there",
     )
@@ -169,8 +171,8 @@ def main(argv=None) -> int:
         print(f"{SPLITS[split]}: {result['right']:.1%} right, at least {result['target']:.0%} wanted: {reached}")
     if args.json:
         report = {"sampling": options, "config": dataclasses.asdict(parts[0].config), "results": results}
-        harness.write_json(
-            args.json, {**harness.describe_run("zero_shot", argv, ("--json", "--picture", "--model")), **report}
+        write_json(
+            args.json, {**reporting.describe_run("zero_shot", argv, ("--json", "--picture", "--model")), **report}
         )
     if args.picture:
         heldout = measured["heldout"][1]

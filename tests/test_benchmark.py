@@ -5,6 +5,7 @@ The commands run at a tiny size, where nothing they measure means anything but e
 
 import copy
 import functools
+import importlib
 import importlib.util
 import json
 import math
@@ -21,12 +22,24 @@ import torch
 
 import dalle_fast.nn as fnn
 from dalle_fast import provenance
+from dalle_fast.checkpoint import write_json
 from dalle_fast.ops import blocks
 from dalle_fast.ops import linear as linear_ops
 from dalle_fast.ops.attention import decode
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
+sys.path.insert(0, str(FOLDER))  # no package
+import attn_bench  # noqa: E402
+import codebook_bench  # noqa: E402
+import exactness  # noqa: E402
+import generate_bench  # noqa: E402
+import harness  # noqa: E402
+import measuring  # noqa: E402
+import redraw  # noqa: E402
+import reporting  # noqa: E402
+import train_bench  # noqa: E402
+
 TINY = ["--quick", "--seconds", "0.05", "--grid", "3x5", "--text-len", "6", "--heads", "2", "--head-dim", "16"]
 CONTENDERS = (
     "dalle_fast",
@@ -50,26 +63,6 @@ CODEBOOK_CONTENDERS = {
     ("cross_entropy", "forward"): ["dalle_fast", "eager", "compiled", "Liger", "cut-cross-entropy"],
     ("cross_entropy", "forward+backward"): ["dalle_fast", "eager", "compiled", "Liger", "cut-cross-entropy"],
 }
-
-
-@pytest.fixture(scope="module")
-def modules():
-    """(harness, attn_bench), imported from their folder, which is no package."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import attn_bench
-        import harness
-
-        yield harness, attn_bench
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-@pytest.fixture
-def codebook_bench(modules):
-    import codebook_bench
-
-    return codebook_bench
 
 
 def environment(folders=()):
@@ -205,28 +198,14 @@ def check_codebook_errors(case, entry):
         assert all(0 <= error["max_abs"] < 1e-4 * error["largest"] for error in errors.values())
 
 
-def test_compiled_torch_takes_part(codebook_bench, monkeypatch, capsys, threads):
+def test_compiled_torch_takes_part(monkeypatch, capsys, threads):
     """Compiled by the backend that compiles nothing, at both of its signatures: with its own noise, and with ours."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(codebook_bench.harness, "measure_memory", every_memory_is_zero)
+    monkeypatch.setattr(harness, "measure_memory", every_memory_is_zero)
     flags = [*CODEBOOK_TINY, "--device", "cpu", "--op", "gumbel", "--pass", "forward", "--dtype", "bfloat16"]
     assert codebook_bench.main(flags) == 0
     printed = capsys.readouterr().out
     assert "gumbel, forward, bfloat16, Din 16" in printed and "compiled: not run" not in printed
-
-
-@pytest.fixture
-def generate_bench(modules):
-    import generate_bench
-
-    return generate_bench
-
-
-@pytest.fixture
-def train_bench(modules):
-    import train_bench
-
-    return train_bench
 
 
 def check_generation(report, printed):
@@ -249,7 +228,7 @@ def check_generation(report, printed):
     assert case["cache_bytes_per_image"] == {"dalle_fast": keys * 1024, "dense cache": 3 * (7 + 16) * 1024}
 
 
-def test_peers_of_generation_are_plain_torch(generate_bench, monkeypatch):
+def test_peers_of_generation_are_plain_torch(monkeypatch):
     """All but the way to draw: neither our steps, nor our attention, nor our linear layers serve them."""
     monkeypatch.setattr(linear_ops, "_rows", lambda: (range(1, 17),) * 3)  # with any instruction set
     monkeypatch.setattr(blocks, "_most_samples", lambda: (16,) * 3)
@@ -292,10 +271,10 @@ def check_training(report, printed):
 
 
 @pytest.mark.parametrize("name", ["generate_bench", "train_bench"])
-def test_a_wrong_result_of_the_transformer_fails(name, modules, request, monkeypatch, capsys, threads):
+def test_a_wrong_result_of_the_transformer_fails(name, monkeypatch, capsys, threads):
     """A last weight that is off by a thousandth."""
-    module = request.getfixturevalue(name)
-    monkeypatch.setattr(modules[0], "measure_memory", every_memory_is_zero)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(harness, "measure_memory", every_memory_is_zero)
     real = module.build_ours
 
     def spoiled(case, device, *, impl):
@@ -317,7 +296,7 @@ def test_a_wrong_result_of_the_transformer_fails(name, modules, request, monkeyp
     assert "dalle_fast: TOO INEXACT" in printed.out and "too inexact: " in printed.err
 
 
-def test_the_default_cases_of_the_transformer(generate_bench, train_bench):
+def test_the_default_cases_of_the_transformer():
     cases = generate_bench.parse(["--device", "cpu"]).cases
     assert [(case.batch, case.dtype) for case in cases] == [(1, "float32"), (8, "float32")]
     assert all(case.config == fnn.DALLEConfig() for case in cases)  # the preset "small": text 256, grid 32 x 32
@@ -344,14 +323,14 @@ def every_memory_is_zero(benchmark, case, contenders, *_):
         (["--json", "a.txt"], "argument --json: expected a file name ending in .json, got 'a.txt'"),
     ],
 )
-def test_a_bad_flag_of_the_codebook_is_named(codebook_bench, capsys, flags, message):
+def test_a_bad_flag_of_the_codebook_is_named(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         codebook_bench.parse(flags)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_default_cases_of_the_codebook(codebook_bench):
+def test_the_default_cases_of_the_codebook():
     cases = codebook_bench.parse(["--device", "cpu"]).cases
     assert {(case.rows, case.codes, case.embedding_dim) for case in cases} == {(1024, 8192, 128)}
     kinds = [(case.op, case.pass_, case.dtype, case.din) for case in cases]
@@ -361,14 +340,14 @@ def test_the_default_cases_of_the_codebook(codebook_bench):
     assert len(kinds) == 2 * len(CODEBOOK_CONTENDERS) + 1
 
 
-def test_a_median_of_the_codebook_is_one_of_nine_at_least(codebook_bench):
+def test_a_median_of_the_codebook_is_one_of_nine_at_least():
     assert codebook_bench.MIN_ROUNDS >= 9
 
 
 @pytest.mark.parametrize("op", ["gumbel", "argmax", "sample", "cross_entropy"])
-def test_a_wrong_codebook_result_fails(codebook_bench, monkeypatch, capsys, threads, op):
+def test_a_wrong_codebook_result_fails(monkeypatch, capsys, threads, op):
     """A little more than rounding, codes that are off by one, samples that prefer even codes, NaN."""
-    monkeypatch.setattr(codebook_bench.harness, "measure_memory", every_memory_is_zero)
+    monkeypatch.setattr(harness, "measure_memory", every_memory_is_zero)
     real = codebook_bench.build_ours
     rows = "1024" if op == "sample" else "24"
     flags = [*CODEBOOK_TINY, "--op", op, "--pass", "forward", "--device", "cpu", "--rows", rows]
@@ -394,7 +373,7 @@ def test_a_wrong_codebook_result_fails(codebook_bench, monkeypatch, capsys, thre
         assert "dalle_fast: TOO INEXACT" in printed.out and "too inexact: " in printed.err
 
 
-def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
+def test_the_codebook_oracle_sees_blocks_of_rows(monkeypatch):
     """The same truth in one block of rows and in several; small errors are found in any tensor."""
     for op in ("gumbel", "cross_entropy"):
         case = codebook_bench.Case(op, "forward+backward", "float32", 5, 7, 11, 3)
@@ -439,9 +418,9 @@ def test_the_codebook_oracle_sees_blocks_of_rows(codebook_bench, monkeypatch):
         (["--plot", "a.jpeg"], "argument --plot: expected a file name ending in .png, got 'a.jpeg'"),
     ],
 )
-def test_a_bad_flag_is_named(modules, capsys, flags, message):
+def test_a_bad_flag_is_named(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        modules[1].parse(flags)
+        attn_bench.parse(flags)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -449,15 +428,15 @@ def test_a_bad_flag_is_named(modules, capsys, flags, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 @pytest.mark.parametrize("name", ["codebook_bench", "generate_bench", "train_bench"])
-def test_what_cannot_serve_is_refused_before_peers_are_measured(modules, name, request, capsys, impl, monkeypatch):
+def test_what_cannot_serve_is_refused_before_peers_are_measured(name, capsys, impl, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stop:
-        request.getfixturevalue(name).parse(["--impl", impl])
+        importlib.import_module(name).parse(["--impl", impl])
     assert stop.value.code == 2 and "argument --impl: impl" in capsys.readouterr().err
 
 
 @pytest.fixture
-def tuner(modules, monkeypatch):
+def tuner(monkeypatch):
     """benchmarks/tune_attention.py where a GPU seems to be there, without its work on one."""
     pytest.importorskip("triton")
     import tune_attention
@@ -496,7 +475,7 @@ def test_the_tuner_keeps_what_it_has_measured(tuner, tmp_path, monkeypatch, caps
     assert ("interrupted: 2 of" in capsys.readouterr().err) == interrupted
 
 
-def test_a_picture_that_cannot_be_written_is_refused(modules, capsys):
+def test_a_picture_that_cannot_be_written_is_refused(capsys):
     import mask_picture
 
     with pytest.raises(SystemExit) as stop:
@@ -505,9 +484,9 @@ def test_a_picture_that_cannot_be_written_is_refused(modules, capsys):
     assert "expected a writable file in an existing folder, got '/proc/a.png'" in capsys.readouterr().err
 
 
-def test_help_shows_the_defaults(modules, capsys):
+def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
-        modules[1].parse(["--help"])
+        attn_bench.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for value in ("32", "256", "16", "row, column, conv:11", "auto"):
@@ -515,8 +494,7 @@ def test_help_shows_the_defaults(modules, capsys):
     assert "default: None" not in text and "default: False" not in text
 
 
-def test_the_default_cases_are_the_papers(modules):
-    _, attn_bench = modules
+def test_the_default_cases_are_the_papers():
     args = attn_bench.parse(["--device", "cpu"])
     assert {case.shape for case in args.cases} == {(1, 16, 1280, 64)}
     kinds = {(case.mask.rule, case.dtype, case.pass_) for case in args.cases}
@@ -525,9 +503,8 @@ def test_the_default_cases_are_the_papers(modules):
     assert kinds >= {(mask, "float32", "forward+backward") for mask in ("row", "column")}
 
 
-def test_an_inexact_result_fails(modules, monkeypatch, capsys):
+def test_an_inexact_result_fails(monkeypatch, capsys):
     """The verdict has teeth: an output that is off by a little more than rounding is refused, NaN too."""
-    harness, attn_bench = modules
     real = attn_bench.build_eager
     flags = [*TINY, "--mask", "row", "--dtype", "float32", "--pass", "forward", "--device", "cpu"]
 
@@ -549,9 +526,8 @@ def test_an_inexact_result_fails(modules, monkeypatch, capsys):
         assert "FlexAttention, block 128: not run (left out of this test)" in printed.out
 
 
-def test_the_oracle_is_the_mask(modules):
+def test_the_oracle_is_the_mask():
     """Against torch's own attention in float64, on all heads and, with little to spend, on the first and the last."""
-    harness, attn_bench = modules
     mask = attn_bench.conv_mask(5, (4, 6), 3)
     case = attn_bench.Case(mask, "float32", attn_bench.FORWARD_BACKWARD, 2, 3, 8)
     inputs = attn_bench.make_inputs(case, "cpu")
@@ -567,27 +543,25 @@ def test_the_oracle_is_the_mask(modules):
             errors = oracle.errors(exact)
         finally:
             attn_bench.ORACLE_PAIRS, attn_bench.BLOCK_PAIRS = before, block_before
-        assert harness.worst(errors, "max_abs") < 1e-13
+        assert exactness.worst(errors, "max_abs") < 1e-13
         off = [x + 1e-3 * (x == x[-1, -1, -1, -1]) for x in exact]
         assert all(e["max_abs"] == pytest.approx(1e-3) for e in oracle.errors(off).values())
 
 
-def test_an_error_of_most_elements_is_beyond_the_limits(modules):
+def test_an_error_of_most_elements_is_beyond_the_limits():
     """A few rows that see little, and so err most, must not be all that is judged."""
-    harness, _ = modules
     exact = torch.randn(100, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact[0] *= 8
-    allowed = harness.limits(harness.compare(["out"], [exact.bfloat16()], [exact]), torch.finfo(torch.bfloat16).eps)
+    allowed = exactness.limits(exactness.compare(["out"], [exact.bfloat16()], [exact]), torch.finfo(torch.bfloat16).eps)
     smaller = exact.clone()
     smaller[1:] *= 0.95
     for out, judged in ((exact.bfloat16(), set()), (smaller.bfloat16(), {"out"}), (exact * torch.nan, {"out"})):
-        assert harness.beyond(harness.compare(["out"], [out], [exact]), allowed).keys() == judged
-    assert harness.compare(["out"], [smaller], [exact])["out"]["max_abs"] < allowed["out"]["max_abs"]
+        assert exactness.beyond(exactness.compare(["out"], [out], [exact]), allowed).keys() == judged
+    assert exactness.compare(["out"], [smaller], [exact])["out"]["max_abs"] < allowed["out"]["max_abs"]
 
 
-def test_an_error_over_eagers_is_that_of_the_worst_tensor(modules):
+def test_an_error_over_eagers_is_that_of_the_worst_tensor():
     """No tensor hides behind one of larger numbers, nor one that is 0 throughout decides."""
-    harness, attn_bench = modules
 
     def errors(**sizes):
         return {name: {"max_abs": error, "largest": largest} for name, (error, largest) in sizes.items()}
@@ -596,15 +570,13 @@ def test_an_error_over_eagers_is_that_of_the_worst_tensor(modules):
     eager = errors(out=(2e-6, 1.0), grad_value=(2e-5, 9.0), grad_key=(0.0, 0.0))
     entries = {"dalle_fast": {"error": ours}, "eager": {"error": eager}}
     assert attn_bench.error_over_eager({}, entries) == "1.50"
-    assert harness.error_over(ours, eager, least=1e-5) == "0.30"
-    assert harness.error_over(errors(out=(None, 1.0)), errors(out=(1e-6, 1.0))) == "nan"  # as a results file has it
+    assert reporting.error_over(ours, eager, least=1e-5) == "0.30"
+    assert reporting.error_over(errors(out=(None, 1.0)), errors(out=(1e-6, 1.0))) == "nan"  # as a results file has it
     assert attn_bench.error_over_eager({}, entries | {"eager": {}}) == "-"
 
 
-def test_a_plot_is_drawn_once_more(modules, tmp_path, capsys):
+def test_a_plot_is_drawn_once_more(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots are matplotlib's")
-    import redraw
-
     results, picture = FOLDER / "results", tmp_path / "a.png"
     for name in ("codebook_h200", "generate_cpu"):
         assert redraw.main([str(results / f"{name}.json"), str(picture)]) == 0
@@ -615,31 +587,26 @@ def test_a_plot_is_drawn_once_more(modules, tmp_path, capsys):
     assert "is not a results file of a benchmark with a plot" in capsys.readouterr().err
 
 
-def test_memory_is_what_a_call_takes(modules):
-    harness, _ = modules
-    found = harness.isolated(take_memory, {size: (size,) for size in (0, 8, 40)}, workers=2)
-    if any(isinstance(extra, harness.NotRun) for extra in found.values()):
+def test_memory_is_what_a_call_takes():
+    found = measuring.isolated(take_memory, {size: (size,) for size in (0, 8, 40)}, workers=2)
+    if any(isinstance(extra, measuring.NotRun) for extra in found.values()):
         pytest.skip(f"this system cannot say: {found[0]}")
     for size, extra in found.items():
-        assert extra / harness.MIB == pytest.approx(size, abs=1.5)
+        assert extra / measuring.MIB == pytest.approx(size, abs=1.5)
 
 
 def take_memory(mebibytes):
-    sys.path.insert(0, str(FOLDER))
-    import harness
-
     def call(scratch):
         scratch = torch.ones(scratch, dtype=torch.uint8)
         return torch.ones(16 << 20, dtype=torch.uint8), len(scratch)
 
     call(1)  # loads code
-    return harness.cpu_extra_bytes(lambda: call(mebibytes << 20))
+    return measuring.cpu_extra_bytes(lambda: call(mebibytes << 20))
 
 
-def test_processes_have_the_compiler_and_have_not_run_it(modules):
+def test_processes_have_the_compiler_and_have_not_run_it():
     """A name that is no longer there would be left out in silence, and each process import it anew."""
-    harness, _ = modules
-    missing, threads = harness.isolated(what_a_process_has, {"one": (harness.PRELOADED,)}, workers=1)["one"]
+    missing, threads = measuring.isolated(what_a_process_has, {"one": (measuring.PRELOADED,)}, workers=1)["one"]
     assert missing == [] and threads == 1
 
 
@@ -648,11 +615,10 @@ def what_a_process_has(names):
     return [name for name in names if name not in sys.modules], len(list(tasks.iterdir())) if tasks.exists() else 1
 
 
-def test_a_process_that_dies_is_reported(modules):
-    harness, _ = modules
-    found = harness.isolated(die, {"killed": ("kill",), "raises": ("raise",), "fine": ("",)}, workers=2)
-    assert isinstance(found["killed"], harness.Died) and "-9" in str(found["killed"])
-    assert isinstance(found["raises"], harness.NotRun) and "ValueError: no" in str(found["raises"])
+def test_a_process_that_dies_is_reported():
+    found = measuring.isolated(die, {"killed": ("kill",), "raises": ("raise",), "fine": ("",)}, workers=2)
+    assert isinstance(found["killed"], measuring.Died) and "-9" in str(found["killed"])
+    assert isinstance(found["raises"], measuring.NotRun) and "ValueError: no" in str(found["raises"])
     assert found["fine"] == "lives"
 
 
@@ -664,10 +630,9 @@ def die(how):
     return "lives"
 
 
-def test_timing_takes_turns(modules):
-    harness, _ = modules
+def test_timing_takes_turns():
     calls = []
-    timings = harness.time_interleaved(
+    timings = measuring.time_interleaved(
         {"slow": lambda: (calls.append("slow"), time.sleep(0.01)), "fast": lambda: calls.append("fast")},
         device="cpu", seconds=1e-3, min_rounds=5,
     )  # fmt: skip
@@ -675,40 +640,38 @@ def test_timing_takes_turns(modules):
     assert timings["slow"].median >= 0.01 > timings["fast"].median and timings["fast"].repetitions == 5
 
 
-def test_what_the_host_takes_stands_beside_a_gpus_time(modules, monkeypatch):
-    harness, attn_bench = modules
-    monkeypatch.setattr(harness, "_cuda_timer", lambda: lambda call: (call(), 7e-3))
-    timings = harness.time_interleaved({"dalle_fast": lambda: 2e-3}, device="cuda", seconds=1e-3, min_rounds=3)
+def test_what_the_host_takes_stands_beside_a_gpus_time(monkeypatch):
+    monkeypatch.setattr(measuring, "_cuda_timer", lambda: lambda call: (call(), 7e-3))
+    timings = measuring.time_interleaved({"dalle_fast": lambda: 2e-3}, device="cuda", seconds=1e-3, min_rounds=3)
     entry = {"name": "dalle_fast", "peer": "dalle_fast", "status": "ok", "exact": True, "extra_bytes": 0, "error": {}}
     result = harness.finish_case({"name": "a case"}, {"dalle_fast": entry}, (), timings)
-    header, (row,) = harness.summary_rows({}, [result])
+    header, (row,) = reporting.summary_rows({}, [result])
     assert dict(zip(header, row, strict=True)) == {
         "case": "a case", "ours, ms": "2.00", "host, ms": "7.00", "extra MiB": "0.00"
     }  # fmt: skip
     entry["error"] = {"out": {"max_abs": 1.0, "rms_relative": 1.0}}
     monkeypatch.setattr(attn_bench, "case_title", lambda result: result["name"])
-    text = harness.case_text(attn_bench, result)
+    text = reporting.case_text(attn_bench, result)
     assert "host ms" in text and "7.000" in text
     other = {"name": "SDPA, fused", "peer": "SDPA", "median_s": 6e-3, "host_s": 1e-3}
     result = {
         "contenders": [entry, other, {**other, "median_s": 1e-3, "host_s": 14e-3}],
         "ratios": {"SDPA": {"ratio": 3.0}},
     }
-    assert harness.ratio_cell(result, "SDPA") == "3.00x (0.86x)"  # 6 of 7
+    assert reporting.ratio_cell(result, "SDPA") == "3.00x (0.86x)"  # 6 of 7
     del entry["host_s"]
-    assert harness.ratio_cell(result, "SDPA") == "3.00x"
+    assert reporting.ratio_cell(result, "SDPA") == "3.00x"
     result = harness.finish_case({"name": "a case"}, {"dalle_fast": entry}, (), timings)
     del entry["host_s"]
-    assert harness.summary_rows({}, [result])[0] == ["case", "ours, ms", "extra MiB"]
+    assert reporting.summary_rows({}, [result])[0] == ["case", "ours, ms", "extra MiB"]
 
 
 @pytest.mark.parametrize(
     ("where", "end"),  # an oracle's want of memory is caught nowhere
     [("a case", KeyboardInterrupt), ("a case", MemoryError), ("a write", KeyboardInterrupt)],
 )
-def test_what_ends_a_run_leaves_what_was_measured(modules, monkeypatch, capsys, tmp_path, where, end):
-    harness, attn_bench = modules
-    results, writes, write_json = [], [], harness.write_json
+def test_what_ends_a_run_leaves_what_was_measured(monkeypatch, capsys, tmp_path, where, end):
+    results, writes = [], []
 
     def write(path, report):
         writes.append(path)
@@ -747,23 +710,21 @@ def test_what_ends_a_run_leaves_what_was_measured(modules, monkeypatch, capsys, 
     assert report["complete"] is False and len(report["cases"]) == 1
 
 
-def test_json_is_whole_or_absent(modules, tmp_path):
-    harness, _ = modules
+def test_json_is_whole_or_absent(tmp_path):
     path = tmp_path / "a.json"
-    harness.write_json(path, {"x": math.nan, "y": [1.5, math.inf]})
+    write_json(path, {"x": math.nan, "y": [1.5, math.inf]})
     assert json.loads(path.read_text()) == {"x": None, "y": [1.5, None]}
     with pytest.raises(TypeError):
-        harness.write_json(path, {"x": object()})
+        write_json(path, {"x": object()})
     assert json.loads(path.read_text())["y"] == [1.5, None] and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_results_file_shows_no_folder(modules, monkeypatch, tmp_path):
-    harness, _ = modules
+def test_a_results_file_shows_no_folder(monkeypatch, tmp_path):
     build = {"version": "0.1.0", "cuda": None, "why_no_cuda": f"{tmp_path}/nvcc does not work here: no g++"}
     monkeypatch.setattr(provenance, "_native", lambda function: build if function == "build_info" else None)
     monkeypatch.setenv("DALLE_FAST_EMOJI_FONT", f"{tmp_path}/NotoColorEmoji.ttf")
     monkeypatch.setenv("DALLE_FAST_ISA", "avx2")
-    head = harness.describe_run("a benchmark", ["--json", f"{tmp_path}/a.json", f"--plot={tmp_path}/a.png"])
+    head = reporting.describe_run("a benchmark", ["--json", f"{tmp_path}/a.json", f"--plot={tmp_path}/a.png"])
     assert str(tmp_path) not in json.dumps(head)
     assert {"DALLE_FAST_EMOJI_FONT": "NotoColorEmoji.ttf", "DALLE_FAST_ISA": "avx2"}.items() <= head[
         "environment"

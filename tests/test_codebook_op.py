@@ -604,14 +604,14 @@ def test_module_follows_a_schedule_of_tau():
 
 MEASURE = """
 import sys
+import measuring
 import torch
-import harness
 from dalle_fast.nn import functional as F
 
 what, impl, device, dtype = sys.argv[1:5]
 dtype = getattr(torch, dtype)
 I, D, N, K = map(int, sys.argv[5:])
-measure = harness.cuda_extra_bytes if device == "cuda" else harness.cpu_extra_bytes
+measure = measuring.cuda_extra_bytes if device == "cuda" else measuring.cpu_extra_bytes
 
 def call(N, K):
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """At OpenAI's codebook sizes the step from encoder features to decoder features needs a tenth of the eager memory.
 
 And a whole training step needs less by what the eager form keeps for its backward pass. Measured as the growth of
-resident memory, each in a fresh process (see `cpu_extra_bytes` of benchmarks/harness.py).
+resident memory, each in a fresh process (see `cpu_extra_bytes` of benchmarks/measuring.py).
 
 N rows, K codes, Din features, D embedding.
 """
@@ -17,7 +17,7 @@ import dalle_fast.nn as fnn
 from dalle_fast.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-harness = pytest.importorskip("harness")
+measuring = pytest.importorskip("measuring")
 
 DIN, K, D = 2048, 8192, 128
 ROWS = 4096  # four pictures of 256 pixels; what the eager form needs grows with them, and ours hardly does
@@ -47,7 +47,7 @@ def codebook_step(function, rows):
         embedding, kl = function(*tensors, 0.5)
         return torch.autograd.grad([embedding, kl], tensors, [torch.ones_like(embedding), torch.ones_like(kl)])
 
-    return harness.cpu_extra_bytes(call)
+    return measuring.cpu_extra_bytes(call)
 
 
 class EagerVAE(fnn.DiscreteVAE):
@@ -68,19 +68,19 @@ def training_step(model_class):
     def call():
         return torch.autograd.grad(model(images, tau=0.5, beta=1.0)[0], parameters)
 
-    return harness.cpu_extra_bytes(call)
+    return measuring.cpu_extra_bytes(call)
 
 
 def measured(function, ours, eager, *arguments):
     """Bytes that ours and the eager one need."""
     contenders = {"ours": (ours, *arguments), "eager": (eager, *arguments)}
-    results = harness.isolated(function, contenders, workers=1)
+    results = measuring.isolated(function, contenders, workers=1)
     for result in results.values():
-        if isinstance(result, harness.NotRun):
+        if isinstance(result, measuring.NotRun):
             pytest.skip(f"memory cannot be measured here: {result}")
         if isinstance(result, Exception):
             raise result
-    print({name: f"{result / harness.MIB:.1f} MiB" for name, result in results.items()})
+    print({name: f"{result / measuring.MIB:.1f} MiB" for name, result in results.items()})
     return results["ours"], results["eager"]
 
 
