@@ -25,10 +25,11 @@ from dalle_fast.ops.codebook.tiles_triton import (
     described,
     operands,
     options,
-    plus_bias,
+    part_of_program,
     product,
     range_tiles,
     splits_of,
+    tile_logits,
 )
 from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
@@ -138,11 +139,8 @@ def _gumbel_gradient_kernel(
 
     dot (N): the sum of y dy over a row's codes. stats (N, KEPT). Rows are numbered from the first of all.
     """
-    first_row = first_chunk_row + tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
+    first_row, row, first_tile, end_tile = part_of_program(first_chunk_row, K, range_tiles, ROWS, CODES)
     inside = row < end_row
-    first_tile = tl.program_id(1) * range_tiles
-    end_tile = min(first_tile + range_tiles, (K + CODES - 1) // CODES)
     keys = noise_keys(seed_ptr, row, end_row, PER_ROW)
     inverse_tau = inverse_of(tl.load(tau_ptr))
     scale = inverse_tau * LOG2E
@@ -169,8 +167,7 @@ def _gumbel_gradient_kernel(
     for tile in tl.range(first_tile, end_tile, flatten=FLAT):
         first = tile * CODES
         of_weights = product(grad_embedding, codebook, first_row, end_row, first, K, D, ROWS, CODES, STEP, DESCRIBED)
-        z = product(hidden, weight, first_row, end_row, first, K, I, ROWS, CODES, STEP, DESCRIBED)
-        z = plus_bias(z, first, K, bias_ptr, PADDED)
+        z = tile_logits(hidden, weight, bias_ptr, first_row, end_row, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         _store_gradients(
             z, of_weights, first, K, inside, of_rows, keys, places, scale, inverse_tau, grad_ptr, weights_ptr
         )
@@ -202,11 +199,8 @@ def _loss_gradient_kernel(
     DESCRIBED: tl.constexpr,
 ):
     """As the kernel above, of sum(row_weight * loss); stats (2, N) as `cross_entropy_streaming` leaves them."""
-    first_row = first_chunk_row + tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
+    first_row, row, first_tile, end_tile = part_of_program(first_chunk_row, K, range_tiles, ROWS, CODES)
     inside = row < end_row
-    first_tile = tl.program_id(1) * range_tiles
-    end_tile = min(first_tile + range_tiles, (K + CODES - 1) // CODES)
 
     target = tl.load(target_ptr + row, mask=inside, other=0)
     ignored = (target == ignore_index)[:, None]
@@ -222,8 +216,7 @@ def _loss_gradient_kernel(
     places = tl.arange(0, ROWS)[:, None] * stride
     for tile in tl.range(first_tile, end_tile, flatten=FLAT):
         first = tile * CODES
-        z = product(hidden, weight, first_row, end_row, first, K, I, ROWS, CODES, STEP, DESCRIBED)
-        z = plus_bias(z, first, K, bias_ptr, PADDED)
+        z = tile_logits(hidden, weight, bias_ptr, first_row, end_row, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         code = first + tl.arange(0, CODES)[None, :]
         grad = of_exponential * tl.exp2((z - largest) * LOG2E)
         grad = tl.where(code == target, grad - row_weight, grad)

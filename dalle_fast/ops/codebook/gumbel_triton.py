@@ -24,10 +24,10 @@ from dalle_fast.ops.codebook.tiles_triton import (
     load,
     operands,
     options,
-    plus_bias,
-    product,
+    part_of_program,
     range_tiles,
     splits_of,
+    tile_logits,
 )
 from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
@@ -82,11 +82,7 @@ def _gumbel_kernel(
     of (z + noise) / tau, where the largest is taken before the division; code (S, N), that of the largest z + noise; sums
     (S, N, D), the weights times codebook (K, D), of WIDTH columns, a power of two.
     """
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    split = tl.program_id(1)
-    first_tile = split * range_tiles
-    end_tile = min(first_tile + range_tiles, (K + CODES - 1) // CODES)
+    first_row, row, first_tile, end_tile = part_of_program(0, K, range_tiles, ROWS, CODES)
     keys = noise_keys(seed_ptr, row, N, PER_ROW)
     scale = inverse_of(tl.load(tau_ptr)) * LOG2E
 
@@ -100,8 +96,7 @@ def _gumbel_kernel(
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for tile in tl.range(first_tile, end_tile, flatten=FLAT):
         first = tile * CODES
-        z = product(hidden, weight, first_row, N, first, K, I, ROWS, CODES, STEP, DESCRIBED)
-        z = plus_bias(z, first, K, bias_ptr, PADDED)
+        z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         # Of the logits.
         before = largest
         largest = tl.maximum(before, tl.max(z, 1))
@@ -124,7 +119,7 @@ def _gumbel_kernel(
         table = load(codebook, first, K, 0, D, CODES, WIDTH, DESCRIBED)
         sums = tl.dot(weights.to(table.dtype), table, sums * shrink[:, None])
 
-    place = split.to(tl.int64) * N + row
+    place = tl.program_id(1).to(tl.int64) * N + row
     plane = tl.num_programs(1).to(tl.int64) * N
     inside = row < N
     tl.store(partial_ptr + place, largest, mask=inside)

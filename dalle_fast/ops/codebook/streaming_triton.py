@@ -22,10 +22,10 @@ from dalle_fast.ops.codebook.tiles_triton import (
     constants,
     operands,
     options,
-    plus_bias,
-    product,
+    part_of_program,
     range_tiles,
     splits_of,
+    tile_logits,
 )
 from dalle_fast.ops.launches_triton import Launches
 from dalle_fast.ops.on_triton import capability_of
@@ -122,11 +122,7 @@ def _streaming_kernel(
     largest logit, the sum, and the target's logit or 0. hidden and weight are descriptors or addresses.
     """
     NOISY: tl.constexpr = temperature_ptr is not None
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    split = tl.program_id(1)
-    first_tile = split * range_tiles
-    end_tile = min(first_tile + range_tiles, (K + CODES - 1) // CODES)
+    first_row, row, first_tile, end_tile = part_of_program(0, K, range_tiles, ROWS, CODES)
 
     temperature = 0.0
     keys = 0
@@ -146,15 +142,14 @@ def _streaming_kernel(
 
     for tile in tl.range(first_tile, end_tile, flatten=FLAT):
         first = tile * CODES
-        z = product(hidden, weight, first_row, N, first, K, I, ROWS, CODES, STEP, DESCRIBED)
-        z = plus_bias(z, first, K, bias_ptr, PADDED)
+        z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         if LOSS:
             near_target = _take_targets(z, first // CLASSES, near_target, target_group)
             largest, total = _take_sum(z, largest, total)
         else:
             best, best_group = take_codes(z, first // CLASSES, best, best_group, temperature, keys, NOISY)
 
-    place = split.to(tl.int64) * N + row
+    place = tl.program_id(1).to(tl.int64) * N + row
     if LOSS:
         at_target = (target & (CLASSES - 1))[:, None] == tl.arange(0, CLASSES)[None, :]
         logit = tl.sum(tl.where(at_target, near_target, 0.0), 1)

@@ -30,6 +30,17 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
+def part_of_program(first_row, K, range_tiles, ROWS: tl.constexpr, CODES: tl.constexpr):
+    """What program (row tile, range of range_tiles tiles of codes) has of the rows from first_row on: its first row, its
+    rows, its first tile and the one behind its last.
+    """
+    first_row += tl.program_id(0) * ROWS
+    first_tile = tl.program_id(1) * range_tiles
+    end_tile = min(first_tile + range_tiles, (K + CODES - 1) // CODES)
+    return first_row, first_row + tl.arange(0, ROWS), first_tile, end_tile
+
+
+@triton.jit
 def load(x, row, rows, column, I: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, DESCRIBED: tl.constexpr):
     """Rows and columns from (row, column) on of x (rows, I): zeros right of it, whatever is finite below it."""
     if DESCRIBED:
@@ -69,9 +80,24 @@ def product(
 
 
 @triton.jit
-def plus_bias(z, first, K, bias_ptr, PADDED: tl.constexpr):
-    """What follows the last code is as if it were forbidden."""
-    code = first + tl.arange(0, z.shape[1])
+def tile_logits(
+    hidden,
+    weight,
+    bias_ptr,
+    first_row,
+    N,
+    first,
+    K,
+    I: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    STEP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """hidden @ weight.T + bias as `product` has it; what follows the last code is as if it were forbidden."""
+    z = product(hidden, weight, first_row, N, first, K, I, ROWS, CODES, STEP, DESCRIBED)
+    code = first + tl.arange(0, CODES)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + code, mask=code < K, other=float("-inf"))[None, :]
     elif PADDED:
