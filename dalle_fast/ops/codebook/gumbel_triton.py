@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dalle_fast.ops.codebook.noise_triton import NOISE_BLOCK, noise_keys, plus_noise
-from dalle_fast.ops.codebook.streaming_triton import CLASSES, NO_CODE, take, take_codes
+from dalle_fast.ops.codebook.streaming_triton import CLASSES, NO_CODE, rebase, take, take_codes
 from dalle_fast.ops.codebook.tiles_triton import (
     LN2,
     LOG2E,
@@ -43,12 +43,6 @@ def inverse_of(tau):
     """1 / tau, and finite: 0 times it is 0. NaN stays."""
     inverse = 1.0 / tau
     return tl.where(inverse > MOST, MOST, inverse)
-
-
-@triton.jit
-def finite_base(largest):
-    """A maximum to subtract: -inf minus -inf would be NaN, and there may be nothing else yet."""
-    return tl.maximum(largest, LEAST)
 
 
 @triton.jit(do_not_specialize=["N", "K", "range_tiles"])
@@ -99,22 +93,16 @@ def _gumbel_kernel(
         z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         # Of the logits.
         before = largest
-        largest = tl.maximum(before, tl.max(z, 1))
-        base = finite_base(largest)
+        largest, base, shrink = rebase(before, tl.max(z, 1), LOG2E)
         delta = z - base[:, None]
         e = tl.exp2(delta * LOG2E)
-        moved = tl.maximum(before - base, LEAST)
-        shrink = tl.exp2(moved * LOG2E)
-        dot = (dot + total * moved) * shrink + tl.sum(e * tl.maximum(delta, LEAST), 1)
+        dot = (dot + total * tl.maximum(before - base, LEAST)) * shrink + tl.sum(e * tl.maximum(delta, LEAST), 1)
         total = total * shrink + tl.sum(e, 1)
         # Of those with noise.
         z = plus_noise(z, first // NOISE_BLOCK, keys)
         best, best_group = take_codes(z, first // CLASSES, best, best_group, 0.0, 0, False)
-        before = largest_noisy
-        largest_noisy = tl.maximum(before, tl.max(z, 1))
-        base = finite_base(largest_noisy)
+        largest_noisy, base, shrink = rebase(largest_noisy, tl.max(z, 1), scale)
         weights = tl.exp2((z - base[:, None]) * scale)
-        shrink = tl.exp2((before - base) * scale)
         total_noisy = total_noisy * shrink + tl.sum(weights, 1)
         table = load(codebook, first, K, 0, D, CODES, WIDTH, DESCRIBED)
         sums = tl.dot(weights.to(table.dtype), table, sums * shrink[:, None])
@@ -167,16 +155,15 @@ def _merge_gumbel_kernel(
     place = row.to(tl.int64)
     plane = S.to(tl.int64) * N
     for _ in range(S):
+        before = largest
         here = tl.load(partial_ptr + place, mask=inside, other=0.0)
         total_here = tl.load(partial_ptr + plane + place, mask=inside, other=1.0)
         dot_here = tl.load(partial_ptr + 2 * plane + place, mask=inside, other=0.0)
-        new = tl.maximum(largest, here)
-        base = finite_base(new)
-        moved, moved_here = tl.maximum(largest - base, LEAST), tl.maximum(here - base, LEAST)
-        shrink, shrink_here = tl.exp2(moved * LOG2E), tl.exp2(moved_here * LOG2E)
-        dot = (dot + total * moved) * shrink + (dot_here + total_here * moved_here) * shrink_here
+        largest, base, shrink = rebase(before, here, LOG2E)
+        shrink_here = tl.exp2((here - base) * LOG2E)
+        dot = (dot + total * tl.maximum(before - base, LEAST)) * shrink
+        dot += (dot_here + total_here * tl.maximum(here - base, LEAST)) * shrink_here
         total = total * shrink + total_here * shrink_here
-        largest = new
 
         here = tl.load(partial_ptr + 3 * plane + place, mask=inside, other=0.0)
         total_here = tl.load(partial_ptr + 4 * plane + place, mask=inside, other=1.0)
@@ -184,10 +171,9 @@ def _merge_gumbel_kernel(
         sums_here = tl.load(
             sums_ptr + place[:, None] * D + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0
         )
-        before = largest_noisy
-        largest_noisy, found = take(here, code_here, before, found)
-        base = finite_base(largest_noisy)
-        shrink, shrink_here = tl.exp2((before - base) * scale), tl.exp2((here - base) * scale)
+        _, found = take(here, code_here, largest_noisy, found)
+        largest_noisy, base, shrink = rebase(largest_noisy, here, scale)
+        shrink_here = tl.exp2((here - base) * scale)
         total_noisy = total_noisy * shrink + total_here * shrink_here
         sums = sums * shrink[:, None] + sums_here * shrink_here[:, None]
         place += N

@@ -71,11 +71,14 @@ def take_codes(z, group, best, best_group, temperature, keys, NOISY: tl.constexp
 
 
 @triton.jit
-def _take_sum(z, largest, total):
-    """A row's running maximum and sum of exp(z - maximum)."""
-    new = tl.maximum(largest, tl.max(z, 1))
+def rebase(largest, more, scale):
+    """A row's largest logit so far and one of more logits: the larger, what to subtract, and the factor of sums so far.
+
+    The sums are of exp2(scale * (logit - largest)).
+    """
+    new = tl.maximum(largest, more)
     base = tl.where(new == float("-inf"), 0.0, new)  # of codes that are all forbidden
-    return new, total * tl.exp2((largest - base) * LOG2E) + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
+    return new, base, tl.exp2((largest - base) * scale)
 
 
 @triton.jit
@@ -145,7 +148,8 @@ def _streaming_kernel(
         z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         if LOSS:
             near_target = _take_targets(z, first // CLASSES, near_target, target_group)
-            largest, total = _take_sum(z, largest, total)
+            largest, base, shrink = rebase(largest, tl.max(z, 1), LOG2E)
+            total = total * shrink + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
         else:
             best, best_group = take_codes(z, first // CLASSES, best, best_group, temperature, keys, NOISY)
 
@@ -198,10 +202,8 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, stats_ptr, N, K, S, i
         largest_here = tl.load(partial_ptr + place, mask=row < N, other=0.0)
         total_here = tl.load(partial_ptr + plane + place, mask=row < N, other=1.0)
         logit_here = tl.load(partial_ptr + 2 * plane + place, mask=row < N, other=0.0)
-        new = tl.maximum(largest, largest_here)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2((largest - base) * LOG2E) + total_here * tl.exp2((largest_here - base) * LOG2E)
-        largest = new
+        largest, base, shrink = rebase(largest, largest_here, LOG2E)
+        total = total * shrink + total_here * tl.exp2((largest_here - base) * LOG2E)
         logit += logit_here
         place += N
     target = tl.load(target_ptr + row, mask=row < N, other=0)
