@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
+
+
+def is_integer(value) -> bool:
+    """Whether `value` is an integer, of Python, of NumPy or one that a compiler leaves open; no tensor, no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def as_integer(name: str, value, *, least: int) -> int:

@@ -618,27 +618,14 @@ def a_pass_of_each_kind(dtype, device):
     hidden, weight, bias, codebook, grad_embedding = tensors
     tau, seed = torch.full((1,), 0.7, device=device), torch.full((1,), 5, device=device)
     target, row_weight = torch.arange(2100, device=device), torch.full((1,), 0.1, device=device)
+    inputs = hidden, weight, bias, codebook, tau, seed
 
     def calls():
         results = []
         for hard in (False, True):
-            embedding, kl, codes, stats = cuda.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, False, hard)
-            gradients = cuda.gumbel_codebook_backward(
-                grad_embedding,
-                kl,
-                hidden,
-                weight,
-                bias,
-                codebook,
-                tau,
-                seed,
-                kl,
-                codes,
-                stats,
-                False,
-                hard,
-                (True,) * 4,
-            )
+            embedding, kl, codes, stats = cuda.gumbel_codebook(*inputs, False, hard)
+            rest = kl, codes, stats, False, hard, (True,) * 4
+            gradients = cuda.gumbel_codebook_backward(grad_embedding, kl, *inputs, *rest)
             results += [embedding, kl, codes, stats, *gradients]
         results.append(cuda.sample(hidden, weight, bias, tau, seed, False))
         return *results, *cuda.cross_entropy(hidden, weight, bias, target, -100, row_weight, (True,) * 3)

@@ -8,10 +8,9 @@ B samples, P prompts, H heads, D head size, T text, G image tokens, C slots of a
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 
+from dalle_fast.integers import is_integer
 from dalle_fast.masks import AttentionMask
 from dalle_fast.ops.attention.op import (
     AUTO,
@@ -106,7 +105,7 @@ def _as_tensor(position, mask, device):
         if position.device != device:
             raise ValueError(f"position must be on query's device {device}, got {position.device}")
         return position
-    if isinstance(position, bool) or not isinstance(position, numbers.Integral):
+    if not is_integer(position):
         raise TypeError(f"position must be an integer or an int64 tensor, got {position!r}")
     check_position(position, mask)
     return torch.full((), position, dtype=torch.int64, device=device)

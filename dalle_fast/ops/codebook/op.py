@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from dalle_fast import _extension
+from dalle_fast.integers import is_integer
 from dalle_fast.ops import choice
 from dalle_fast.ops.calls import (
     autocast_dtype,
@@ -35,24 +36,23 @@ from dalle_fast.ops.codebook import reference
 from dalle_fast.ops.dtypes import check_tensor
 from dalle_fast.ops.registry import LIBRARY, register
 
-# Whom "auto" tries, by operation and device type, the fastest first. On an H200, 8,192 rows and codes in bfloat16, Din =
-# 512, milliseconds by CUDA graphs, a script that was not kept: the largest logit 0.25 by "cuda" and 0.11 by "triton", a
-# loss without gradients 0.28 and 0.14, a sample 0.33 by "cuda". What else "triton" does was never measured on a GPU, and
-# serves where "cuda" cannot: without a compiler for it, or with an older driver.
-_CHUNKS, _CHUNKS_FIRST = {"cpu": ("cpu",), "cuda": ("cuda",)}, {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_TRITON_FIRST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-AUTO = {
-    "gumbel_codebook": _CHUNKS_FIRST,
-    "gumbel_softmax": _CHUNKS,
-    "codebook_argmax": _TRITON_FIRST,
-    "codebook_cross_entropy": _TRITON_FIRST,
-    "codebook_cross_entropy with gradients": _CHUNKS_FIRST,
-    "codebook_sample": _CHUNKS_FIRST,
-    "codebook_sample of logits": _CHUNKS,  # what makes them, truncates them and draws
+# Whom "auto" tries on a GPU, the fastest first. On an H200, 8,192 rows and codes in bfloat16, Din = 512, milliseconds by
+# CUDA graphs, a script that was not kept: the largest logit 0.25 by "cuda" and 0.11 by "triton", a loss without gradients
+# 0.28 and 0.14, a sample 0.33 by "cuda". What else "triton" does was never measured on a GPU, and serves where "cuda"
+# cannot: without a compiler for it, or with an older driver.
+_ON_GPUS = {
+    "gumbel_codebook": ("cuda", "triton"),
+    "gumbel_softmax": ("cuda",),
+    "codebook_argmax": ("triton", "cuda"),
+    "codebook_cross_entropy": ("triton", "cuda"),
+    "codebook_cross_entropy with gradients": ("cuda", "triton"),
+    "codebook_sample": ("cuda", "triton"),
+    "codebook_sample of logits": ("cuda",),  # what makes them, truncates them and draws
 }
+AUTO = {operation: {"cpu": ("cpu",), "cuda": names} for operation, names in _ON_GPUS.items()}
 IMPLS = {
-    operation: tuple(impl for impl in choice.IMPLS if impl != "triton" or "triton" in automatic["cuda"])
-    for operation, automatic in AUTO.items()
+    operation: tuple(impl for impl in choice.IMPLS if impl != "triton" or impl in names)
+    for operation, names in _ON_GPUS.items()
 }
 _IGNORED = -2  # the target of a row that is not counted
 _COST = "holds logits of every row and code in memory"
@@ -127,7 +127,7 @@ def codebook_cross_entropy(
     _check_product("codebook_cross_entropy", hidden, weight, bias, impl)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+    if not is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     _check_transforms(hidden, weight, bias)
     start, weight, bias = _restrict(weight, bias, code_range)
@@ -139,7 +139,10 @@ def codebook_cross_entropy(
     rows = _rows(hidden)
     if reduction == "none":
         return _ops.codebook_cross_entropy(rows, weight, bias, target, _IGNORED, impl).view(hidden.shape[:-1])
-    row_weight = counted.sum(dtype=_wide(hidden)).reciprocal() if reduction == "mean" else _one(hidden)
+    if reduction == "mean":
+        row_weight = counted.sum(dtype=_wide_dtype(hidden)).reciprocal()
+    else:
+        row_weight = torch.ones((), dtype=_wide_dtype(hidden), device=hidden.device)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
     # Within vmap tensors do not say whether a gradient is needed outside of it.
     if (rows.dtype == torch.float16 and any(needs)) or _is_transformed():
@@ -155,7 +158,7 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
     if eps != 1e-10:  # as torch's does; at the line that called the public function
         warnings.warn("`eps` parameter is deprecated and has no effect.", stacklevel=3)
     check_tensor("logits", logits)
-    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+    if not is_integer(dim):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
         raise ValueError(f"dim must be a dimension of logits {tuple(logits.shape)}, got {dim}")
@@ -178,14 +181,14 @@ def gumbel_softmax(logits, tau=1.0, hard=False, eps=1e-10, dim=-1, *, seed=None,
 def noise_seed(seed, *, step=0, rank=0):
     """See `dalle_fast.nn.functional.noise_seed`."""
     for name, value, limit in (("seed", seed, 1 << 20), ("step", step, 1 << 32), ("rank", rank, 1 << 11)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if not is_integer(value):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
     return (int(seed) << 11 | int(rank)) << 32 | int(step)  # NumPy's integers of 32 bits lose what is shifted out
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
+# -- arguments: checked, and as the operations below take them ---------------------------------------------------------
 
 
 def _check_product(operation, hidden, weight, bias, impl, **codebook):
@@ -277,9 +280,8 @@ def _restrict(weight, bias, code_range):
         start, stop = code_range
     except (TypeError, ValueError):
         raise TypeError(f"code_range must be a pair (start, stop) or None, got {code_range!r}") from None
-    for value in (start, stop):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"code_range must be a pair of integers, got {code_range!r}")
+    if not (is_integer(start) and is_integer(stop)):
+        raise TypeError(f"code_range must be a pair of integers, got {code_range!r}")
     if not 0 <= start < stop <= K:
         raise ValueError(f"code_range must satisfy 0 <= start < stop <= {K}, got ({start}, {stop})")
     return start, weight[start:stop], None if bias is None else bias[start:stop]
@@ -308,7 +310,7 @@ def bounded(value) -> float:
 
 def _number(name, value, like, *, positive, device=None):
     """`value` as a tensor (1,) on `device`, that of `like` if None. One that is not on a CPU is not looked at."""
-    device, dtype = like.device if device is None else device, _wide(like)
+    device, dtype = like.device if device is None else device, _wide_dtype(like)
     is_tensor = isinstance(value, torch.Tensor)
     if is_tensor:
         _check_scalar(name, value)
@@ -362,7 +364,7 @@ def _seed(seed, hidden, per_row=True):
         if seed.device != device:
             raise ValueError(f"seed must be on hidden's device {device}, got {seed.device}")
         return seed.reshape(-1).contiguous(), seed.dim() > 0
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+    if not is_integer(seed):
         raise TypeError(f"seed must be an integer, an int64 tensor or None, got {seed!r}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed must be from 0 to 2^63 - 1, got {seed}")
@@ -374,10 +376,6 @@ def _autocast(hidden, *others):
     if dtype is None:
         return hidden, *others
     return tuple(None if x is None else x.to(dtype) for x in (hidden, *others))
-
-
-def _one(hidden):
-    return torch.ones((), dtype=_wide(hidden), device=hidden.device)
 
 
 def _rows(hidden):
@@ -421,7 +419,7 @@ def _operation(schema, fake):
     return decorate
 
 
-def _wide(tensor):
+def _wide_dtype(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -449,9 +447,9 @@ def _gumbel_codebook_fake(hidden, weight, bias, codebook, tau, seed, seed_per_ro
     N = hidden.shape[0]
     return (
         hidden.new_empty(N, codebook.shape[1]),
-        hidden.new_empty(N, dtype=_wide(hidden)),
+        hidden.new_empty(N, dtype=_wide_dtype(hidden)),
         hidden.new_empty(N, dtype=torch.int64),
-        hidden.new_empty(N, 4 + _kept_columns(hidden, codebook, impl), dtype=_wide(hidden)),
+        hidden.new_empty(N, 4 + _kept_columns(hidden, codebook, impl), dtype=_wide_dtype(hidden)),
     )
 
 
@@ -490,22 +488,9 @@ def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, ha
     ),
 )
 def _gumbel_codebook_backward(
-    grad_embedding,
-    grad_kl,
-    hidden,
-    weight,
-    bias,
-    codebook,
-    tau,
-    seed,
-    kl,
-    codes,
-    stats,
-    seed_per_row,
-    hard,
-    needs,
+    grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard, needs,
     impl,
-):
+):  # fmt: skip
     serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
     grads = serving.gumbel_codebook_backward(
         grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, seed_per_row, hard, needs
@@ -524,14 +509,12 @@ def _gumbel_codebook_setup(ctx, inputs, output):
 def _gumbel_codebook_autograd(ctx, grad_embedding, grad_kl, grad_codes, grad_stats):
     if grad_embedding is None and grad_kl is None:
         return (None,) * 9
-    hidden, weight, bias, codebook, tau, seed, kl, codes, stats = ctx.saved_tensors
+    saved, (seed_per_row, hard, impl) = ctx.saved_tensors, ctx.rest
+    hidden, _, _, codebook, *_ = saved
     if grad_embedding is None:
         grad_embedding = hidden.new_zeros(hidden.shape[0], codebook.shape[1])
     needs = list(ctx.needs_input_grad[:4])
-    grads = _ops.gumbel_codebook_backward(
-        grad_embedding, grad_kl, hidden, weight, bias, codebook, tau, seed, kl, codes, stats, ctx.rest[0], ctx.rest[1],
-        needs, ctx.rest[2],
-    )  # fmt: skip
+    grads = _ops.gumbel_codebook_backward(grad_embedding, grad_kl, *saved, seed_per_row, hard, needs, impl)
     return *_wanted(grads, needs), None, None, None, None, None
 
 
@@ -551,7 +534,7 @@ def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl
 @_operation(
     "codebook_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, str impl) "
     "-> Tensor",
-    lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=_wide(hidden)),
+    lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden)),
 )
 def _codebook_cross_entropy(hidden, weight, bias, target, ignore_index, impl):
     _check_codes(target, weight.shape[0], ignore_index)
@@ -578,8 +561,9 @@ def _cross_entropy_setup(ctx, inputs, output):
 
 
 def _cross_entropy_autograd(ctx, grad_loss):
+    ignore_index, impl = ctx.rest
     needs = list(ctx.needs_input_grad[:3])
-    grads = _ops.codebook_cross_entropy_backward(*ctx.saved_tensors, grad_loss, ctx.rest[0], needs, ctx.rest[1])
+    grads = _ops.codebook_cross_entropy_backward(*ctx.saved_tensors, grad_loss, ignore_index, needs, impl)
     return *_wanted(grads, needs), None, None, None
 
 
@@ -590,13 +574,13 @@ def _cross_entropy_autograd(ctx, grad_loss):
     "codebook_cross_entropy_reduced(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, "
     "int ignore_index, bool[3] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, target, row_weight, ignore_index, needs, impl: (
-        hidden.new_empty((), dtype=_wide(hidden)),
+        hidden.new_empty((), dtype=_wide_dtype(hidden)),
         *_fake_gradients(needs, hidden, weight, bias),
     ),
 )
 def _codebook_cross_entropy_reduced(hidden, weight, bias, target, row_weight, ignore_index, needs, impl):
     _check_codes(target, weight.shape[0], ignore_index)
-    row_weight = row_weight.to(_wide(hidden))
+    row_weight = row_weight.to(_wide_dtype(hidden))
     weight_or_none = row_weight if any(needs) else None
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "row_weight": weight_or_none}
     serving = _serving("codebook_cross_entropy", impl, **tensors)
