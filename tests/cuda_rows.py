@@ -6,7 +6,8 @@ R rows, K codes.
 import torch
 
 from dalle_fast import _extension
-from dalle_fast.ops.codebook.cuda import DTYPES, _address, _stream
+from dalle_fast.ops.codebook.cuda import _stream
+from dalle_fast.ops.dtypes import DTYPES, address
 
 
 def results(floats, dtype):
@@ -27,7 +28,7 @@ def gumbel_backward(logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad
     """Fills `results` of logits with their gradient, and replaces grad_weights by the weights, normalised."""
     _extension.native().cuda_gumbel_backward(
         _logits(logits, bias), (seed.data_ptr(), seed_per_row, first_row), tau.data_ptr(), stats.data_ptr(),
-        kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(), grad_weights.data_ptr(), logits.data_ptr(),
+        kl.data_ptr(), address(grad_kl), grad_weights.data_ptr(), grad_weights.data_ptr(), logits.data_ptr(),
         DTYPES[grad_weights.dtype], _stream(),
     )  # fmt: skip
 
@@ -35,7 +36,7 @@ def gumbel_backward(logits, bias, seed, first_row, tau, stats, kl, grad_kl, grad
 def sample_rows(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
     _extension.native().cuda_sample(
-        _logits(logits, bias), (_address(seed), seed_per_row, first_row), _address(temperature), codes.data_ptr(),
+        _logits(logits, bias), (address(seed), seed_per_row, first_row), address(temperature), codes.data_ptr(),
         _stream(),
     )  # fmt: skip
 
@@ -43,7 +44,7 @@ def sample_rows(logits, bias, seed, first_row, temperature, codes, *, seed_per_r
 def cross_entropy_rows(logits, bias, target, ignore_index, row_weight, dtype, loss):
     """Fills loss (R,), and with row_weight `results` of logits with the gradient of sum(row_weight * loss)."""
     _extension.native().cuda_cross_entropy(
-        _logits(logits, bias), target.data_ptr(), ignore_index, loss.data_ptr(), _address(row_weight),
+        _logits(logits, bias), target.data_ptr(), ignore_index, loss.data_ptr(), address(row_weight),
         row_weight is not None and len(row_weight) > 1, 0 if row_weight is None else logits.data_ptr(), DTYPES[dtype],
         _stream(),
     )  # fmt: skip
@@ -64,4 +65,4 @@ def sum_totals(totals, dtype):
 
 
 def _logits(logits, bias):
-    return (*logits.shape, logits.data_ptr(), _address(bias))
+    return (*logits.shape, logits.data_ptr(), address(bias))

@@ -473,6 +473,18 @@ def gumbel_softmax(
     return codebook_ops.gumbel_softmax(logits, tau, hard, eps, dim, seed=seed, impl=impl)
 
 
+def noise_seed(seed: int, *, step: int = 0, rank: int = 0) -> int:
+    """One integer for `seed=` from a run's seed, a step and a rank: no two triples give the same, nor the same noise.
+
+    Args:
+        seed: from 0 to 2^20 - 1. step: from 0 to 2^32 - 1. rank: from 0 to 2^11 - 1.
+
+    Raises:
+        TypeError, ValueError: a value that is no integer or out of its range.
+    """
+    return codebook_ops.noise_seed(seed, step=step, rank=rank)
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -480,8 +492,8 @@ def linear(
 
     Weights are read once and where they lie; on a CPU libraries pack them for every product. Sums are float32, and a
     row's result does not depend on the other rows. That way is taken without gradients and outside autocast, on a CPU
-    for a handful of rows (with AVX-512 and float32 3 to 16, with AMX and bfloat16 1 to 64), on a GPU for 1 to 64 in 16 bits where the weight is large
-    (2^20 numbers) and aligned; every other call goes to torch unchanged.
+    for a handful of rows (with AVX-512 and float32 3 to 16, with AMX and bfloat16 1 to 64), on a GPU for 1 to 64 in 16
+    bits where the weight is large (2^20 numbers) and aligned; every other call goes to torch unchanged.
 
     Args:
         x: (..., K). weight: (N, K). bias: (N,) or None.
@@ -501,15 +513,3 @@ def linear(
     if _is_foreign(*tensors):
         return handle_torch_function(linear, tensors, *tensors, activation=activation, impl=impl)
     return linear_ops.linear(x, weight, bias, activation=activation, impl=impl)
-
-
-def noise_seed(seed: int, *, step: int = 0, rank: int = 0) -> int:
-    """One integer for `seed=` from a run's seed, a step and a rank: no two triples give the same, nor the same noise.
-
-    Args:
-        seed: from 0 to 2^20 - 1. step: from 0 to 2^32 - 1. rank: from 0 to 2^11 - 1.
-
-    Raises:
-        TypeError, ValueError: a value that is no integer or out of its range.
-    """
-    return codebook_ops.noise_seed(seed, step=step, rank=rank)

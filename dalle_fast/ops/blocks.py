@@ -23,7 +23,7 @@ from dalle_fast.ops.attention.cpu import MAX_HEAD_DIM, numbers_of
 from dalle_fast.ops.attention.decode import check_position
 from dalle_fast.ops.attention.op import canonical_lengths, check_text_lengths
 from dalle_fast.ops.calls import is_any_autocast_on, is_plain, is_transformed, needs_grad
-from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.dtypes import DTYPES, address
 from dalle_fast.ops.registry import register
 
 # The most samples for which one call is faster than one operation after another, by the instruction set in use, in the dtypes'
@@ -179,7 +179,7 @@ def _step(x, parameters, addresses, epsilons, caches, position, text_lengths):
         (B, P, W, H, D, T, parameters[8].shape[0]),
         DTYPES[x.dtype],
         D**-0.5,
-        0 if text_lengths is None else text_lengths.data_ptr(),
+        address(text_lengths),
         addresses,
         epsilons,
         numbers,

@@ -1,4 +1,4 @@
-"""Which tensors of numbers the operations take, and how native code numbers what is in them."""
+"""Which tensors of numbers the operations take, and how native code is given them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def check_dense(name, tensor):
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+
+
+def address(tensor) -> int:
+    """Where a tensor's numbers begin; 0 of None."""
+    return 0 if tensor is None else tensor.data_ptr()

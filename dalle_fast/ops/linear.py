@@ -20,7 +20,7 @@ from dalle_fast import _extension
 from dalle_fast.ops import on_triton
 from dalle_fast.ops.calls import autocast_dtype, is_transformed, needs_grad
 from dalle_fast.ops.choice import check_impl
-from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.dtypes import DTYPES, address
 from dalle_fast.ops.registry import register
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -183,7 +183,7 @@ def linear_product(x, weight, bias=None, activation=None):
     _extension.native().linear(
         (math.prod(x.shape[:-1]), N, K),
         DTYPES[weight.dtype],
-        (rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+        (rows.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr()),
         weight.stride(0),
         activation == "gelu",
         torch.get_num_threads(),

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from dalle_fast import _extension
-from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.dtypes import DTYPES, address
 
 MAX_HEAD_DIM = 128
 
@@ -45,7 +45,7 @@ def forward(query, key, value, text_lengths, mask, scale, *, lse="exact"):
         (B, H, D),
         DTYPES[query.dtype],
         scale,
-        0 if text_lengths is None else text_lengths.data_ptr(),
+        address(text_lengths),
         lse == "exact",
         [numbers_of(x) for x in (query, key, value, out, lse_out)],
         torch.get_num_threads(),
@@ -77,7 +77,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask
         (B, H, D),
         DTYPES[query.dtype],
         scale,
-        0 if text_lengths is None else text_lengths.data_ptr(),
+        address(text_lengths),
         [numbers_of(x) for x in (query, key, value, out, lse, grad_out, grad_lse, *grads)],
         torch.get_num_threads(),
     )
@@ -97,7 +97,7 @@ def decode(query, text_key, text_value, image_key, image_value, position, text_l
         (B, len(text_key), H, mask.text_len, D),
         DTYPES[query.dtype],
         scale,
-        0 if text_lengths is None else text_lengths.data_ptr(),
+        address(text_lengths),
         (slots.data_ptr(), slots.stride(0), counts.data_ptr()),
         int(position),
         [numbers_of(x) for x in (query[:, :, None], text_key, text_value, image_key, image_value, out[:, :, None])],

@@ -15,7 +15,8 @@ import threading
 import torch
 
 from dalle_fast import _extension
-from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.codebook.products import as_float32
+from dalle_fast.ops.dtypes import DTYPES, address
 from dalle_fast.ops.linear import few_rows, linear_product
 
 CONVERTED_BYTES = 4 << 20  # of the float32 copies of parts of a 16-bit operand, where the vendor multiplies
@@ -46,7 +47,7 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     N, D = hidden.shape[0], codebook.shape[1]
     embedding = hidden.new_empty(N, D)
     kl, codes, stats = _row_results(hidden), _row_results(hidden, dtype=torch.int64), _row_results(hidden, 4)
-    bias, memory = _float32(bias), _memory(N, weight.shape[0])
+    bias, memory = as_float32(bias), _memory(N, weight.shape[0])
     for first_row, *rows in _parts(len(memory), hidden, embedding, kl, codes, stats, seed):
         hidden_here, embedding_here, kl_here, codes_here, stats_here, seed_here = rows
         logits = memory[: len(hidden_here)]
@@ -68,7 +69,7 @@ def gumbel_codebook_backward(
     N, K = hidden.shape[0], weight.shape[0]
     gradients = _Gradients(hidden, weight, bias, needs)
     of_codebook = Sum(codebook, N) if needs[3] and not hard else None
-    bias, grad_kl, dtype = _float32(bias), _float32(grad_kl), gradient_dtype(hidden.dtype)
+    bias, grad_kl, dtype = as_float32(bias), as_float32(grad_kl), gradient_dtype(hidden.dtype)
     memory, small_memory = _memory(N, K, small_parts=SMALL_PARTS)
     for first_row, hidden_here, grad_hidden, *others in _parts(
         len(memory), hidden, gradients.of_hidden, grad_embedding, grad_kl, kl, stats, seed
@@ -93,12 +94,12 @@ def gumbel_codebook_backward(
 
 
 def sample(hidden, weight, bias, temperature, seed, seed_per_row):
-    codes, bias = _row_results(hidden, dtype=torch.int64), _float32(bias)
+    codes, bias = _row_results(hidden, dtype=torch.int64), as_float32(bias)
     if _has_few_rows(hidden, weight):
         sample_rows(logits(hidden, weight), bias, seed, 0, temperature, codes, seed_per_row=seed_per_row)
     elif _by_tiles():
         _extension.native().sample_streaming(
-            _matrix(hidden), _matrix(weight), _address(bias), _address(seed), seed_per_row, _address(temperature),
+            _matrix(hidden), _matrix(weight), address(bias), address(seed), seed_per_row, address(temperature),
             codes.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     else:
@@ -112,10 +113,10 @@ def sample(hidden, weight, bias, temperature, seed, seed_per_row):
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     loss, wants = _row_results(hidden), row_weight is not None
     gradients = _Gradients(hidden, weight, bias, needs)
-    bias, row_weight = _float32(bias), _float32(row_weight)
+    bias, row_weight = as_float32(bias), as_float32(row_weight)
     if not wants and _by_tiles():
         _extension.native().cross_entropy_streaming(
-            _matrix(hidden), _matrix(weight), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
+            _matrix(hidden), _matrix(weight), address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return loss, None, None, None
@@ -170,10 +171,6 @@ def _has_few_rows(hidden, weight):
 
 def _row_results(hidden, *shape, dtype=torch.float32):
     return torch.empty((hidden.shape[0], *shape), dtype=dtype, device="cpu")
-
-
-def _float32(x):
-    return None if x is None else x.float().contiguous()
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------
@@ -419,7 +416,7 @@ def gumbel_forward(logits, bias, seed, first_row, tau, want_weights, stats, kl, 
     """Fills stats (R, 4), kl (R,) and codes (R,), and replaces logits by weights (R, K), not normalised."""
     R, K = logits.shape
     _extension.native().gumbel_forward(
-        R, K, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
+        R, K, logits.data_ptr(), address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
         logits.data_ptr() if want_weights else 0, stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -430,8 +427,8 @@ def gumbel_backward(
 ):
     """Replaces logits by their gradient and, with want_weights, grad_weights by the weights, normalised: in `dtype`."""
     _extension.native().gumbel_backward(
-        *logits.shape, logits.data_ptr(), _address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
-        stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(),
+        *logits.shape, logits.data_ptr(), address(bias), seed.data_ptr(), seed_per_row, first_row, tau.data_ptr(),
+        stats.data_ptr(), kl.data_ptr(), address(grad_kl), grad_weights.data_ptr(),
         grad_weights.data_ptr() if want_weights else 0, logits.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -439,19 +436,15 @@ def gumbel_backward(
 def sample_rows(logits, bias, seed, first_row, temperature, codes, *, seed_per_row):
     """codes (R,) = argmax of logits + bias + temperature * noise, without noise where temperature is None."""
     _extension.native().sample(
-        *logits.shape, logits.data_ptr(), _address(bias), _address(seed), seed_per_row, first_row,
-        _address(temperature), codes.data_ptr(), torch.get_num_threads(),
+        *logits.shape, logits.data_ptr(), address(bias), address(seed), seed_per_row, first_row,
+        address(temperature), codes.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def cross_entropy_rows(logits, bias, target, ignore_index, row_weight, dtype, loss):
     """Fills loss (R,), and with row_weight replaces logits by the gradient of sum(row_weight * loss), in `dtype`."""
     _extension.native().cross_entropy(
-        *logits.shape, logits.data_ptr(), _address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
-        _address(row_weight), row_weight is not None and len(row_weight) > 1,
+        *logits.shape, logits.data_ptr(), address(bias), target.data_ptr(), ignore_index, loss.data_ptr(),
+        address(row_weight), row_weight is not None and len(row_weight) > 1,
         0 if row_weight is None else logits.data_ptr(), DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()

@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 
 from dalle_fast import _extension
-from dalle_fast.ops.codebook.products import float32_product, sum_by_code
+from dalle_fast.ops.codebook.products import as_float32, float32_product, sum_by_code
 from dalle_fast.ops.codebook.truncation import truncated  # noqa: F401 (part of the interface)
-from dalle_fast.ops.dtypes import DTYPES
+from dalle_fast.ops.dtypes import DTYPES, address
 
 MAX_DIN, MAX_D = 4096, 1024  # what was promised and is tested, not what the kernels could do
 OLDEST_GPU = (8, 0)  # compute capability of the oldest machine code in the module
@@ -65,8 +65,8 @@ def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, har
     if wanted:
         sums = scratch(rows.step * D, torch.float32, hidden.device)
     _extension.native().cuda_gumbel_chunks(
-        rows.numbers, _noise(seed, seed_per_row), tau.data_ptr(), D, _matrix(table), _address(sums),
-        _address(embedding if wanted else None), stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
+        rows.numbers, _noise(seed, seed_per_row), tau.data_ptr(), D, _matrix(table), address(sums),
+        address(embedding if wanted else None), stats.data_ptr(), kl.data_ptr(), codes.data_ptr(),
     )  # fmt: skip
     if hard:
         torch.index_select(codebook, 0, codes, out=embedding)
@@ -79,12 +79,12 @@ def gumbel_codebook_backward(
     K = weight.shape[0]
     rows = _Rows(hidden, weight, bias, chunk_rows(K * (4 + hidden.element_size()), gradients=True))
     gradients = _Gradients(rows, needs)
-    table, of_embedding, grad_kl = _for_blas(codebook), _for_blas(grad_embedding.contiguous()), _float32(grad_kl)
+    table, of_embedding, grad_kl = _for_blas(codebook), _for_blas(grad_embedding.contiguous()), as_float32(grad_kl)
     of_codebook = rows.total(table) if needs[3] and not hard else None
     grad_weights = scratch(rows.step * K, hidden.dtype, hidden.device)
     _extension.native().cuda_gumbel_backward_chunks(
         rows.numbers, _noise(seed, seed_per_row), tau.data_ptr(), table.shape[1], _matrix(table), _matrix(of_embedding),
-        stats.data_ptr(), kl.data_ptr(), _address(grad_kl), grad_weights.data_ptr(), _address(of_codebook),
+        stats.data_ptr(), kl.data_ptr(), address(grad_kl), grad_weights.data_ptr(), address(of_codebook),
         gradients.numbers,
     )  # fmt: skip
     del rows, grad_weights  # the memory is free: results take as much
@@ -97,18 +97,18 @@ def sample(hidden, weight, bias, temperature, seed, seed_per_row):
     codes = _row_results(hidden, dtype=torch.int64)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=False))
     _extension.native().cuda_sample_chunks(
-        rows.numbers, _noise(seed, seed_per_row), _address(temperature), codes.data_ptr()
+        rows.numbers, _noise(seed, seed_per_row), address(temperature), codes.data_ptr()
     )
     return codes
 
 
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     """A target that is neither a code nor ignore_index gives NaN in its row, where torch stops the whole process."""
-    loss, row_weight = _row_results(hidden), _float32(row_weight)
+    loss, row_weight = _row_results(hidden), as_float32(row_weight)
     rows = _Rows(hidden, weight, bias, chunk_rows(4 * weight.shape[0], gradients=row_weight is not None))
     gradients = _Gradients(rows, needs)
     _extension.native().cuda_cross_entropy_chunks(
-        rows.numbers, target.data_ptr(), ignore_index, loss.data_ptr(), _address(row_weight),
+        rows.numbers, target.data_ptr(), ignore_index, loss.data_ptr(), address(row_weight),
         row_weight is not None and len(row_weight) > 1, gradients.numbers,
     )  # fmt: skip
     del rows  # the memory is free: results take as much
@@ -151,12 +151,12 @@ class _Rows:
     def __init__(self, hidden, weight, bias, step):
         N, K = hidden.shape[0], weight.shape[0]
         self.hidden, self.weight, self.bias, self.step = _for_blas(hidden), _for_blas(weight), bias, min(N, step)
-        self.logits, self._bias32 = scratch(self.step * K, torch.float32, hidden.device), _float32(bias)
+        self.logits, self._bias32 = scratch(self.step * K, torch.float32, hidden.device), as_float32(bias)
         self.numbers = (
             (N, K, self.hidden.shape[1], self.step),
             _matrix(self.hidden),
             _matrix(self.weight),
-            (DTYPES[hidden.dtype], _address(self._bias32), self.logits.data_ptr(), _blas(), _stream()),
+            (DTYPES[hidden.dtype], address(self._bias32), self.logits.data_ptr(), _blas(), _stream()),
         )
 
     def total(self, like, dtype=torch.float32):
@@ -175,11 +175,11 @@ class _Gradients:
             self.of_bias = rows.total(rows.bias, rows.bias.dtype)
             self._bias_totals = torch.empty(BIAS_TOTALS, len(rows.bias), dtype=torch.float32, device=rows.bias.device)
         self.numbers = (
-            _address(self.of_hidden),
-            _address(self.of_weight),
-            _address(self.of_bias),
+            address(self.of_hidden),
+            address(self.of_weight),
+            address(self.of_bias),
             BIAS_TOTALS,
-            _address(self._bias_totals),
+            address(self._bias_totals),
         )
 
     def results(self, *tensors):
@@ -253,17 +253,9 @@ def _row_results(hidden, *shape, dtype=torch.float32):
     return torch.empty((hidden.shape[0], *shape), dtype=dtype, device=hidden.device)
 
 
-def _float32(x):
-    return None if x is None else x.float().contiguous()
-
-
 def _noise(seed, seed_per_row):
     """Of rows from number 0 on."""
-    return _address(seed), int(seed_per_row), 0
-
-
-def _address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
+    return address(seed), int(seed_per_row), 0
 
 
 def _stream():

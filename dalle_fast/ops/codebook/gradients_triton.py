@@ -16,7 +16,7 @@ import triton.language as tl
 
 from dalle_fast.ops.codebook.gumbel_triton import LEAST, STATS, inverse_of
 from dalle_fast.ops.codebook.noise_triton import NOISE_BLOCK, halves, noise_keys, plus_noise
-from dalle_fast.ops.codebook.products import float32_product
+from dalle_fast.ops.codebook.products import as_float32, float32_product
 from dalle_fast.ops.codebook.tiles_triton import (
     LN2,
     LOG2E,
@@ -371,7 +371,7 @@ class _Chunks:
 
     def __init__(self, hidden, weight, bias, needs, *, matrices):
         self._hidden, self._weight, self._bias = hidden, weight, bias
-        self.bias = None if bias is None else bias.float().contiguous()  # as the kernels take it
+        self.bias = as_float32(bias)  # as the kernels take it
         K = weight.shape[0]
         self._step = chunk_rows(matrices * K * hidden.element_size())
         self.grad = self.matrix()

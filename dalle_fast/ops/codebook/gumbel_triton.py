@@ -93,19 +93,19 @@ def _gumbel_kernel(
         z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         # Of the logits.
         before = largest
-        largest, base, shrink = rebase(before, tl.max(z, 1), LOG2E)
+        largest, base, rescale = rebase(before, tl.max(z, 1), LOG2E)
         delta = z - base[:, None]
         e = tl.exp2(delta * LOG2E)
-        dot = (dot + total * tl.maximum(before - base, LEAST)) * shrink + tl.sum(e * tl.maximum(delta, LEAST), 1)
-        total = total * shrink + tl.sum(e, 1)
+        dot = (dot + total * tl.maximum(before - base, LEAST)) * rescale + tl.sum(e * tl.maximum(delta, LEAST), 1)
+        total = total * rescale + tl.sum(e, 1)
         # Of those with noise.
         z = plus_noise(z, first // NOISE_BLOCK, keys)
         best, best_group = take_codes(z, first // CLASSES, best, best_group, 0.0, 0, False)
-        largest_noisy, base, shrink = rebase(largest_noisy, tl.max(z, 1), scale)
+        largest_noisy, base, rescale = rebase(largest_noisy, tl.max(z, 1), scale)
         weights = tl.exp2((z - base[:, None]) * scale)
-        total_noisy = total_noisy * shrink + tl.sum(weights, 1)
+        total_noisy = total_noisy * rescale + tl.sum(weights, 1)
         table = load(codebook, first, K, 0, D, CODES, WIDTH, DESCRIBED)
-        sums = tl.dot(weights.to(table.dtype), table, sums * shrink[:, None])
+        sums = tl.dot(weights.to(table.dtype), table, sums * rescale[:, None])
 
     place = tl.program_id(1).to(tl.int64) * N + row
     plane = tl.num_programs(1).to(tl.int64) * N
@@ -159,11 +159,11 @@ def _merge_gumbel_kernel(
         here = tl.load(partial_ptr + place, mask=inside, other=0.0)
         total_here = tl.load(partial_ptr + plane + place, mask=inside, other=1.0)
         dot_here = tl.load(partial_ptr + 2 * plane + place, mask=inside, other=0.0)
-        largest, base, shrink = rebase(before, here, LOG2E)
-        shrink_here = tl.exp2((here - base) * LOG2E)
-        dot = (dot + total * tl.maximum(before - base, LEAST)) * shrink
-        dot += (dot_here + total_here * tl.maximum(here - base, LEAST)) * shrink_here
-        total = total * shrink + total_here * shrink_here
+        largest, base, rescale = rebase(before, here, LOG2E)
+        rescale_here = tl.exp2((here - base) * LOG2E)
+        dot = (dot + total * tl.maximum(before - base, LEAST)) * rescale
+        dot += (dot_here + total_here * tl.maximum(here - base, LEAST)) * rescale_here
+        total = total * rescale + total_here * rescale_here
 
         here = tl.load(partial_ptr + 3 * plane + place, mask=inside, other=0.0)
         total_here = tl.load(partial_ptr + 4 * plane + place, mask=inside, other=1.0)
@@ -172,10 +172,10 @@ def _merge_gumbel_kernel(
             sums_ptr + place[:, None] * D + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0
         )
         _, found = take(here, code_here, largest_noisy, found)
-        largest_noisy, base, shrink = rebase(largest_noisy, here, scale)
-        shrink_here = tl.exp2((here - base) * scale)
-        total_noisy = total_noisy * shrink + total_here * shrink_here
-        sums = sums * shrink[:, None] + sums_here * shrink_here[:, None]
+        largest_noisy, base, rescale = rebase(largest_noisy, here, scale)
+        rescale_here = tl.exp2((here - base) * scale)
+        total_noisy = total_noisy * rescale + total_here * rescale_here
+        sums = sums * rescale[:, None] + sums_here * rescale_here[:, None]
         place += N
 
     # Not ln K - ln(total), which would cancel.

@@ -1,8 +1,13 @@
-"""Products and sums that several implementations leave to torch, in float32."""
+"""What several implementations leave to torch, in float32: copies, products and sums."""
 
 from __future__ import annotations
 
 import torch
+
+
+def as_float32(x):
+    """x in float32, its numbers side by side; None stays."""
+    return None if x is None else x.float().contiguous()
 
 
 def float32_product(a, b):

@@ -148,8 +148,8 @@ def _streaming_kernel(
         z = tile_logits(hidden, weight, bias_ptr, first_row, N, first, K, I, PADDED, ROWS, CODES, STEP, DESCRIBED)
         if LOSS:
             near_target = _take_targets(z, first // CLASSES, near_target, target_group)
-            largest, base, shrink = rebase(largest, tl.max(z, 1), LOG2E)
-            total = total * shrink + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
+            largest, base, rescale = rebase(largest, tl.max(z, 1), LOG2E)
+            total = total * rescale + tl.sum(tl.exp2((z - base[:, None]) * LOG2E), 1)
         else:
             best, best_group = take_codes(z, first // CLASSES, best, best_group, temperature, keys, NOISY)
 
@@ -202,8 +202,8 @@ def _merge_losses_kernel(partial_ptr, target_ptr, out_ptr, stats_ptr, N, K, S, i
         largest_here = tl.load(partial_ptr + place, mask=row < N, other=0.0)
         total_here = tl.load(partial_ptr + plane + place, mask=row < N, other=1.0)
         logit_here = tl.load(partial_ptr + 2 * plane + place, mask=row < N, other=0.0)
-        largest, base, shrink = rebase(largest, largest_here, LOG2E)
-        total = total * shrink + total_here * tl.exp2((largest_here - base) * LOG2E)
+        largest, base, rescale = rebase(largest, largest_here, LOG2E)
+        total = total * rescale + total_here * tl.exp2((largest_here - base) * LOG2E)
         logit += logit_here
         place += N
     target = tl.load(target_ptr + row, mask=row < N, other=0)

@@ -13,7 +13,7 @@ import importlib
 import torch
 
 from dalle_fast.ops import on_triton
-from dalle_fast.ops.codebook.products import sum_by_code
+from dalle_fast.ops.codebook.products import as_float32, sum_by_code
 
 MAX_DIN, MAX_D = 4096, 256
 MAX_ROWS = 1 << 30  # rows are numbered with 32 bits, a tile that is not full included,
@@ -41,7 +41,7 @@ def why_not(tensors) -> list[str]:
 def gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard):
     """As `reference` has it, and so has what follows, but that stats (N, 4 + D) ends with the soft embedding."""
     embedding, kl, codes, stats = _kernels("gumbel").gumbel_forward(
-        hidden, weight, _float32(bias), codebook, tau, seed, seed_per_row=seed_per_row
+        hidden, weight, as_float32(bias), codebook, tau, seed, seed_per_row=seed_per_row
     )
     if hard:
         torch.index_select(codebook, 0, codes, out=embedding)
@@ -55,7 +55,7 @@ def gumbel_codebook_backward(
     if not _is_plain(grad_embedding):
         grad_embedding = grad_embedding.clone()
     *gradients, of_codebook = _kernels("gradients").gumbel_gradients(
-        grad_embedding, _float32(grad_kl), hidden, weight, bias, codebook, tau, seed, kl, stats,
+        grad_embedding, as_float32(grad_kl), hidden, weight, bias, codebook, tau, seed, kl, stats,
         seed_per_row=seed_per_row, needs=(*needs[:3], needs[3] and not hard),
     )  # fmt: skip
     if hard and needs[3]:
@@ -65,18 +65,18 @@ def gumbel_codebook_backward(
 
 def sample(hidden, weight, bias, temperature, seed, seed_per_row):
     streaming = _kernels("streaming")
-    return streaming.sample_streaming(hidden, weight, _float32(bias), seed, temperature, seed_per_row=seed_per_row)
+    return streaming.sample_streaming(hidden, weight, as_float32(bias), seed, temperature, seed_per_row=seed_per_row)
 
 
 def cross_entropy(hidden, weight, bias, target, ignore_index, row_weight, needs):
     """A target that is neither a code nor ignore_index gives NaN in its row, as in `cuda`."""
     stats = None if row_weight is None else hidden.new_empty(2, len(hidden), dtype=torch.float32)
-    operands = hidden, weight, _float32(bias), target, ignore_index
+    operands = hidden, weight, as_float32(bias), target, ignore_index
     loss = _kernels("streaming").cross_entropy_streaming(*operands, stats=stats)
     if row_weight is None:
         return loss, None, None, None
     gradients = _kernels("gradients").loss_gradients(
-        hidden, weight, bias, target, ignore_index, _float32(row_weight), stats, needs=needs
+        hidden, weight, bias, target, ignore_index, as_float32(row_weight), stats, needs=needs
     )
     return loss, *gradients
 
@@ -88,7 +88,3 @@ def _kernels(name):
 def _is_plain(x):
     # Of one row, any distance of rows is contiguous, and no descriptor takes any.
     return x.stride() == (x.shape[1], 1) and x.data_ptr() % 16 == 0
-
-
-def _float32(x):
-    return None if x is None else x.float().contiguous()
