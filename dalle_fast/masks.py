@@ -264,7 +264,10 @@ class AttentionMask:
         """
         import torch
 
-        seq_len = self.seq_len if seq_len is None else as_integer("seq_len", seq_len, least=0)
+        if seq_len is None:
+            seq_len = self.seq_len
+        elif not torch.compiler.is_compiling():  # a compiler leaves lengths open, and to look would close them
+            seq_len = as_integer("seq_len", seq_len, least=0)
         if seq_len > self.seq_len:
             raise ValueError(f"seq_len must be at most {self.seq_len}, the length of {self!r}, got {seq_len}")
         positions = torch.arange(seq_len, device=device)

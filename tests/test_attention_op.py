@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import dalle_fast.nn as fnn
@@ -112,7 +113,7 @@ def test_the_graph_holds_one_operation(make):
 
 def test_dynamic_batch_and_length_compile_once(make):
     torch._dynamo.reset()
-    compiled = torch.compile(attend, backend=(counter := torch._dynamo.testing.CompileCounter()), dynamic=True)
+    compiled = torch.compile(attend, backend=(counter := CompileCounter()), dynamic=True)
     for size, length in ((2, 26), (3, 20), (5, 11)):
         q, k, v = make((size, H, length, D))
         torch.testing.assert_close(compiled(q, k, v, None), attend(q, k, v, None))

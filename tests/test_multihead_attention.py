@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import dalle_fast.nn as fnn
 from dalle_fast.masks import column_mask, conv_mask, row_mask
@@ -339,6 +340,23 @@ def test_compiled_encoder_layer():
     with torch.no_grad():
         out = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
         torch.testing.assert_close(out, theirs(x, src_mask=~MASK.to_dense()), rtol=1e-4, atol=2e-5)
+
+
+def test_weights_of_a_length_that_is_left_open():
+    torch._dynamo.reset()
+    _, ours = pair(batch_first=True)
+    compiled = torch.compile(ours, backend=(counter := CompileCounter()), fullgraph=True, dynamic=True)
+    dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in ("query", "key", "value")}
+    x = inputs(True)[0]
+    exported = torch.export.export(
+        ours, (x, x, x), {"need_weights": True}, dynamic_shapes=dynamic | {"need_weights": None}
+    )
+    for length in (S, S - 1, 7):
+        x = inputs(True, length)[0]
+        expected = ours(x, x, x, need_weights=True)
+        for module in (compiled, exported.module()):
+            torch.testing.assert_close(module(x, x, x, need_weights=True), expected)
+    assert counter.frame_count == 1
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
