@@ -462,6 +462,24 @@ def test_gumbel_softmax_is_torchs(monkeypatch):
         weights = torch.arange(logits.numel()).view(logits.shape) / 10
         a, b = (grad((x * weights).sum(), logits)[0] for x in (ours, theirs))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert ours.stride(1) == 1
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_second_derivative_of_gumbel_softmax(serve, hard):
+    logits = (torch.randn(4, 9, generator=torch.Generator().manual_seed(0)) * 2).to(serve.device).requires_grad_()
+    noise = codebook_noise(SEED, 4, 9).float().to(serve.device)
+    weights = torch.linspace(-1, 1, 36, device=serve.device).view(4, 9)
+
+    def eager():
+        soft = torch.softmax((logits + noise) / 0.7, -1)
+        return torch.nn.functional.one_hot(soft.argmax(-1), 9) - soft.detach() + soft if hard else soft
+
+    seconds = []
+    for y in (serve.gumbel_softmax(logits, 0.7, hard, seed=SEED), eager()):
+        first = grad((y * weights).square().sum(), logits, create_graph=True)[0]
+        seconds.append(grad((first * weights).sum(), logits)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-6)
 
 
 def test_backward_has_the_forwards_noise(serve):

@@ -448,7 +448,7 @@ def gumbel_softmax(
 ) -> Tensor:
     """`torch.nn.functional.gumbel_softmax` in one pass over memory, with float32 noise whatever the logits' dtype.
 
-    Differentiable once, in logits, by autograd, not by torch.func's transforms.
+    Differentiable in logits, twice too, by autograd, not by torch.func's transforms.
 
     Args:
         logits: any shape with at least one dimension; float32, float16, bfloat16, or float64 on the reference.
@@ -462,7 +462,8 @@ def gumbel_softmax(
         impl: as in `gumbel_codebook`.
 
     Returns:
-        A tensor of logits' shape and dtype.
+        A tensor of logits' shape and dtype. The codes are neighbours in memory, whatever `dim` is and unlike torch's, so a
+        result of another `dim` than the last takes `reshape` where torch's takes `view`.
 
     Raises:
         TypeError, ValueError: as `gumbel_codebook`.
