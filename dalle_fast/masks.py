@@ -230,7 +230,7 @@ class AttentionMask:
     @property
     def num_pairs(self) -> int:
         """Exact number of (query, key) pairs that attend, over the whole sequence."""
-        return _num_pairs(self)
+        return count_pairs(self, self.seq_len)
 
     @property
     def token_order(self) -> torch.Tensor:
@@ -387,20 +387,25 @@ def _mask_mod(mask: AttentionMask, batch, head, q_idx, kv_idx):
 
 
 @functools.lru_cache(maxsize=256)
-def _num_pairs(mask: AttentionMask) -> int:
-    text = mask.text_len * (mask.text_len + 1) // 2 + mask.image_len * mask.text_len
-    return text + sum(int(seen.sum()) for _, seen in _within_reach(mask))
+def count_pairs(mask: AttentionMask, seq_len: int) -> int:
+    """Exact number of (query, key) pairs that attend among the first `seq_len` positions."""
+    text = min(seq_len, mask.text_len)
+    image = seq_len - text
+    return text * (text + 1) // 2 + image * text + sum(int(seen.sum()) for _, seen in _within_reach(mask, image))
 
 
-def _within_reach(mask: AttentionMask):
-    """Image keys (rows, reach) of some image queries after others, and which of them are seen."""
-    import torch
+def _within_reach(mask: AttentionMask, image_len: int):
+    """Image keys (rows, reach) of the first image queries, some after others, and which of them are seen.
 
-    N, reach = mask.image_len, mask.kv_reach
+    In NumPy, as torch's modes would make fakes of tensors, and in int32, in which the rule is sooner evaluated.
+    """
+    import numpy as np
+
+    reach = mask.kv_reach
     rows = max(1, _COUNT_CHUNK // reach)
-    back = torch.arange(reach, device="cpu")
-    for start in range(0, N, rows):
-        i = torch.arange(start, min(start + rows, N), device="cpu")[:, None]
+    back = np.arange(reach, dtype=np.int32)
+    for start in range(0, image_len, rows):
+        i = np.arange(start, min(start + rows, image_len), dtype=np.int32)[:, None]
         j = i - back
         yield j, mask._image_allows(i, j) & (j >= 0)
 
@@ -428,14 +433,25 @@ def _visible_slots(mask: AttentionMask, device: str):
     N, C = mask.image_len, mask.cache_slots
     if mask.rule == "causal":  # every row begins as the last one does: N x N numbers would tell nothing new
         slots = torch.arange(N, dtype=torch.int32, device="cpu")
-        return slots.expand(N, N), slots + 1
+        return _real(slots).expand(N, N), slots + 1
+    import numpy as np
+
     tables = []
-    for j, seen in _within_reach(mask):
-        slots = torch.where(seen, mask.cache_slot(j), C).sort(1).values  # the hidden ones to the end
-        tables.append(slots[:, : int(seen.sum(1).max())].to(torch.int32))
+    for j, seen in _within_reach(mask, N):
+        slots = np.sort(np.where(seen, mask.cache_slot(j), C), axis=1)  # the hidden ones to the end
+        tables.append(slots[:, : int(seen.sum(1).max())].astype(np.int32))
     width = max(table.shape[1] for table in tables)
-    slots = torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1]), value=C) for table in tables])
-    return slots, (slots < C).sum(1, dtype=torch.int32)
+    slots = np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=C) for x in tables])
+    return _real(torch.from_numpy(slots)), torch.from_numpy((slots < C).sum(1, dtype=np.int32))
+
+
+def _real(table: torch.Tensor) -> torch.Tensor:
+    """The table, which is kept; RuntimeError where a mode made it without numbers, as later steps would have none."""
+    import torch
+
+    if type(table) is not torch.Tensor:
+        raise RuntimeError("a mask's first step of decoding must not be in FakeTensorMode")
+    return table
 
 
 def _choice(name: str, value, choices: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_fast.nn
 from dalle_fast import _extension, masks
@@ -155,6 +156,14 @@ def test_what_is_derived_ignores_the_default_device():
         assert torch.equal(slots, here.visible_slots()[0]) and torch.equal(counts, here.visible_slots()[1])
         assert pairs == int(there.to_dense().sum())
         assert there.visible_slots("meta")[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [row_mask, causal_mask])
+def test_tables_without_numbers_are_not_kept(make):
+    mask = make(5, (2, 9))
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="must not be in FakeTensorMode"):
+        mask.visible_slots()
+    assert [type(x) for x in mask.visible_slots()] == [torch.Tensor] * 2
 
 
 def test_the_causal_slots_are_one_row_on_every_device():
