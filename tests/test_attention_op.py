@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -256,6 +257,18 @@ def test_checkpoint(server, make):
     again = checkpoint(lambda *x: server(*x, MASK).square().sum(), *leaves, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(again, leaves), expected):
         assert torch.equal(a, b)
+
+
+def test_compiled_autograd(make):
+    """A backward pass compiled apart from an eager forward pass; what it was compiled for is not another mask's."""
+    torch._dynamo.reset()
+    for mask in (MASK, column_mask(5, (3, 7)), MASK):
+        leaves = [x.requires_grad_() for x in make((B, H, 26, D))]
+        expected = torch.autograd.grad(sparse_attention(*leaves, mask).square().sum(), leaves)
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            sparse_attention(*leaves, mask).square().sum().backward()
+        for x, gradient in zip(leaves, expected, strict=True):
+            assert torch.equal(x.grad, gradient)
 
 
 def test_heads_in_place_of_the_sequence_are_warned_of(make):

@@ -187,8 +187,15 @@ def is_hooked(module) -> bool:
 
 # -- autograd kernels --------------------------------------------------------------------------------------------------
 
-# A function of a single level of functorch's transforms. Where torch has none, it refuses such functions in transforms.
-SingleLevelFunction = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
+
+class SingleLevelFunction(getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)):
+    """A function of a single level of functorch's transforms. Where torch has none, it refuses such functions in transforms."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx):  # as of torch.autograd.Function, for torch._dynamo.config.compiled_autograd
+        return (ctx._autograd_function_id,)
+
+
 try:
     from torch._functorch.autograd_function import enable_single_level_autograd_function as single_level
 except ImportError:
