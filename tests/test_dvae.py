@@ -258,6 +258,18 @@ def test_images_of_other_sizes():
     assert model(images[:0]).codes.shape == (0, 2, 5)
 
 
+@torch.no_grad()
+def test_what_the_docstring_says_of_hooks():
+    model, called = fnn.DiscreteVAE(SMALL), set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: called.add(module))
+    model(torch.rand(2, 3, 16, 16))
+    # Sequences of what is called may be called in part.
+    silent = {name for name, x in model.named_modules() if x not in called and not isinstance(x, torch.nn.Sequential)}
+    assert silent == {"encoder", "encoder.blocks.output.conv", "decoder.blocks.input"}
+    assert called.issuperset(x for name, x in model.named_modules() if "group_" in name.rpartition(".")[2])
+
+
 def test_encode_is_the_argmax_of_the_logits():
     model = fnn.DiscreteVAE(SMALL)
     images = torch.rand(2, 3, 16, 16)

@@ -139,6 +139,20 @@ with processes.joined():
         spread = model.get_parameter(name).std(correction=0).item()
         assert abs(parameter.full_tensor().std(correction=0).item() - spread) <= 0.3 * spread, name
 
+    torch.manual_seed(0)
+    vae = fnn.DiscreteVAE(fnn.DVAEConfig(16, num_codes=70, embedding_dim=6, hidden=8, blocks_per_group=1))
+    images = torch.rand(4, 3, 16, 16)[us.number :: 2]
+    vae(images, seed=3).loss.backward()
+    mine, vae = [x.grad for x in vae.parameters()], copy.deepcopy(vae)
+    vae.zero_grad()
+    for name, part in vae.named_modules():
+        if "group_" in name.rpartition(".")[2]:
+            fully_shard(part)
+    fully_shard(vae)(images, seed=3).loss.backward()
+    for parameter, gradient in zip(vae.parameters(), mine, strict=True):
+        torch.distributed.all_reduce(gradient)
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient / 2)
+
     written = Path(__file__).with_name("written")
     if us.leads:
         time.sleep(0.3)

@@ -272,7 +272,9 @@ class DiscreteVAE(nn.Module):
     """The discrete VAE of Ramesh et al. 2021, with OpenAI's architecture and parameter names.
 
     The encoder's output convolution, the Gumbel-softmax and the decoder's input convolution run as one
-    `gumbel_codebook`, and encoding as one `codebook_argmax`: no logits of all codes are made.
+    `gumbel_codebook`, and encoding as one `codebook_argmax`: no logits of all codes are made. Of these two convolutions the
+    parameters are read, and of `encoder` the method `features` is called: hooks on the three are not noticed. To
+    `fully_shard` a model, shard its groups, `blocks.group_1` and so on, and then the model.
 
     Args:
         config: a `DVAEConfig` or the name of one of PRESETS: "openai", "medium", "small", "tiny".
