@@ -172,8 +172,8 @@ struct FloatEngine {
 
     // out (8, Dp) = probabilities (8, keys of the tiles) @ values, by columns of C vectors from d
     template <int C, class V>
-    void output_columns(const AttentionTask& t, const ActiveTile* tiles, int32_t count, const float* probabilities,
-                        const V* base, int64_t stride, bool by_token, int64_t d, float* out) {
+    void output_columns(const ActiveTile* tiles, int32_t count, const float* probabilities, const V* base, int64_t stride,
+                        bool by_token, int64_t d, float* out) {
         for (int r0 = 0; r0 < kBlock; r0 += ROWS) {
             Accumulator<C> acc;
             acc.clear();
@@ -197,19 +197,19 @@ struct FloatEngine {
         }
     }
     template <class V>
-    void output_from(const AttentionTask& t, const ActiveTile* tiles, int32_t count, const float* probabilities,
-                     const V* base, int64_t stride, bool by_token, float* out) {
+    void output_from(const ActiveTile* tiles, int32_t count, const float* probabilities, const V* base, int64_t stride,
+                     bool by_token, float* out) {
         int64_t d = 0;
         for (; d + COLS * VW <= Dp; d += COLS * VW)
-            output_columns<COLS>(t, tiles, count, probabilities, base, stride, by_token, d, out);
-        for (; d < Dp; d += VW) output_columns<1>(t, tiles, count, probabilities, base, stride, by_token, d, out);
+            output_columns<COLS>(tiles, count, probabilities, base, stride, by_token, d, out);
+        for (; d < Dp; d += VW) output_columns<1>(tiles, count, probabilities, base, stride, by_token, d, out);
     }
     void output(const AttentionTask& t, const ActiveTile* tiles, int32_t count, float* probabilities, float* out) {
         if (values_in_place)
-            output_from(t, tiles, count, probabilities, row_of<const T>(a.value, t.batch, t.head, 0), a.value.stride_s,
-                        true, out);
+            output_from(tiles, count, probabilities, row_of<const T>(a.value, t.batch, t.head, 0), a.value.stride_s, true,
+                        out);
         else
-            output_from(t, tiles, count, probabilities, values, Dp, false, out);
+            output_from(tiles, count, probabilities, values, Dp, false, out);
     }
 };
 

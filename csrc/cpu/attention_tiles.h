@@ -44,7 +44,7 @@ DF_INLINE bool activate(const AttentionLayout& layout, int32_t panel, int32_t bi
 }
 
 // x where the row attends, `otherwise` where not
-DF_INLINE Vec select(uint32_t row_bits, int v, Vec x, Vec otherwise) {
+DF_INLINE Vec select(uint32_t row_bits, [[maybe_unused]] int v, Vec x, Vec otherwise) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_mask_mov_ps((__m512)otherwise, __mmask16(row_bits), (__m512)x);
 #else

@@ -200,7 +200,7 @@ struct UnitForward : UnitHead<T> {
     // each chunk; with `again` it is subtracted from the scores first, as large products would be rounded. Returns false if
     // there are scores that take `any`.
     template <bool any>
-    bool attend(int32_t unit, int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
+    bool attend(int32_t count, bool again, RunningSoftmax (&softmax)[2]) {
         Conversions conversions;
         softmax[0] = softmax[1] = RunningSoftmax();
         for (int which = 0; which < 2; ++which) softmax[which].seeing = queries_seeing(Chunk{groups, count, which, nullptr});
@@ -263,11 +263,11 @@ struct UnitForward : UnitHead<T> {
         const int32_t count = activate_groups(unit);
         RunningSoftmax softmax[2];
         plan_prefetches(unit, count);
-        if (!attend<(kParts > 1)>(unit, count, false, softmax)) attend<true>(unit, count, false, softmax);
+        if (!attend<(kParts > 1)>(count, false, softmax)) attend<true>(count, false, softmax);
         const bool finite = write(unit, ~0u, softmax);
         const uint32_t left = kParts == 1 ? out_of_range(softmax, finite) : 0;
         if (!left) return;
-        attend<true>(unit, count, true, softmax);
+        attend<true>(count, true, softmax);
         write(unit, left, softmax);
     }
 

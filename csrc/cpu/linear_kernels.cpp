@@ -108,14 +108,14 @@ void columns(const LinearArgs& a, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < a.R; ++r) gelu_of(a.out + r * a.N + begin, end - begin);
 }
 
-size_t packed_bytes(const LinearArgs& a) {
+size_t packed_bytes([[maybe_unused]] const LinearArgs& a) {
 #if defined(__AMX_BF16__)
     if (a.dtype == DType::bfloat16) return size_t(unit_groups(a) * unit_steps(a) * kUnitWords) * sizeof(Word);
 #endif
     return 0;
 }
 
-void pack(const LinearArgs& a, void* packed) {
+void pack([[maybe_unused]] const LinearArgs& a, [[maybe_unused]] void* packed) {
 #if defined(__AMX_BF16__)
     if (a.dtype == DType::bfloat16) pack_x(a, static_cast<Word*>(packed));
 #endif
