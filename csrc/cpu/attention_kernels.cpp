@@ -19,6 +19,8 @@ namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 namespace {
 
+#if !defined(__AMX_BF16__)  // whose kernels are in attention_units*.h
+
 constexpr int NV = kPanel / VW;              // vectors in a panel
 constexpr int PANELS = VW == 16 ? 2 : 1;     // panels whose scores of a block fit the register file at once
 constexpr int ROWS = VW == 16 ? 8 : 4;       // rows of an accumulated product at once ...
@@ -301,6 +303,13 @@ struct BFloat16Engine {
 };
 #endif
 
+template <class T>
+struct EngineOf { typedef FloatEngine<T> type; };
+#if defined(DF_BF16_DOT)
+template <>
+struct EngineOf<BFloat16> { typedef BFloat16Engine type; };
+#endif
+
 struct ForwardScratch {
     float *scores, *out;
     ActiveTile* tiles;
@@ -351,11 +360,11 @@ DF_INLINE void softmax(const ActiveTile* tiles, int32_t count, float scale, floa
         lse[r] = sum[r] == 0 ? minus_infinity() : row_max[r] * by.size + __builtin_logf(sum[r]);
 }
 
-template <class T, class Engine>
-void forward_with(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
+template <class T>
+void forward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
     const AttentionLayout& layout = a.layout;
     Arena arena{scratch, 0};
-    Engine engine(a, arena);
+    typename EngineOf<T>::type engine(a, arena);
     const int64_t Dp = engine.Dp;
     const ForwardScratch s = forward_arrays(layout, Dp, arena);
     const int64_t text_length = a.text_lengths ? a.text_lengths[t.batch] : int64_t(layout.num_text_panels) * kPanel;
@@ -593,12 +602,12 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
                           row_of<T>(a.grad_query, t.batch, t.head, layout.query_token[slot]), a.grad_query.stride_d, D);
 }
 
-// -- what the driver calls ----------------------------------------------------------------------------------------------------
+// -- scratch memory ---------------------------------------------------------------------------------------------------------
 
-template <class T, class Engine>
-size_t forward_scratch_with(const AttentionArgs& a) {
+template <class T>
+size_t forward_scratch_of(const AttentionArgs& a) {
     Arena arena{nullptr, 0};
-    Engine engine(a, arena);
+    typename EngineOf<T>::type engine(a, arena);
     forward_arrays(a.layout, engine.Dp, arena);
     return arena.used;
 }
@@ -610,77 +619,34 @@ size_t backward_scratch_of(const AttentionArgs& a) {
     return arena.used;
 }
 
-#if defined(__AMX_BF16__)
+#else
+template <class T>
+size_t forward_scratch_of(const AttentionArgs& a) { return unit_scratch<UnitForward<T>>(a); }
+template <class T>
+void forward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) { forward_with_units<T>(a, t, scratch); }
+template <class T>
+size_t backward_scratch_of(const AttentionArgs& a) { return unit_scratch<UnitBackward<T>>(a); }
+template <class T>
+void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) { backward_with_units<T>(a, t, scratch); }
+#endif
+
+// -- what the driver calls ----------------------------------------------------------------------------------------------------
+
 size_t forward_scratch(const AttentionArgs& a) {
-    switch (a.dtype) {
-        case DType::float32: return unit_scratch<UnitForward<float>>(a);
-        case DType::float16: return unit_scratch<UnitForward<Half>>(a);
-        default: return unit_scratch<UnitForward<BFloat16>>(a);
-    }
+    return with_type(a.dtype, [&](auto zero) { return forward_scratch_of<decltype(zero)>(a); });
 }
 
 void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return forward_with_units<float>(a, t, scratch);
-        case DType::float16: return forward_with_units<Half>(a, t, scratch);
-        default: return forward_with_units<BFloat16>(a, t, scratch);
-    }
+    with_type(a.dtype, [&](auto zero) { forward_of<decltype(zero)>(a, t, scratch); });
 }
 
 size_t backward_scratch(const AttentionArgs& a) {
-    switch (a.dtype) {
-        case DType::float32: return unit_scratch<UnitBackward<float>>(a);
-        case DType::float16: return unit_scratch<UnitBackward<Half>>(a);
-        default: return unit_scratch<UnitBackward<BFloat16>>(a);
-    }
+    return with_type(a.dtype, [&](auto zero) { return backward_scratch_of<decltype(zero)>(a); });
 }
 
 void backward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return backward_with_units<float>(a, t, scratch);
-        case DType::float16: return backward_with_units<Half>(a, t, scratch);
-        default: return backward_with_units<BFloat16>(a, t, scratch);
-    }
+    with_type(a.dtype, [&](auto zero) { backward_of<decltype(zero)>(a, t, scratch); });
 }
-#else
-#if defined(DF_BF16_DOT)
-typedef BFloat16Engine EngineOfBFloat16;
-#else
-typedef FloatEngine<BFloat16> EngineOfBFloat16;
-#endif
-
-size_t forward_scratch(const AttentionArgs& a) {
-    switch (a.dtype) {
-        case DType::float32: return forward_scratch_with<float, FloatEngine<float>>(a);
-        case DType::float16: return forward_scratch_with<Half, FloatEngine<Half>>(a);
-        default: return forward_scratch_with<BFloat16, EngineOfBFloat16>(a);
-    }
-}
-
-void forward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return forward_with<float, FloatEngine<float>>(a, t, scratch);
-        case DType::float16: return forward_with<Half, FloatEngine<Half>>(a, t, scratch);
-        default: return forward_with<BFloat16, EngineOfBFloat16>(a, t, scratch);
-    }
-}
-
-size_t backward_scratch(const AttentionArgs& a) {
-    switch (a.dtype) {
-        case DType::float32: return backward_scratch_of<float>(a);
-        case DType::float16: return backward_scratch_of<Half>(a);
-        default: return backward_scratch_of<BFloat16>(a);
-    }
-}
-
-void backward(const AttentionArgs& a, const AttentionTask& t, char* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return backward_of<float>(a, t, scratch);
-        case DType::float16: return backward_of<Half>(a, t, scratch);
-        default: return backward_of<BFloat16>(a, t, scratch);
-    }
-}
-#endif
 
 }  // namespace
 

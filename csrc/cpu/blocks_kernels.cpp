@@ -2,7 +2,6 @@
 #include "blocks.h"
 
 #include <cmath>
-#include <type_traits>
 
 #include "rows.h"
 #include "simd.h"
@@ -10,16 +9,6 @@
 namespace dalle_fast {
 namespace DALLE_FAST_ISA {
 namespace {
-
-// f(a null pointer of the dtype's type)
-template <class F>
-void with_type(DType dtype, F f) {
-    switch (dtype) {
-        case DType::float32: return f(static_cast<float*>(nullptr));
-        case DType::float16: return f(static_cast<Half*>(nullptr));
-        default: return f(static_cast<BFloat16*>(nullptr));
-    }
-}
 
 typedef double Doubles __attribute__((vector_size(VW * 8)));
 
@@ -49,19 +38,19 @@ void add_norm(const AddNormArgs& a, int64_t row) {
     float* x = a.x + row * a.W;
     if (a.update)
         for (int64_t k = 0; k < a.W; ++k) x[k] += a.update[row * a.W + k];
-    with_type(a.dtype, [&](auto* null) { normalize<std::remove_pointer_t<decltype(null)>>(a, x, a.out + row * a.W); });
+    with_type(a.dtype, [&](auto zero) { normalize<decltype(zero)>(a, x, a.out + row * a.W); });
 }
 
 void store_heads(DType dtype, const float* heads, int64_t H, int64_t D, const Strided& to, int64_t sample, int64_t slot) {
-    with_type(dtype, [&](auto* null) {
-        typedef std::remove_pointer_t<decltype(null)> T;
+    with_type(dtype, [&](auto zero) {
+        typedef decltype(zero) T;
         for (int64_t h = 0; h < H; ++h) store_row(heads + h * D, 1, row_of<T>(to, sample, h, slot), to.stride_d, D);
     });
 }
 
 void load_heads(DType dtype, const Strided& from, int64_t sample, int64_t slot, int64_t H, int64_t D, float* heads) {
-    with_type(dtype, [&](auto* null) {
-        typedef std::remove_pointer_t<decltype(null)> T;
+    with_type(dtype, [&](auto zero) {
+        typedef decltype(zero) T;
         for (int64_t h = 0; h < H; ++h)
             load_row(row_of<const T>(from, sample, h, slot), from.stride_d, D, D, heads + h * D);
     });

@@ -348,11 +348,7 @@ void gumbel_backward_rows(const GumbelBackward& a, int64_t begin, int64_t end, f
 }
 
 void gumbel_backward(const GumbelBackward& a, int64_t begin, int64_t end, float* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return gumbel_backward_rows<float>(a, begin, end, scratch);
-        case DType::float16: return gumbel_backward_rows<Half>(a, begin, end, scratch);
-        case DType::bfloat16: return gumbel_backward_rows<BFloat16>(a, begin, end, scratch);
-    }
+    with_type(a.dtype, [&](auto zero) { gumbel_backward_rows<decltype(zero)>(a, begin, end, scratch); });
 }
 
 void best_codes(const SampleRows& a, const LogitTile& tile, BestCode* of_rows) {
@@ -442,11 +438,7 @@ void cross_entropy_rows(const CrossEntropyRows& a, int64_t begin, int64_t end, f
 }
 
 void cross_entropy(const CrossEntropyRows& a, int64_t begin, int64_t end, float* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return cross_entropy_rows<float>(a, begin, end, scratch);
-        case DType::float16: return cross_entropy_rows<Half>(a, begin, end, scratch);
-        case DType::bfloat16: return cross_entropy_rows<BFloat16>(a, begin, end, scratch);
-    }
+    with_type(a.dtype, [&](auto zero) { cross_entropy_rows<decltype(zero)>(a, begin, end, scratch); });
 }
 
 template <class T>
@@ -476,11 +468,7 @@ void gumbel_softmax_rows(const GumbelSoftmaxRows& a, int64_t begin, int64_t end,
 }
 
 void gumbel_softmax(const GumbelSoftmaxRows& a, int64_t begin, int64_t end, float* scratch) {
-    switch (a.dtype) {
-        case DType::float32: return gumbel_softmax_rows<float>(a, begin, end, scratch);
-        case DType::float16: return gumbel_softmax_rows<Half>(a, begin, end, scratch);
-        case DType::bfloat16: return gumbel_softmax_rows<BFloat16>(a, begin, end, scratch);
-    }
+    with_type(a.dtype, [&](auto zero) { gumbel_softmax_rows<decltype(zero)>(a, begin, end, scratch); });
 }
 
 // -- what may be drawn --------------------------------------------------------------------------------------------------

@@ -245,16 +245,11 @@ template <class F>
 void with_decoder(const DecodeArgs& a, Arena& arena, F f) {
     const bool in_place = a.D % VW == 0 && a.text_value.stride_d == 1 && a.image_key.stride_d == 1 &&
                           a.image_value.stride_d == 1;
-    const auto of_type = [&](auto zero) {
+    with_type(a.dtype, [&](auto zero) {
         typedef decltype(zero) T;
         if (in_place) f(Decoder<T, true>(a, arena));
         else f(Decoder<T, false>(a, arena));
-    };
-    switch (a.dtype) {
-        case DType::float32: return of_type(float{});
-        case DType::float16: return of_type(Half{});
-        default: return of_type(BFloat16{});
-    }
+    });
 }
 
 size_t decode_scratch(const DecodeArgs& a) {

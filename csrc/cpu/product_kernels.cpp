@@ -99,11 +99,7 @@ struct PairDot {
 #endif
 
 Pack pack_as_floats(DType dtype) {
-    switch (dtype) {
-        case DType::float16: return pack_words<Half>;
-        case DType::bfloat16: return pack_words<BFloat16>;
-        default: return pack_words<float>;
-    }
+    return with_type(dtype, [](auto zero) -> Pack { return pack_words<decltype(zero)>; });
 }
 
 Format format_of(const Operand& a, const Operand& b) {

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "../dtype.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -61,6 +63,16 @@ DF_INLINE void prefetch_for_write(const void* p) {
 
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };
+
+// f(a 0 of the dtype's type)
+template <class F>
+DF_INLINE auto with_type(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::float32: return f(float{});
+        case DType::float16: return f(Half{});
+        default: return f(BFloat16{});
+    }
+}
 
 DF_INLINE float bits_to_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 DF_INLINE uint32_t float_to_bits(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits; }
