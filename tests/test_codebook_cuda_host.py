@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import sysconfig
 from types import SimpleNamespace
 
@@ -242,3 +243,41 @@ def test_gumbel_softmax(on_host, dtype):
     results = [serving.gumbel_softmax(logits, 0.7, x.seed) for serving in (on_host, reference)]
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, dtype)
+
+
+WHICH_CUBLAS = """
+import ctypes, sys
+find, *_ = [ctypes.CDLL(path) for path in sys.argv[1:]]
+print(find.found_version())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a module with CUDA is for Linux")
+def test_the_cublas_that_torch_is_linked_with_is_taken(tmp_path):
+    """Whichever others are loaded: a handle of one is not to be given to another."""
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def library(name, text, *options):
+        source, path = tmp_path / f"{name}.cpp", tmp_path / name
+        source.write_text(text)
+        command = [compiler, "-std=c++17", "-shared", "-fPIC", source, f"-Wl,-soname,{name}", "-o", path, *options]
+        subprocess.run(command, check=True)
+        return path
+
+    old, new = (
+        library(f"libcublas.so.{version}", f'extern "C" int cublasGemmEx() {{ return {version}; }}')
+        for version in (12, 13)
+    )
+    torch_of_old = library("libtorch_cuda.so", "", "-Wl,--no-as-needed", old, "-Wl,-rpath,$ORIGIN")
+    asks = f'#include "{ROOT}/csrc/cuda/blas_library.cpp"\n' + (
+        'extern "C" int found_version() {\n'
+        '    void* const found = dalle_fast::find_in_cublas("cublasGemmEx");\n'
+        "    return found ? reinterpret_cast<int (*)()>(found)() : 0;\n"
+        "}\n"
+    )
+    find = library("find.so", asks, "-ldl")
+    for loaded, expected in (((new, torch_of_old), "12"), ((torch_of_old, new), "12"), ((new,), "13"), ((), "0")):
+        command = [sys.executable, "-c", WHICH_CUBLAS, find, *loaded]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == expected
