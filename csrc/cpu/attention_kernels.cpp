@@ -139,7 +139,7 @@ struct FloatEngine {
             if (!values_in_place)
                 load_row(row_of<const T>(a.value, t.batch, t.head, token), a.value.stride_d, a.D, Dp, value);
         }
-        transpose_panel(reinterpret_cast<const Word*>(rows), Dp, Dp, reinterpret_cast<Word*>(keys + slot * kPanel * Dp));
+        transpose_panel(rows, Dp, keys + slot * kPanel * Dp);
     }
     void load_queries(const AttentionTask& t, const int32_t* tokens) {
         for (int r = 0; r < kBlock; ++r) {
@@ -235,7 +235,7 @@ struct BFloat16Engine {
         panel_rows.find(a.key, t, tokens, kPanel, a.layout.seq_len);
         pair_elements(panel_rows, Dp, keys + begin);
         panel_rows.find(a.value, t, tokens, kPanel, a.layout.seq_len);
-        pair_keys(panel_rows, Dp, values + begin, Dp, 16);
+        pair_keys(panel_rows, Dp, values + begin);
     }
     void load_queries(const AttentionTask& t, const int32_t* tokens) {
         query_rows.find(a.query, t, tokens, kBlock, a.layout.seq_len);
@@ -518,9 +518,9 @@ void backward_of(const AttentionArgs& a, const AttentionTask& t, char* scratch) 
             }
         };
         load_panel(a.value, s.key_rows);
-        transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.values));
+        transpose_panel(s.key_rows, Dp, s.values);
         load_panel(a.key, s.key_rows);
-        transpose_panel(reinterpret_cast<const Word*>(s.key_rows), Dp, Dp, reinterpret_cast<Word*>(s.keys));
+        transpose_panel(s.key_rows, Dp, s.keys);
         // A text key is seen by every query after it: sums of sums keep the rounding of such long sums small.
         int blocks_summed = 0;
         const auto flush = [&] {

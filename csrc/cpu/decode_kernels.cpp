@@ -127,7 +127,7 @@ struct Decoder {
             const T* p = row_of<const T>(a.text_key, t.prompt, t.head, key + k);
             load_row(p, a.text_key.stride_d, key + k < L ? a.D : 0, Dp, rows + k * Dp);
         }
-        transpose_panel(reinterpret_cast<const Word*>(rows), Dp, Dp, reinterpret_cast<Word*>(keys + key * Dp));
+        transpose_panel(rows, Dp, keys + key * Dp);
     }
 
     // scores (count, Lp) of the text; the keys before `in_place` lie in panels of the tensor itself.

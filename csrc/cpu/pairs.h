@@ -83,16 +83,14 @@ DF_INLINE void pair_elements(const TokenRows<kPanel>& rows, int64_t Dp, Word* ou
     }
 }
 
-// A panel's values -> pairs of keys for each element. 16 elements lie side by side, other strides are the caller's.
-DF_INLINE void pair_keys(const TokenRows<kPanel>& rows, int64_t Dp, Word* out, int64_t pair_stride,
-                         int64_t part_stride) {
+// A panel's values -> (8, Dp) pairs of keys
+DF_INLINE void pair_keys(const TokenRows<kPanel>& rows, int64_t Dp, Word* out) {
     for (int k = 0; k < kPanel; k += 2)
         for (int64_t d = 0; d < Dp; d += 32) {
             const Shorts even = load_shorts(rows.row[k], d, rows.D), odd = load_shorts(rows.row[k + 1], d, rows.D);
-            Word* p = out + k / 2 * pair_stride + d / 16 * part_stride;
+            Word* p = out + k / 2 * Dp + d;
             *reinterpret_cast<UnalignedWords*>(p) = (Words)shuffle<LowerPairs>(even, odd);
-            if (d + 16 < Dp)
-                *reinterpret_cast<UnalignedWords*>(p + part_stride) = (Words)shuffle<UpperPairs>(even, odd);
+            if (d + 16 < Dp) *reinterpret_cast<UnalignedWords*>(p + 16) = (Words)shuffle<UpperPairs>(even, odd);
         }
 }
 

@@ -74,16 +74,15 @@ DF_INLINE void store_row(const float* x, float scale, T* p, int64_t stride, int6
     for (; d < D; ++d) from_float(x[d] * scale, p + d * stride);
 }
 
-// in (16, n) words of 32 bits, rows `stride` words apart -> out (n, 16); n is a multiple of 16... or 8, then in must
-// be readable up to the next multiple of 16 and only n rows are written.
-DF_INLINE void transpose_panel(const Word* in, int64_t stride, int64_t n, Word* out) {
-    for (int64_t d = 0; d < n; d += 16) {
-        Words rows[16];
+// A panel's rows (16, Dp) -> (Dp, 16)
+DF_INLINE void transpose_panel(const float* rows, int64_t Dp, float* out) {
+    for (int64_t d = 0; d < Dp; d += 16) {
+        Words words[16];
 #pragma GCC unroll 16
-        for (int x = 0; x < 16; ++x) rows[x] = *reinterpret_cast<const UnalignedWords*>(in + x * stride + d);
-        transpose(rows);
-        const int64_t left = n - d < 16 ? n - d : 16;
-        for (int64_t x = 0; x < left; ++x) *reinterpret_cast<UnalignedWords*>(out + (d + x) * 16) = rows[x];
+        for (int x = 0; x < 16; ++x) words[x] = *reinterpret_cast<const UnalignedWords*>(rows + x * Dp + d);
+        transpose(words);
+#pragma GCC unroll 16
+        for (int x = 0; x < 16; ++x) *reinterpret_cast<UnalignedWords*>(out + (d + x) * 16) = words[x];
     }
 }
 
