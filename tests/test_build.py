@@ -89,6 +89,16 @@ def test_loading_it_leaves_the_floating_point_mode_alone():
     assert output(code) == [True, True]
 
 
+def test_instruction_sets_share_no_code():
+    """A function that several of them define for all is linked once, perhaps from one that the CPU does not have."""
+    objects = sorted(ROOT.glob("build/cmake-*/CMakeFiles/kernels_*/**/*.o"))
+    if shutil.which("nm") is None or not objects:
+        pytest.skip("no nm, or the module was built elsewhere")
+    found = subprocess.run(["nm", "-A", "--defined-only", *objects], capture_output=True, text=True, check=True).stdout
+    for_others = [line for line in found.splitlines() if line.split()[-2] in "TWVuvwi"]  # not their tables, D
+    assert found and not for_others
+
+
 @pytest.fixture
 def loaded_anew(monkeypatch):
     """`_extension` looks for the module whenever it is asked."""
