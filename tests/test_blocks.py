@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dalle_fast.nn as fnn
+from dalle_fast import _extension
 from dalle_fast.masks import causal_mask, column_mask, conv_mask, row_mask
 from dalle_fast.nn import transformer as module
 from dalle_fast.nn.kv_cache import KVCache
@@ -665,6 +666,19 @@ def test_weights_of_other_shapes_are_refused_by_torch(served):
             with pytest.raises(RuntimeError):
                 model.step(inputs[:, T + 1], cache)
     assert not served
+
+
+def test_lists_that_are_not_of_as_many_blocks_are_refused():
+    native, sizes, norm = _extension.native(), (1, 1, 8, 1, 8, 1, 8), torch.zeros(8)
+    for parameters, epsilons, slots in (
+        ([], [1e-5], []),
+        ([norm.data_ptr()] * 2, [], []),
+        ([norm.data_ptr()] * 2, [1e-5], [0]),
+    ):
+        with pytest.raises(ValueError, match="must be of as many blocks"):
+            native.blocks_step(
+                sizes, 0, 1.0, 0, parameters, epsilons, [], [], slots, 0, norm.data_ptr(), norm.data_ptr(), 1
+            )
 
 
 def test_it_is_a_good_torch_operation():

@@ -88,6 +88,12 @@ def test_product_of_every_size_and_dtype(sizes):
         assert torch.equal(total, exact + 1)
 
 
+def test_factors_of_two_depths_are_refused():
+    a, b = torch.zeros(3, 5), torch.zeros(4, 6)
+    with pytest.raises(ValueError, match="as many columns, got 5 and 6"):
+        cpu.product(a, b)
+
+
 @pytest.mark.parametrize(
     "how", [how for how in HOW if how not in ("expanded rows", "expanded columns", "zero strides")]
 )

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <vector>
 
 #include "../bindings.h"
@@ -34,7 +35,11 @@ void bind_blocks(py::module_& m) {
              const std::vector<int64_t>& parameters, const std::vector<float>& epsilons,
              const std::vector<CacheNumbers>& caches, const std::vector<TableNumbers>& tables,
              const std::vector<int64_t>& slots, int64_t position, int64_t x, int64_t out, int threads) {
-              std::vector<Block> blocks(caches.size());
+              const size_t count = caches.size();
+              if (parameters.size() != count * kParameters + 2 || epsilons.size() != 2 * count + 1 ||
+                  tables.size() != count || slots.size() != count)
+                  throw std::invalid_argument("parameters, epsilons, caches, tables and slots must be of as many blocks");
+              std::vector<Block> blocks(count);
               for (size_t n = 0; n < blocks.size(); ++n) {
                   const int64_t* p = &parameters[n * kParameters];
                   Block& b = blocks[n];
@@ -66,7 +71,7 @@ void bind_blocks(py::module_& m) {
               const int64_t* last = &parameters[blocks.size() * kParameters];
               a.norm = {at(last[0]), at(last[1]), epsilons[2 * blocks.size()]};
               a.x = static_cast<const float*>(at(x));
-              a.out = static_cast<float*>(reinterpret_cast<void*>(out));
+              a.out = reinterpret_cast<float*>(out);
               blocks_step(blocks_kernels(), linear_kernels(), decode_kernels(), a, threads);
           },
           py::call_guard<py::gil_scoped_release>());

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "../bindings.h"
 #include "../gumbel.h"
@@ -36,8 +38,14 @@ Operand operand(const Matrix& x) {
     return {at<const void>(x[0]), static_cast<DType>(x[1]), x[2], x[4], x[5]};
 }
 
+int64_t depth_of(const Matrix& a, const Matrix& b) {
+    if (a[3] == b[3]) return a[3];
+    throw std::invalid_argument("factors must have as many columns, got " + std::to_string(a[3]) + " and " +
+                                std::to_string(b[3]));
+}
+
 LogitFactors logit_factors(const Matrix& hidden, const Matrix& weight) {
-    return {operand(hidden), operand(weight), hidden[3]};
+    return {operand(hidden), operand(weight), depth_of(hidden, weight)};
 }
 
 py::array_t<uint32_t> philox_counter_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -103,12 +111,12 @@ void bind_codebook(py::module_& m) {
           }, released);
     m.def("product",
           [](const Matrix& a, const Matrix& b, int64_t out, int64_t stride_out, bool add, int threads) {
-              multiply(product_kernels(), {operand(a), operand(b), a[3], at<float>(out), stride_out, add}, threads);
+              multiply(product_kernels(), {operand(a), operand(b), depth_of(a, b), at<float>(out), stride_out, add}, threads);
           }, released);
     m.def("product_as_sums",  // (M, N), contiguous
           [](const Matrix& a, const Matrix& b, int64_t upper, int64_t lower, int dtype, bool add, bool last, int threads) {
               const PackedSums sums{at<uint16_t>(upper), at<uint8_t>(lower), static_cast<DType>(dtype)};
-              multiply(product_kernels(), {operand(a), operand(b), a[3], nullptr, b[2], add, sums, last}, threads);
+              multiply(product_kernels(), {operand(a), operand(b), depth_of(a, b), nullptr, b[2], add, sums, last}, threads);
           }, released);
     m.def("sample_streaming",
           [](const Matrix& hidden, const Matrix& weight, int64_t bias, int64_t seed, bool seed_per_row,
