@@ -79,6 +79,34 @@ def test_meta_tensors(make):
     assert out.is_meta and out.shape == (B, H, S, D) and lse.shape == (B, H, S)
 
 
+def test_shapes_that_do_not_fit_are_refused_past_the_public_function(server, make):
+    """A program of AOTInductor hands on any shape, and native code would read beyond a tensor."""
+    q, k, v = packed(make, device=server.device)
+    rest = (MASK.encode(), 0.3, server.impl)
+    out, lse = FORWARD(q, k, v, None, *with_lse(rest))
+    half, short, lengths = k.to(torch.bfloat16), k[:, :, 1:], torch.tensor([2], device=server.device)
+    long = torch.cat([q, q], 2)
+    for wrong in (
+        (q, short, v, None),
+        (q, k, v[:1], None),
+        (q, half, v, None),
+        (q, k, v, lengths),
+        (long,) * 3 + (None,),
+    ):
+        with pytest.raises((ValueError, TypeError), match=" must have "):
+            FORWARD(*wrong, *with_lse(rest))
+    good = dict(grad_out=q, grad_lse=lse, query=q, key=k, value=v, out=out, lse=lse, text_lengths=None)
+    for name, wrong in (
+        ("key", short),
+        ("grad_out", q[:1]),
+        ("out", half),
+        ("lse", lse[:1]),
+        ("grad_lse", lse[..., 1:]),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{name} must have "):
+            BACKWARD(*{**good, name: wrong}.values(), *rest)
+
+
 # -- torch.compile ---------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,35 @@ def test_opcheck(serve, dtype, requires_grad):
         check(OPS.codebook_cross_entropy_reduced.default, (hidden, weight, bias, *rest), test_utils=tests)
 
 
+def test_shapes_that_do_not_fit_are_refused_past_the_public_functions(serve):
+    """A program of AOTInductor hands on any shape, and native code would read beyond a tensor."""
+    hidden, weight, bias, codebook, tau, seed, target = arguments(serve.device)
+    impl, seeds = serve.impl, torch.arange(N - 1, device=serve.device)
+    product, of_loss, of_reduced = (hidden, weight, bias), (-1, impl), (tau, -1, [True] * 3, impl)
+    wrong = [
+        (OPS.gumbel_codebook, *product, codebook[1:], tau, seed, False, False, impl),
+        (OPS.gumbel_codebook, *product, codebook, tau, seeds, True, False, impl),
+        (OPS.codebook_sample, *product, tau, seeds, True, impl),
+        (OPS.codebook_cross_entropy, *product, target[1:], *of_loss),
+        (OPS.codebook_cross_entropy_reduced, *product, target[1:], *of_reduced),
+    ]
+    for product in (
+        (hidden[:, 1:], weight, bias),
+        (hidden, weight[1:], bias),
+        (hidden, weight, bias[1:]),
+        (hidden[0], weight, bias),
+    ):
+        wrong += [
+            (OPS.gumbel_codebook, *product, codebook, tau, seed, False, False, impl),
+            (OPS.codebook_sample, *product, tau, seed, False, impl),
+            (OPS.codebook_cross_entropy, *product, target, *of_loss),
+            (OPS.codebook_cross_entropy_reduced, *product, target, *of_reduced),
+        ]
+    for operation, *given in wrong:
+        with pytest.raises(ValueError, match=" must have "):
+            operation(*given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_backward(serve, dtype):
     hidden, weight, bias, codebook, tau, seed, target = arguments(serve.device, dtype)

@@ -259,6 +259,20 @@ def test_opcheck(server, make, dtype):
         torch.library.opcheck(DECODE, (*tensors, position, lengths, list(ROW.encode()), 0.3, server.impl))
 
 
+def test_shapes_that_do_not_fit_are_refused_past_the_public_function(server, make):
+    """A program of AOTInductor hands on any shape, and native code would read beyond a tensor, or divide by 0 prompts."""
+    query, text_key, *others = inputs(make, device=server.device)
+    rest = (torch.tensor(12, device=server.device), None, list(ROW.encode()), 0.3, server.impl)
+    for wrong in (
+        (query[1:], text_key),
+        (query, text_key[:, :, 1:]),
+        (query, text_key[:0]),
+        (query[..., 1:], text_key),
+    ):
+        with pytest.raises(ValueError, match=" must have "):
+            DECODE(*wrong, *others, *rest)
+
+
 def test_compiled_once_for_all_positions(server, make):
     torch._dynamo.reset()
     query, *tensors = [x.nan_to_num() for x in inputs(make, device=server.device)]

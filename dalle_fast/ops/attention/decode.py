@@ -122,6 +122,7 @@ def check_position(position, mask):
 
 def _decode_kernel(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl):
     mask = AttentionMask.decode(mask)
+    _check(query, text_key, text_value, image_key, image_value, mask, text_lengths, scale, impl)  # see _checked_forward
     return _decode(query, text_key, text_value, image_key, image_value, position, text_lengths, mask, scale, impl)
 
 

@@ -57,6 +57,10 @@ def sparse_attention(query, key, value, mask, *, scale=None, text_lengths=None, 
         if out is not None:
             return out
     scale = _check(query, key, value, mask, scale, text_lengths, impl)
+    _, H, S, _ = query.shape
+    # Not what is compiled: sizes may be open, and to look at them would close them.
+    if not torch.compiler.is_compiling() and H == mask.seq_len != S:
+        warn_of_layout(query, f"(batch, heads, sequence, head size): {S} positions of {H} heads", "use transpose(1, 2)")
     if dtype := autocast_dtype(query):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if impl == "reference" and is_forward_mode():  # plain torch, which has forward-mode derivatives
@@ -98,16 +102,13 @@ def _check(query, key, value, mask, scale, text_lengths, impl) -> float:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-    B, H, S, D = query.shape
+    B, _, S, D = query.shape
     if S > mask.seq_len:
         raise ValueError(f"query must have at most the mask's {mask.seq_len} positions, got {S} ({mask!r})")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head size from 1 to {MAX_HEAD_DIM}, got {D}")
     if text_lengths is not None:
         check_text_lengths(text_lengths, B, query.device)
-    # Not what is compiled: sizes may be open, and to look at them would close them.
-    if not torch.compiler.is_compiling() and H == mask.seq_len != S:
-        warn_of_layout(query, f"(batch, heads, sequence, head size): {S} positions of {H} heads", "use transpose(1, 2)")
     return check_scale(scale, D)
 
 
@@ -192,6 +193,30 @@ def _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, imp
 
 
 _forward_alone = functools.partial(_forward_kernel, if_unseen="none")  # without a backward pass
+
+
+# The dispatcher's. Who computes is given addresses, and an operation may be called past the public function: by a program
+# that was compiled ahead of time, which looks at no shape that it is fed.
+
+
+def _checked_forward(query, key, value, text_lengths, mask, scale, exact_lse, impl):
+    _check(query, key, value, AttentionMask.decode(mask), scale, text_lengths, impl)
+    return _forward_kernel(query, key, value, text_lengths, mask, scale, exact_lse, impl)
+
+
+def _checked_backward(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
+    _check(query, key, value, AttentionMask.decode(mask), scale, text_lengths, impl)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, query.shape, query.dtype),
+        ("out", out, query.shape, query.dtype),
+        ("lse", lse, query.shape[:3], lse_dtype),
+        ("grad_lse", grad_lse, query.shape[:3], lse_dtype),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            got = f"{tensor.dtype} and {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must have dtype {dtype} and shape {tuple(shape)}, got {got}")
+    return _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl)
 
 
 def _backward_kernel(grad_out, grad_lse, query, key, value, out, lse, text_lengths, mask, scale, impl):
@@ -321,13 +346,13 @@ def _vmapped(op, tensors):
     return rule
 
 
-def _register(schema, kernel, alone, fake, function, tensors):
+def _register(schema, checked, kernel, alone, fake, function, tensors):
     """All that torch needs of one operation; `tensors` counts its leading tensor arguments, text_lengths the last.
 
-    `alone` is the kernel for plain calls without a gradient: it may leave out what only a backward pass would take.
-    Returns the function to call the operation by.
+    `checked` is the kernel for whom the dispatcher sends. `alone` is that for plain calls without a gradient: it may leave
+    out what only a backward pass would take. Returns the function to call the operation by.
     """
-    op = register(schema, kernel, fake)
+    op = register(schema, checked, fake)
     LIBRARY.impl(op.name(), _with_autograd(op, function, tensors - 1), "Autograd")
     torch.library.register_vmap(op.name(), _vmapped(op, tensors), lib=LIBRARY)
     return _directly(op, kernel, alone, function, tensors)
@@ -336,6 +361,7 @@ def _register(schema, kernel, alone, fake, function, tensors):
 _forward = _register(
     "sparse_attention(Tensor query, Tensor key, Tensor value, Tensor? text_lengths, int[] mask, float scale, "
     "bool exact_lse, str impl) -> (Tensor, Tensor)",
+    _checked_forward,
     _forward_kernel,
     _forward_alone,
     _forward_fake,
@@ -345,6 +371,7 @@ _forward = _register(
 _backward = _register(
     "sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     "Tensor out, Tensor lse, Tensor? text_lengths, int[] mask, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+    _checked_backward,
     _backward_kernel,
     _backward_kernel,
     _backward_fake,

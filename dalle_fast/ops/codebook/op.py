@@ -259,8 +259,10 @@ def _wrong_targets(target, start, num_codes, ignore_index):
     return ((target < start) | (target >= start + num_codes)) & (target != ignore_index)
 
 
-def _check_codes(target, num_codes, ignore_index):
+def _check_codes(target, num_rows, num_codes, ignore_index):
     """As `_check_target`, where a compiled or exported program computes: a kernel would read beside a row of logits."""
+    if target.shape != (num_rows,):
+        raise ValueError(f"target must have shape ({num_rows},), got {tuple(target.shape)}")
     if target.device.type != "cpu":
         return
     wrong = _wrong_targets(target, 0, num_codes, ignore_index)
@@ -269,6 +271,27 @@ def _check_codes(target, num_codes, ignore_index):
         raise ValueError(
             f"target must hold codes, of code_range where there is one, or ignore_index; row {place} does not"
         )
+
+
+def _check_shapes(hidden, weight, bias, codebook):
+    """As `_check_product`, of what an operation is given past the public functions: by a program that was compiled ahead
+    of time, which looks at no shape that it is fed, while who computes is given addresses."""
+    K = weight.shape[:1]
+    fits = hidden.dim() == weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.shape[0] > 0
+    fits = fits and (bias is None or bias.shape == K)
+    if not (fits and (codebook is None or (codebook.dim() == 2 and codebook.shape[:1] == K))):
+        shapes = [None if x is None else tuple(x.shape) for x in (hidden, weight, bias, codebook)]
+        raise ValueError(
+            "hidden, weight, bias and codebook must have shapes (N, Din), (K, Din), (K,) and (K, D), "
+            f"got {', '.join(map(str, shapes))}"
+        )
+
+
+def _check_seeds(seed, seed_per_row, num_rows):
+    """The same, of seeds."""
+    shape = (num_rows if seed_per_row else 1,)
+    if seed is not None and seed.shape != shape:
+        raise ValueError(f"seed must have shape {shape}, got {tuple(seed.shape)}")
 
 
 def _restrict(weight, bias, code_range):
@@ -393,6 +416,8 @@ def _implementation(name):
 def _serving(operation, impl, **tensors):
     """Who serves; with a `row_weight` it makes gradients of losses."""
     first = next(iter(tensors.values()))
+    if "weight" in tensors:
+        _check_shapes(*map(tensors.get, ("hidden", "weight", "bias", "codebook")))
     if tensors.get("row_weight") is not None:
         operation += " with gradients"
     return choose((operation, _COST), impl, device_type(first), _implementation, AUTO[operation], tensors)
@@ -470,6 +495,7 @@ def _kept_columns(hidden, codebook, impl):
 )
 def _gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard, impl):
     _check_value("tau", tau, positive=True)
+    _check_seeds(seed, seed_per_row, len(hidden))
     serving = _serving("gumbel_codebook", impl, hidden=hidden, weight=weight, bias=bias, codebook=codebook)
     embedding, kl, codes, stats = serving.gumbel_codebook(hidden, weight, bias, codebook, tau, seed, seed_per_row, hard)
     if hard:
@@ -527,6 +553,7 @@ def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl
     operation = "codebook_argmax" if temperature is None else "codebook_sample"
     if temperature is not None:
         _check_value("temperature", temperature, positive=False)
+    _check_seeds(seed, seed_per_row, len(hidden))
     serving = _serving(operation, impl, hidden=hidden, weight=weight, bias=bias)
     return serving.sample(hidden, weight, bias, temperature, seed, seed_per_row)
 
@@ -537,7 +564,7 @@ def _codebook_sample(hidden, weight, bias, temperature, seed, seed_per_row, impl
     lambda hidden, *rest: hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden)),
 )
 def _codebook_cross_entropy(hidden, weight, bias, target, ignore_index, impl):
-    _check_codes(target, weight.shape[0], ignore_index)
+    _check_codes(target, len(hidden), weight.shape[0], ignore_index)
     serving = _serving("codebook_cross_entropy", impl, hidden=hidden, weight=weight, bias=bias)
     return serving.cross_entropy(hidden, weight, bias, target, ignore_index, None, (False,) * 3)[0]
 
@@ -579,7 +606,7 @@ def _cross_entropy_autograd(ctx, grad_loss):
     ),
 )
 def _codebook_cross_entropy_reduced(hidden, weight, bias, target, row_weight, ignore_index, needs, impl):
-    _check_codes(target, weight.shape[0], ignore_index)
+    _check_codes(target, len(hidden), weight.shape[0], ignore_index)
     row_weight = row_weight.to(_wide_dtype(hidden))
     weight_or_none = row_weight if any(needs) else None
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "row_weight": weight_or_none}
