@@ -548,7 +548,8 @@ def _header_of(metadata) -> dict:
 
 
 def _check_settings(path, found: dict, expected: dict) -> None:
-    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    names = {*found, *expected} - {"evaluate_every"}  # which earlier runs have, and which may change
+    names = [name for name in sorted(names) if found.get(name) != expected.get(name)]
     if names:
         differences = "; ".join(f"{name} {found.get(name)!r}, not {expected.get(name)!r}" for name in names)
         longer = " (--init begins a run that trains its model further)" if "steps" in names else ""

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import dalle_fast.nn as fnn
-from dalle_fast import checkpoint
+from dalle_fast import checkpoint, progress
 from dalle_fast.checkpoint import CheckpointError, CheckpointWarning
 from dalle_fast.data import batches, open_source
 from dalle_fast.errors import UserError
@@ -474,12 +474,29 @@ def test_reports_that_are_cut_short_are_made_again(tmp_path, what, step, capsys)
         assert train(o, tmp_path / "parts", whole, **QUIET)[:2] == (12, None)
     assert log_of(tmp_path / "parts")[-1]["step"] == step
     of_it = "evaluation" if what == "evaluate" else what
-    warned = f"warning: no {of_it} of the trained model, which is written: Crash (--resume tries again)\n"
-    assert capsys.readouterr().err == warned * (step == 12)
+    told = f"warning: no {of_it} of the trained model, which is written: Crash (--resume tries again)\n"
+    if step < 12:
+        without = {"evaluate": "--evaluate-every 0", "pictures": "--picture-every 0"}[what]
+        told = f"no {of_it} of step 6: --resume tries again, and with {without} goes on without\n"
+    assert capsys.readouterr().err == told
     assert (tmp_path / "parts" / checkpoint.MODEL).exists() == (step == 12)
     assert (tmp_path / "parts" / "evaluation.json").exists() == (step == 12 and what == "pictures")
     train(objective(), tmp_path / "parts", whole, resume=True, **QUIET)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["evaluate", "pictures"])
+def test_a_run_can_go_on_without_what_always_fails(tmp_path, uninterrupted, what):
+    """As with a picture for validation that is gone, or samples for which memory is short."""
+
+    every = {"evaluate": "evaluate_every", "pictures": "picture_every"}[what]
+    for _ in range(2):
+        o = objective()
+        setattr(o, what, lambda model, at_once: crash())
+        with pytest.raises(Crash):
+            train(o, tmp_path, settings(**{every: 3}), resume=True, **QUIET)
+    train(objective(), tmp_path, settings(), resume=True, **QUIET)
+    assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -587,6 +604,17 @@ class Several(processes.Processes):
 
     def largest(self, number):
         return max(number, 5)
+
+
+def test_a_run_of_an_earlier_version_may_be_evaluated_more_often(tmp_path, monkeypatch):
+    """Of which settings have what no step depends on."""
+    of_version = LoopSettings.that_matter
+    with monkeypatch.context() as earlier:
+        earlier.setattr(LoopSettings, "that_matter", lambda loop: of_version(loop) | {"evaluate_every": 0})
+        train_and_crash_in_the_update(6, tmp_path)
+    assert checkpoint.saved_settings(tmp_path / checkpoint.CHECKPOINTS)["evaluate_every"] == 0
+    train(objective(), tmp_path, settings(evaluate_every=6), resume=True, **QUIET)
+    assert [line["step"] for line in log_of(tmp_path) if "evaluation/psnr" in line] == [6, 12]
 
 
 def test_processes_that_would_resume_from_other_steps_are_refused(tmp_path, monkeypatch):
@@ -803,6 +831,18 @@ def test_lines_where_no_one_watches(tmp_path, capsys):
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_told_above_the_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    steps = progress.bar(total=2, unit="step")
+    steps.update()
+    progress.tell("warning: of one thing")
+    steps.close()
+    line, bar = terminal.getvalue().strip("\n").split("\n")  # what "\r" ends is written over
+    assert [shown.strip() for shown in line.split("\r")][-2:] == ["", "warning: of one thing"] and "1/2" in bar
 
 
 def test_evaluation_counts_what_is_right():

@@ -39,11 +39,12 @@ import torch
 from dalle_fast import checkpoint
 from dalle_fast.errors import UserError
 from dalle_fast.outputs import held, make_folder
+from dalle_fast.progress import tell
 from dalle_fast.training import processes, random_state
 from dalle_fast.training.ema import EMA
 from dalle_fast.training.precision import PRECISIONS, precision_on
 from dalle_fast.training.recipes import check
-from dalle_fast.training.reports import LOG, NoReports, Reports, tell
+from dalle_fast.training.reports import LOG, NoReports, Reports
 
 
 class TrainingError(UserError, RuntimeError):
@@ -143,7 +144,7 @@ class LoopSettings:
     def that_matter(self) -> dict:
         """Those that numbers depend on, but for the precision, which "auto" leaves to the device, and the parts of a batch,
         of which other processes may have some."""
-        names = ("steps", "clip", "ema_decay", "ema_every", "log_every", "evaluate_every")
+        names = ("steps", "clip", "ema_decay", "ema_every", "log_every")
         return {name: getattr(self, name) for name in names}
 
 
@@ -171,8 +172,9 @@ def train(
     SIGTERM, SIGINT and SIGHUP end it after the step they meet, with a checkpoint; a second SIGINT ends it at once.
     SIGHUP stays ignored where it was, as under nohup. That second SIGINT, and what else ends it, as a report that cannot
     be written, batches that do not come or memory that is short, leave a checkpoint of the last whole step, unless they
-    come while weights are changed. A third SIGINT ends that save too. The trained model is written first; if its
-    evaluation or its pictures fail then, stderr says so, and a resumed run makes them again.
+    come while weights are changed. A third SIGINT ends that save too. A resumed run makes again what was not reported;
+    with `evaluate_every` or `picture_every` 0 it goes on without. The trained model is written first; if its evaluation
+    or its pictures fail then, stderr says so, and a resumed run makes them again.
 
     Args:
         resume: continue from the newest good checkpoint in `out`; without one start from the beginning.
@@ -361,11 +363,14 @@ class _Run:
 
     @contextlib.contextmanager
     def warned_at_the_end(self, what):
-        """Within it, with the trained model, `what` is made: if that fails the run ends well all the same, and says so."""
+        """Within it, with the trained model, `what` is made: if that fails the run ends well all the same, and says so.
+        On the way it ends the run, with advice for one that would fail again."""
         try:
             yield
         except Exception as error:
             if self.step < self.settings.steps:
+                without = {"evaluation": "--evaluate-every 0", "pictures": "--picture-every 0"}[what]
+                tell(f"no {what} of step {self.step}: --resume tries again, and with {without} goes on without")
                 raise
             self.missing.append(what)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
