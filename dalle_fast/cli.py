@@ -13,6 +13,7 @@ import textwrap
 
 import dalle_fast
 from dalle_fast.errors import UserError, told
+from dalle_fast.progress import tell
 
 COMMANDS = {
     "train-dvae": "dalle_fast.commands.train_dvae",
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return told(error)
     except KeyboardInterrupt:  # training loops save first, and return the same status
-        print("dalle-fast: interrupted", file=sys.stderr)
+        tell("dalle-fast: interrupted")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output, as `head` does, has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit

@@ -1,6 +1,6 @@
 """What a user can put right: the command `dalle-fast` prints such an error as one line, without a traceback."""
 
-import sys
+from dalle_fast.progress import tell
 
 
 class UserError(Exception):
@@ -8,6 +8,6 @@ class UserError(Exception):
 
 
 def told(error: UserError) -> int:
-    """Print it; returns the command's exit status."""
-    print(f"dalle-fast: error: {error}", file=sys.stderr)
+    """Tell it; returns the command's exit status."""
+    tell(f"dalle-fast: error: {error}")
     return 2

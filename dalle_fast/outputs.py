@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
 from dalle_fast.errors import UserError
+from dalle_fast.progress import tell
 
 UNFINISHED = ".writing-"  # before the name of what is being written
 
@@ -135,7 +135,7 @@ def _lock(descriptor, path, name, wait) -> None:
     except BlockingIOError as error:
         if not wait:
             raise UserError(f"{name} {path} is in use by another process") from error
-        print(f"waiting for another process that uses {name} {path}", file=sys.stderr, flush=True)
+        tell(f"waiting for another process that uses {name} {path}")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 

@@ -9,9 +9,13 @@ WATCHED = contextlib.suppress(OSError, ValueError)  # a terminal or a pipe that 
 
 
 def tell(line: str) -> None:
-    """A line on stderr, if it is still there."""
-    with WATCHED:
-        if sys.stderr is not None:  # print would take stdout
+    """A line on stderr, if it is still there, above the bars that are."""
+    if on_terminal():
+        from tqdm import tqdm
+
+        tqdm.write(line, file=_Watched(sys.stderr))
+    elif sys.stderr is not None:  # print would take stdout
+        with WATCHED:
             print(line, file=sys.stderr, flush=True)
 
 
@@ -41,6 +45,9 @@ class _Watched:
 
     def __getattr__(self, name):
         return getattr(self.file, name)
+
+    def __eq__(self, other):  # tqdm asks which bars are on the file that a line is for
+        return isinstance(other, _Watched) and self.file is other.file
 
     def write(self, text):
         with WATCHED:

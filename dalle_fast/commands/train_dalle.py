@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dalle_fast.commands import training
 from dalle_fast.errors import UserError
 from dalle_fast.masks import RULES
+from dalle_fast.progress import tell
 from dalle_fast.training.recipes import DALLE_RECIPES
 
 if TYPE_CHECKING:
@@ -246,7 +246,6 @@ def _config(preset, dvae, tokenizer):
 
 def _tell_of_few_crops(arguments, recipe, source) -> None:
     from dalle_fast.data.source import can_crop
-    from dalle_fast.training.reports import tell
 
     times = recipe.steps * recipe.batch_size / len(source)
     if arguments.examples is None and can_crop(source) and times > OFTEN:
@@ -258,7 +257,6 @@ def _tell_of_few_crops(arguments, recipe, source) -> None:
 
 def _tell_of_used_codes(codes, num_codes) -> None:
     from dalle_fast.training.codes import codes_used
-    from dalle_fast.training.reports import tell
 
     used = codes_used(codes, num_codes)
     tell(f"the pictures use {used} of {num_codes} codes")
@@ -311,7 +309,7 @@ def _look_ahead(arguments, run) -> tuple:
     if all(path.exists() for path in paths):
         return None, None
     make_folder(_codes_folder(arguments), "the folder of codes")
-    print(f"reading the captions of {arguments.data}", file=sys.stderr, flush=True)  # of a million files for minutes
+    tell(f"reading the captions of {arguments.data}")  # of a million files for minutes
     told = {split: captions_ahead(source, **chosen[split]) for split, source in sources.items()}
     if None in told.values():
         return None, None
@@ -350,5 +348,5 @@ def _new_tokenizer(captions, vocab_size):
     from dalle_fast.data import Tokenizer
 
     tokenizer = Tokenizer.train(captions, vocab_size)
-    print(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions", file=sys.stderr)
+    tell(f"a tokenizer of {tokenizer.vocab_size} entries was trained on {len(captions)} captions")
     return tokenizer

@@ -181,8 +181,8 @@ def _check_apart(data, out) -> None:
 def tell_of_left_out(source) -> None:
     """Once, however many processes train: what lies among a source's files and is not taken."""
     from dalle_fast.data.images import left_out
+    from dalle_fast.progress import tell
     from dalle_fast.training import processes
-    from dalle_fast.training.reports import tell
 
     if processes.current().leads:
         for line in left_out(source):

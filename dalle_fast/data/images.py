@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import features
 
 from dalle_fast.data.source import DataError, Example, check_index
+from dalle_fast.progress import tell
 
 # Endings that are taken for pictures, and the decoders that may be used whatever the ending: no others, as some of
 # Pillow's start other programs. (That of AVIF, which not every Pillow has, does not.)
@@ -379,14 +379,14 @@ def tell_of_bad(*sources) -> None:
         source, number, reason = bad[0]
         count = f"{len(bad)} of {source.total} pictures are bad, and others were taken instead"
         first = f"the first is {source.names[number]}: {reason}"
-        print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
+        tell(f"{source.name}: {count}; {first}")
     if several := _of_all(sources, "several_lines"):
         source, number, lines = several[0]
         count = f"captions of several lines, each taken for one caption: {len(several)}"
         first = (
             f"the first is that of {source.names[number]}, {lines} lines; if each is a caption, keep one in the file"
         )
-        print(f"{source.name}: {count}; {first}", file=sys.stderr, flush=True)
+        tell(f"{source.name}: {count}; {first}")
 
 
 def _of_all(sources, name):
