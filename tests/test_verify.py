@@ -1,8 +1,11 @@
 """`dalle-fast verify`: its figures at a smaller size, and that what goes wrong is counted, never passed over."""
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
+import multiprocessing
 import os
 import pathlib
 import queue
@@ -259,7 +262,7 @@ def test_what_a_machine_lacks_is_no_failure(monkeypatch, tmp_path):
 
 
 TRIAL = """
-import os, pathlib, signal, sys, tempfile, time
+import fcntl, os, pathlib, signal, subprocess, sys, tempfile, time
 
 from dalle_fast.verify.figures import NotRun
 
@@ -275,6 +278,10 @@ def case(number, device):
         if not first.exists():
             first.touch()
             time.sleep(60)
+    if what == "hold":  # a lock, that a process which it starts has too
+        with open(os.path.join(os.environ["TRIAL_FOLDER"], "lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            subprocess.run(["sleep", "60"], pass_fds=[file.fileno()])
     if what == "litter":
         tempfile.mkstemp()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -377,6 +384,30 @@ def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path, number):
     finally:
         signal.signal(number, before)
     assert json.loads((tmp_path / "evidence.json").read_text())["figures"]["trial"]["done"] == 1
+
+
+def test_nothing_outlives_a_killed_run(verify, tmp_path):
+    run = multiprocessing.get_context("fork").Process(target=verify, args=(["fine", "hold"],))
+    run.start()
+    lock = tmp_path / "site" / "lock"
+    wait_until(lambda: lock.exists() and not _can_lock(lock))
+    run.kill()
+    run.join()
+    wait_until(lambda: _can_lock(lock))
+
+
+def _can_lock(path):
+    with open(path) as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def wait_until(holds, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_was_killed_leaves_no_files(verify, monkeypatch, tmp_path):

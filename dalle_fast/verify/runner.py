@@ -183,8 +183,8 @@ class _Run:
         What it leaves in temporary files when it is killed lies in `scratch`.
         """
         command = [sys.executable, "-m", "dalle_fast.verify.worker", self.figure.name, self.figure.device]
-        command += [str(self.result["done"]), str(self.figure.total)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command += [str(self.result["done"]), str(self.figure.total), "--guarded"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "TMPDIR": scratch}
         with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
             lines, errors = queue.Queue(), []

@@ -1,14 +1,17 @@
-"""Tries cases of one figure, a line of JSON for each: `python -m dalle_fast.verify.worker NAME DEVICE START STOP [--strict]`.
+"""Tries cases of one figure, a line of JSON for each: `python -m dalle_fast.verify.worker NAME DEVICE START STOP [FLAG]`.
 
 The runner's child, and the way to repeat a failure by its number. With --strict the exit status is 1 where a case failed
-or was not run, for tools that watch it, as a sanitizer does.
+or was not run, for tools that watch it, as a sanitizer does. With --guarded it ends, and all processes of its group, once
+stdin does: with the runner, also where that is killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 
 from dalle_fast.verify.figures import FIGURES, NotRun
@@ -38,7 +41,15 @@ def main(name: str, device: str, start: int, stop: int) -> bool:
     return fine
 
 
+def _end_with_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    name, device, start, stop, *strict = sys.argv[1:]
+    name, device, start, stop, *flags = sys.argv[1:]
+    if "--guarded" in flags:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     fine = main(name, device, int(start), int(stop))
-    sys.exit(0 if fine or strict != ["--strict"] else 1)
+    sys.exit(0 if fine or "--strict" not in flags else 1)
