@@ -366,8 +366,8 @@ def test_ctrl_c_keeps_what_was_found(verify, monkeypatch, tmp_path, number):
     """As do a `timeout` and a closed terminal."""
     finish = runner._Run._add
 
-    def add(run, found, bar):
-        finish(run, found, bar)
+    def add(*arguments):
+        finish(*arguments)
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(runner._Run, "_add", add)
@@ -441,8 +441,11 @@ def test_what_was_lacking_is_looked_for_again(verify):
     assert verify(["not run", "not run"])[1]["status"] == "not run"
     _, result, _ = verify(["fine", "not run"])
     assert result["status"] == "not run" and result["done"] == 2 and result["skipped"] == 1
-    assert verify(["wrong", "fine"])[1]["status"] == "not run"
-    assert verify(["fine", "fine"], restart=True)[1]["status"] == "pass"
+    _, again, _ = verify(["wrong", "not run"])
+    assert again | {"seconds": result["seconds"]} == result
+    _, result, _ = verify(["wrong", "fine"])
+    assert result["status"] == "pass" and result["done"] == 2 and result["skipped"] == 0 and result["lacking"] == []
+    assert result["counts"] == {"pieces": 4}
 
 
 def test_goes_on_where_it_stopped(verify, capsys):

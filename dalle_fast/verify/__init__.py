@@ -2,8 +2,8 @@
 
 Without names all figures are measured, the most important first; FILE.json holds what was found, with machine,
 versions, commit and date. What is interrupted, or runs out of budget, goes on where it stopped when the same command is
-given again; a figure of which nothing could be tried begins anew, as what it lacked may be there. "Not run" never counts
-as passed. The exit status is 0 where nothing failed, and 1 where something did.
+given again; what could not be tried is tried again, as what it lacked may be there. "Not run" never counts as passed.
+The exit status is 0 where nothing failed, and 1 where something did.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class _Run:
             "done": 0,
             "skipped": 0,
             "again": [],
+            "lacking": [],
             "num_failures": 0,
             "failures": [],
             "worst": {},
@@ -152,8 +153,9 @@ class _Run:
             "seconds": 0,
         }.items():
             result.setdefault(key, value)
-        if result["done"] == result["skipped"]:  # what was lacking may be there now, and nothing was tried that is lost
-            result |= {"done": 0, "skipped": 0}
+        if result["done"] == result["skipped"]:  # one after another, not each in a process of its own
+            result |= {"done": 0, "skipped": 0, "lacking": []}
+        self.once_more = list(result["lacking"])  # what these cases lacked may be there now
         result.update(title=figure.title, total=figure.total)
         self._judge()
 
@@ -163,12 +165,17 @@ class _Run:
             total=total, initial=self.result["done"], desc=f"{self.figure.name} {self.figure.device}", disable=None
         )
         with bar:
-            while self.result["done"] < total and not self._too_late():
+            while (cases := self._next_cases()) and not self._too_late():
                 with tempfile.TemporaryDirectory(prefix="dalle_fast_verify_", ignore_cleanup_errors=True) as scratch:
-                    self._child(bar, scratch)
+                    self._child(cases, bar, scratch)
         self.result["seconds"] = round(self.result["seconds"] + time.monotonic() - start, 1)
         self._judge()
         self.saver.save()
+
+    def _next_cases(self) -> range:
+        if self.once_more:
+            return range(self.once_more[0], self.once_more[0] + 1)
+        return range(self.result["done"], self.figure.total)
 
     def _stopping(self) -> bool:
         return time.monotonic() > self.deadline or self.saver.stop.is_set()
@@ -177,13 +184,13 @@ class _Run:
         """Whether no other case is to begin."""
         return self._stopping() or time.monotonic() + self.figure.about > self.deadline
 
-    def _child(self, bar, scratch: str) -> None:
-        """Let a child try the cases that are left, until it ends, hangs, or the budget is spent.
+    def _child(self, cases: range, bar, scratch: str) -> None:
+        """Let a child try cases, until it ends, hangs, or the budget is spent.
 
         What it leaves in temporary files when it is killed lies in `scratch`.
         """
         command = [sys.executable, "-m", "dalle_fast.verify.worker", self.figure.name, self.figure.device]
-        command += [str(self.result["done"]), str(self.figure.total), "--guarded"]
+        command += [str(cases.start), str(cases.stop), "--guarded"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "TMPDIR": scratch}
         with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
@@ -195,13 +202,15 @@ class _Run:
             for reader in readers:
                 reader.start()
             try:
-                while self.result["done"] < self.figure.total and not self._too_late():
+                for number in cases:
+                    if self._too_late():
+                        return
                     line = _next(lines, self.figure.seconds, self._stopping)
                     if line is None:
-                        self._no_answer(bar)
+                        self._no_answer(number, bar)
                         return
                     if line:
-                        self._add(json.loads(line), bar)
+                        self._add(number, json.loads(line), bar)
                     elif self._stopping():
                         return
                     else:
@@ -209,35 +218,41 @@ class _Run:
                         readers[1].join(timeout=5)
                         end = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
                         error = f"the process ended with {end}: {''.join(errors)[-500:].strip()}"
-                        self._add({"error": error}, bar)
+                        self._add(number, {"error": error}, bar)
                         return
             finally:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
 
-    def _no_answer(self, bar) -> None:
+    def _no_answer(self, number: int, bar) -> None:
         """A machine that is busy looks like a case that hangs: it counts as one when it does so twice."""
-        if self.result["done"] in self.result["again"]:
-            self._add({"error": f"no answer within {self.figure.seconds:g} s, twice"}, bar)
+        if number in self.result["again"]:
+            self._add(number, {"error": f"no answer within {self.figure.seconds:g} s, twice"}, bar)
         else:
-            self.result["again"].append(self.result["done"])
+            self.result["again"].append(number)
 
-    def _add(self, found: dict, bar) -> None:
-        result, number = self.result, self.result["done"]
+    def _add(self, number: int, found: dict, bar) -> None:
+        result = self.result
+        if number in self.once_more:
+            self.once_more.remove(number)
+            result["lacking"].remove(number)
+            result["skipped"] -= 1
+        else:
+            result["done"] += 1
+            bar.update()
         if "error" in found:
             result["num_failures"] += 1
             if len(result["failures"]) < KEPT_FAILURES:
                 result["failures"].append({"case": number, "what": found["error"]})
         elif "not run" in found:
             result["skipped"] += 1
+            result["lacking"].append(number)
             result["skip_reason"] = found["not run"]
         for key, value in found.get("numbers", {}).items():
             if isinstance(value, int):
                 result["counts"][key] = value + result["counts"].get(key, 0)
             else:
                 result["worst"][key] = max(value, result["worst"].get(key, value))
-        result["done"] += 1
-        bar.update()
         self._judge()
         self.saver.save(if_due=True)
 
