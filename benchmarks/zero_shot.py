@@ -51,6 +51,15 @@ class Drawn:
         pairs = zip(self.read, self.captions if captions is None else captions, strict=True)
         return float(np.mean([read == caption for read, caption in pairs]))
 
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of `right`, also of other captions: pictures of one caption are right or wrong together, so that
+        they count as fewer where captions differ by more than chance."""
+        _, caption = np.unique(self.captions, return_inverse=True)
+        right = np.array([a == b for a, b in zip(self.read, self.captions, strict=True)])
+        variance = np.var(np.bincount(caption, right) / np.bincount(caption)) / (caption.max() + 1)
+        share = right.mean()
+        return wilson(share, min(len(right), share * (1 - share) / variance) if variance else len(right))
+
     def attributes(self) -> dict[str, float]:
         """The share of pictures in which each attribute is right."""
         scenes = [
@@ -98,7 +107,7 @@ def measure(parts, split: str, num: int, sampling_options: dict, seed: int) -> t
         "pictures": len(drawn.captions),
         "captions": len(source.scenes),
         "right": drawn.right(),
-        "interval": wilson(drawn.right(), len(drawn.captions)),
+        "interval": drawn.interval(),
         "target": TARGETS[split],
         "control": drawn.right(others),
         "chance": 1 / len(set(drawn.captions)),
@@ -108,7 +117,7 @@ def measure(parts, split: str, num: int, sampling_options: dict, seed: int) -> t
     }, drawn
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share that was seen in `count` trials."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))

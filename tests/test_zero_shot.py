@@ -68,6 +68,21 @@ def test_some_wrong(measure, capsys):
     assert capsys.readouterr().out.count("MISSED") == 2
 
 
+@pytest.mark.parametrize("together", [1, 9])
+def test_pictures_that_fail_together_count_as_one(together):
+    """In 300 measurements the interval holds the true share in about 95% of them."""
+    rng, held, widths = np.random.default_rng(0), 0, []
+    captions = [f"caption {number}" for number in range(72) for _ in range(9)]
+    for _ in range(300):
+        right = np.repeat(rng.random(len(captions) // together) < 0.8, together)
+        read = [caption if fine else None for caption, fine in zip(captions, right, strict=True)]
+        low, high = zero_shot.Drawn(None, captions, read).interval()
+        held += low <= 0.8 <= high
+        widths.append(high - low)
+    assert 0.92 <= held / 300 <= 0.98
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * (0.8 * 0.2 / (len(captions) / together)) ** 0.5, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
