@@ -213,10 +213,15 @@ def _write_tensors(path, tensors, header=None) -> dict[str, torch.Tensor]:
     from safetensors.torch import save_file
 
     stored = _storable(tensors)
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode  # as everyone's files have it: safetensors may make them readable for their owner alone
     try:
         save_file(stored, path, metadata={HEADER: json.dumps(header)} if header else None)
     except SafetensorError as error:  # it makes an error of its own of every OSError
         raise OSError(None, str(error)) from error
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        path.chmod(mode)
     return stored
 
 

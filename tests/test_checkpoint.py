@@ -9,6 +9,7 @@ import pickle
 import resource
 import shutil
 import signal
+import stat
 import warnings
 
 import pytest
@@ -58,6 +59,21 @@ def test_the_last_two_are_kept(save, tmp_path):
         save(step)
     assert names(tmp_path) == ["step-000000003", "step-000000010"]
     assert checkpoint.latest(tmp_path).name == "step-000000010"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_can_be_read_by_whom_the_users_files_can(save, model, tmp_path, umask):
+    """Not by their owner alone, as safetensors makes them; also where a process was killed before it could say so."""
+    before = os.umask(umask)
+    try:
+        path = save(1)
+        (tmp_path / ".writing-model.safetensors").touch(0o600)
+        checkpoint.export(tmp_path / "model.safetensors", model)
+        checkpoint.save_tensors(tmp_path / "codes.safetensors", {"t": torch.ones(2)}, header={})
+    finally:
+        os.umask(before)
+    files = (*path.iterdir(), tmp_path / "model.safetensors", tmp_path / "codes.safetensors")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 def test_a_step_can_be_saved_again(save, tmp_path):
@@ -390,8 +406,8 @@ def test_foreign_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = {"w": torch.arange(6.0).view(2, 3)}
     torch.save(weights, "weights.pt")
-    checkpoint._write_tensors("weights.safetensors", weights)
-    checkpoint._write_tensors("weights.bin", weights)
+    checkpoint._write_tensors(tmp_path / "weights.safetensors", weights)
+    checkpoint._write_tensors(tmp_path / "weights.bin", weights)
     for name in ("weights.pt", "weights.safetensors", "weights.bin"):
         assert torch.equal(checkpoint.read_weights(name)["w"], weights["w"])
     torch.save({"w": Bomb()}, "bomb.pt")
