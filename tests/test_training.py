@@ -824,10 +824,19 @@ def test_without_tensorboard_there_is_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_lines_where_no_one_watches(tmp_path, capsys):
-    train(objective(), tmp_path, settings(), tensorboard=False)
-    lines = capsys.readouterr().err.splitlines()
+    train(objective(), tmp_path, settings(evaluate_every=12), tensorboard=False)
+    *lines, evaluation = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
     assert all("examples/s" in line and "loss" in line and "perplexity" in line for line in lines)
+    assert evaluation.startswith("step 12/12 images 8 psnr ")  # no rate, of the steps since the line before
+
+
+def test_an_evaluation_leaves_beside_the_bar_what_stood_there(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(objective(), tmp_path, settings(evaluate_every=12), tensorboard=False)
+    assert re.search("12/12 .* examples/s loss ", terminal.getvalue().split("\r")[-1])
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------

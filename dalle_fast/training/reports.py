@@ -64,11 +64,12 @@ class Reports:
         if self.writer and rate:
             self.writer.add_scalar("examples_per_second", rate, step)
         shown = " ".join(f"{name} {scalars[name]:.4g}" for name in SHOWN if name in scalars)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{rate:.0f} examples/s {shown}")
-        elif self.progress:
+        speed = f"{rate:.0f} examples/s " if rate else ""  # of two lines of one step the first has it
+        if self.bar is not None and shown:
+            self.bar.set_postfix_str(speed + shown)
+        elif self.bar is None and self.progress:
             shown = shown or " ".join(f"{name.rpartition('/')[2]} {value:.4g}" for name, value in scalars.items())
-            tell(f"step {step}/{self.steps} {rate:.0f} examples/s {shown}")
+            tell(f"step {step}/{self.steps} {speed}{shown}")
 
     def pictures(self, step: int, pictures: dict) -> None:
         """Name -> (height, width, 3) uint8 array: PNG files, and TensorBoard's images."""
