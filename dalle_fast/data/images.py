@@ -52,6 +52,8 @@ class BadImage(Exception):
 def decode(data: bytes, *, draft: int | None = None) -> np.ndarray:
     """The picture in a file, as its EXIF orientation says, on white where it is transparent.
 
+    Colour profiles are not applied, as by the loaders of torchvision and of Hugging Face's datasets.
+
     Args:
         data: the file.
         draft: a picture of at least so many pixels a side is enough: large JPEGs are decoded at a fraction.
