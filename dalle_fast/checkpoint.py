@@ -372,16 +372,10 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another kind.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        path = folder
-    elif (folder / MODEL).exists():
-        path = folder / MODEL
-    elif _all(folder / CHECKPOINTS):
-        path = load(folder / CHECKPOINTS).path / MODEL
-    else:
-        lacks = f"neither {MODEL} nor a checkpoint in {CHECKPOINTS}/" if folder.exists() else "there is no such folder"
-        raise CheckpointError(f"{folder} holds no model: {lacks}")
+    try:
+        path = _model_in(Path(folder))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
     weights, metadata = _read_tensors(path)
     header = _header_of(metadata)
     found = header.get("kind")
@@ -399,6 +393,17 @@ def load_model(folder, *, kind: str | None = None, device="cpu"):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version's {found}: {error}") from error
     return model.requires_grad_(False).eval().to(device)
+
+
+def _model_in(folder) -> Path:
+    if folder.is_file():
+        return folder
+    if (folder / MODEL).exists():
+        return folder / MODEL
+    if _all(folder / CHECKPOINTS):
+        return load(folder / CHECKPOINTS).path / MODEL
+    lacks = f"neither {MODEL} nor a checkpoint in {CHECKPOINTS}/" if folder.exists() else "there is no such folder"
+    raise CheckpointError(f"{folder} holds no model: {lacks}")
 
 
 def load_tensors(path, *, mapped: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
@@ -534,6 +539,7 @@ def _read_tensors(path, mapped=False) -> tuple[dict[str, torch.Tensor], dict[str
     from safetensors import SafetensorError, safe_open
 
     try:
+        open(path, "rb").close()  # safetensors would say that there is no file, whatever the reason
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             # Copies: what is mapped from a file would change, or crash the process, with the file.

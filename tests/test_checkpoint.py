@@ -364,6 +364,7 @@ def export_with_header(path, **changes):
     [
         (lambda path: None, ["holds no model"]),
         (lambda path: path.write_bytes(b""), [checkpoint.MODEL, "safetensors"]),
+        (lambda path: path.mkdir(), [checkpoint.MODEL, "Is a directory"]),
         (lambda path: path.write_bytes(pickle.dumps([1])), [checkpoint.MODEL, "safetensors"]),
         (lambda path: torch.save({"w": torch.zeros(2)}, path), [checkpoint.MODEL, "safetensors"]),
         (lambda path: export_with_header(path, kind="DALLE"), ["holds a DALLE", "expected a DiscreteVAE"]),
@@ -388,6 +389,12 @@ def test_a_model_is_found_by_its_file_too(tmp_path):
     assert checkpoint.load_model(tmp_path / "any.safetensors").config == SMALL
     with pytest.raises(CheckpointError, match="none holds no model: there is no such folder"):
         checkpoint.load_model(tmp_path / "none")
+
+
+def test_why_a_path_cannot_be_read_is_told(tmp_path):
+    """As where a folder is another user's; newer Pythons say of some such paths that there is nothing."""
+    with pytest.raises(CheckpointError, match=r"nn cannot be read: File name too long|nn holds no model"):
+        checkpoint.load_model(tmp_path / ("n" * 300))
 
 
 def test_a_missing_folder_is_named_and_no_temporary_file(tmp_path):

@@ -174,6 +174,17 @@ def test_a_damaged_file_is_computed_again(dvae, tmp_path, capsys):
     assert "computing the codes again" in capsys.readouterr().err
 
 
+def test_what_cannot_be_read_is_not_damaged(dvae, tmp_path, monkeypatch):
+    """As another user's file, which could not be replaced either. (Tests may be root's, who may read all.)"""
+    encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    monkeypatch.setattr(codes, "batches", forbid)
+    with pytest.raises(OSError, match=path.name):
+        encode_source(dvae, few(), folder=tmp_path, split="train", progress=False)
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_codes_are_computed_if_no_one_can_be_told(dvae, tmp_path, monkeypatch, terminal):
     """As behind `| head`, or where a terminal was closed or stderr was from the start."""

@@ -69,7 +69,7 @@ def encode_source(dvae, source, *, folder, split, count=None, seed=0, workers=0,
 
     Raises:
         UserError: `folder` or the file cannot be written; processes that train together have other data or another
-            dVAE. DataError: the source cannot be read.
+            dVAE. DataError: the source cannot be read. OSError: codes that are there cannot be read, as another user's.
     """
     key = key_of(dvae, source, split=split, count=count, seed=seed)
     path = path_of(folder, key)
@@ -273,8 +273,11 @@ def _remove_parts(path) -> None:
 
 
 def _kept(path, key) -> Encoded | None:
+    if not path.exists():
+        return None
+    open(path, "rb").close()  # what this user may not read is not damaged: it could not be replaced either, after hours
     try:
-        return _read(path, key) if path.exists() else None
+        return _read(path, key)
     except checkpoint.CheckpointError:
         return None
 
