@@ -316,6 +316,11 @@ def _offset(codes, start):
 
 def _plain_number(name, value, *, positive):
     """`value` as a float: finite, and above 0 or at least 0. `bounded`, but for 0."""
+    value = _checked_number(name, value, positive=positive)
+    return bounded(value) if value else 0.0
+
+
+def _checked_number(name, value, *, positive):
     if isinstance(value, torch.Tensor):
         _check_scalar(name, value)
         value = value.item()
@@ -323,12 +328,16 @@ def _plain_number(name, value, *, positive):
         raise TypeError(f"{name} must be a number or a tensor without dimensions, got {value!r}")
     if not 0 <= value < math.inf or (positive and value == 0):  # math.isfinite takes nothing that a graph leaves open
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
-    return bounded(value) if value else 0.0
+    return value
+
+
+BOUNDS = 1e-37, 1e37  # the least has about the largest float32 as its inverse, and noise is up to 23 times the largest
 
 
 def bounded(value) -> float:
-    """Not below 1e-37, whose inverse is about the largest float32, nor above 1e37: noise is up to 23 times as large."""
-    return min(max(float(value), 1e-37), 1e37)
+    """Within BOUNDS."""
+    least, largest = BOUNDS
+    return min(max(float(value), least), largest)
 
 
 def _number(name, value, like, *, positive, device=None):
@@ -339,10 +348,13 @@ def _number(name, value, like, *, positive, device=None):
         _check_scalar(name, value)
     if is_tensor and (value.device.type != "cpu" or not has_values(value)):
         return value.to(device, dtype, non_blocking=True).reshape(1)
-    value = _plain_number(name, value, positive=positive)
-    # What fills a tensor is a constant of a compiled graph, so that each number would be compiled; a factor is not.
+    # What fills a tensor is a constant of a compiled graph, so that each number would be compiled; a factor is not, where
+    # nothing but arithmetic has been done to it (torch 2.11 closes it at a minimum or maximum).
     if torch.compiler.is_dynamo_compiling():
-        return torch.ones((1,), dtype=dtype, device=device) * value
+        value = _checked_number(name, value, positive=positive)
+        factor = torch.ones((1,), dtype=dtype, device=device) * value
+        return factor.clamp(*BOUNDS) if value else factor
+    value = _plain_number(name, value, positive=positive)
     return torch.full((1,), value, dtype=dtype, device=device)
 
 
