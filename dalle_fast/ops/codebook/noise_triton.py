@@ -84,6 +84,11 @@ def noise_keys(seed_ptr, row, N, PER_ROW: tl.constexpr):
 def noise_of_block(block, keys):
     """Noise of codes 64 * block on, as 4 neighbours of LANES codes each."""
     row_low, row_high, key_low, key_high = keys
+    zero = (block >> 30).to(
+        tl.uint32
+    )  # as no compiler knows: else it keeps every row's keys of all rounds in registers
+    key_low ^= zero
+    key_high ^= zero
     counter = (block * LANES + tl.arange(0, LANES)).to(tl.uint32)[None, :] + tl.zeros_like(row_low)
     w0, w1, w2, w3 = philox(counter, row_low, row_high, key_low, key_high)
     return gumbel(w0), gumbel(w1), gumbel(w2), gumbel(w3)
