@@ -55,6 +55,8 @@ IMPLS = {
     for operation, names in _ON_GPUS.items()
 }
 _IGNORED = -2  # the target of a row that is not counted
+# Of tau and temperature: the inverse of the least, and the largest times noise, of at most 23, are still float32 numbers.
+BOUNDS = 1e-37, 1e37
 _COST = "holds logits of every row and code in memory"
 
 
@@ -321,6 +323,7 @@ def _plain_number(name, value, *, positive):
 
 
 def _checked_number(name, value, *, positive):
+    """`value`, a tensor's as a number, as it is: one that a compiler leaves open stays open."""
     if isinstance(value, torch.Tensor):
         _check_scalar(name, value)
         value = value.item()
@@ -329,9 +332,6 @@ def _checked_number(name, value, *, positive):
     if not 0 <= value < math.inf or (positive and value == 0):  # math.isfinite takes nothing that a graph leaves open
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}")
     return value
-
-
-BOUNDS = 1e-37, 1e37  # the least has about the largest float32 as its inverse, and noise is up to 23 times the largest
 
 
 def bounded(value) -> float:
