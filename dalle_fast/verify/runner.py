@@ -223,6 +223,8 @@ class _Run:
             finally:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
+                for reader in readers:  # to the end: their pipes are closed next, and reading would be an error
+                    reader.join(timeout=5)
 
     def _no_answer(self, number: int, bar) -> None:
         """A machine that is busy looks like a case that hangs: it counts as one when it does so twice."""
